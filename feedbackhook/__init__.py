@@ -1,0 +1,1 @@
+"""Send backprop's error signals through feedback weights of your choice, in any PyTorch network as it is."""

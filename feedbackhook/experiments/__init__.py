@@ -1,0 +1,1 @@
+"""What the recipes and the command line run: data, models and training, on public names alone."""

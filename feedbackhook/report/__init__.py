@@ -1,0 +1,1 @@
+"""Figures and tables, from a run folder's tidy table alone."""
