@@ -1,0 +1,34 @@
+"""Settings shared by all tests: reproducible hypothesis, fixed seeds, and no function mode left behind."""
+
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("oracle", "problems")
+
+settings.register_profile(
+    "feedbackhook",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("feedbackhook")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_function_mode_left_behind():
+    """A mode that outlives its forward would act on every later torch call of the process."""
+    depth = torch._C._len_torch_function_stack()
+    yield
+    assert torch._C._len_torch_function_stack() == depth
