@@ -1,1 +1,25 @@
 """Send backprop's error signals through feedback weights of your choice, in any PyTorch network as it is."""
+
+from feedbackhook.alignment import Row, measure
+from feedbackhook.bracket import ExactGradientError
+from feedbackhook.optim import BatchManhattan
+from feedbackhook.patching import LayerRow, Patch, get_patch, patch, unpatch
+from feedbackhook.rng import CounterRNG
+from feedbackhook.rules import register_rule
+from feedbackhook.targets import LayerInfo, classifier
+
+__all__ = [
+    "BatchManhattan",
+    "CounterRNG",
+    "ExactGradientError",
+    "LayerInfo",
+    "LayerRow",
+    "Patch",
+    "Row",
+    "classifier",
+    "get_patch",
+    "measure",
+    "patch",
+    "register_rule",
+    "unpatch",
+]

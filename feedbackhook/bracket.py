@@ -1,0 +1,329 @@
+"""The machinery: module hooks that bracket a forward, a function mode inside it, the feedback edge, a guard.
+
+Hooks on each patched module and on each of its ancestors keep a stack of the modules that are running. While
+it is not empty a `TorchFunctionMode` sees every call of the functions in `products.OPERATIONS` with the
+weight that the call really uses. A call of a patched weight runs on the detached input, so that PyTorch's own
+backward yields the weight and bias gradients alone, and the feedback edge joins its output to the input. A
+hook on each weight is the guard: a gradient that no bracketed call made is an error.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
+
+from feedbackhook.feedback import Feedback
+from feedbackhook.products import OPERATIONS, Call, Product
+from feedbackhook.rules import redrawn_by_updates
+from feedbackhook.targets import LayerInfo
+
+MARK = "_feedbackhook"
+"""The one attribute that is set on modules: on each that is patched and on each of their ancestors."""
+
+Tap = Callable[[Tensor | None, Tensor], None]
+
+
+class ExactGradientError(RuntimeError):
+    """A patched weight got a gradient from a call that no bracket saw, so that its error signal was exact."""
+
+
+class Layer:
+    """One patched weight: the modules that hold it, its feedback, and what has happened to it.
+
+    Attributes:
+        names: the full names of the modules that hold the weight; more than one where it is tied.
+        calls: forward calls with gradients enabled.
+        rerouted: error signals sent through V.
+        upstream: whether the input of any call required a gradient; None before the first call.
+    """
+
+    def __init__(self, info: LayerInfo, module: nn.Module, feedback: Feedback) -> None:
+        self.info = info
+        self.names = [info.name]
+        self.module = module
+        self.feedback = feedback
+        self.calls = 0
+        self.rerouted = 0
+        self.upstream: bool | None = None
+        self.taps: OrderedDict[int, Tap] = OrderedDict()
+        self._backward = -1  # the id of the last backward that reached a bracketed call
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The weight, or the parameters from which the module derives it."""
+        weight = self.module._parameters.get("weight")
+        if weight is not None:
+            yield weight
+            return
+        for name, parameter in self.module.named_parameters():
+            if "bias" not in name.split("."):
+                yield parameter
+
+    def error_signal(self, error_in: Tensor | None, error_out: Tensor) -> None:
+        """Notes that a backward has come by; `error_in` is None where nothing lies upstream."""
+        self._backward = torch._C._current_graph_task_id()
+        for tap in list(self.taps.values()):
+            tap(error_in, error_out)
+
+    def was_bracketed(self) -> bool:
+        """Whether the backward now running has reached a bracketed call of this weight."""
+        return self._backward == torch._C._current_graph_task_id()
+
+
+class Mark(NamedTuple):
+    """What a hooked module carries: the user's handle, the bracket, the layer that the module is (if it is
+    one) and the layers inside it."""
+
+    patch: Any
+    bracket: Bracket
+    layer: Layer | None
+    inside: list[Layer]
+
+
+class FeedbackEdge(torch.autograd.Function):
+    """Joins a layer's output, made from the detached input, back to the input by V's product."""
+
+    @staticmethod
+    def forward(
+        output: Tensor, input: Tensor, weight: Tensor, bracket: Bracket, layer: Layer, product: Product
+    ) -> Tensor:
+        # Not `view_as`: an in-place activation on a view made inside a custom function raises.
+        return output.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, input, weight, ctx.bracket, ctx.layer, ctx.product = inputs
+        ctx.dtype = input.dtype
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        layer: Layer = ctx.layer
+        if ctx.bracket.exact:
+            feedback = weight
+        else:
+            feedback = layer.feedback(weight)
+            layer.rerouted += 1
+        error_in = ctx.product(error_out, feedback.to(error_out.dtype)).to(ctx.dtype)
+        layer.error_signal(error_in, error_out)
+        return error_out, error_in, None, None, None, None
+
+
+class _Mode(TorchFunctionMode):
+    """Hands the calls of the functions in `OPERATIONS` to the bracket and passes all others through."""
+
+    def __init__(self, bracket: Bracket) -> None:
+        super().__init__()
+        self._bracket = bracket
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = OPERATIONS.get(func)
+        if read is None or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        call = read(*args, **kwargs)
+        layer = self._bracket.layer_of(call.weight)
+        if layer is None:
+            return func(*args, **kwargs)
+        return _reroute(self._bracket, layer, call, func, args, kwargs)
+
+
+def _reroute(
+    bracket: Bracket, layer: Layer, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    layer.calls += 1
+    layer.upstream = layer.upstream or call.input.requires_grad
+    if not call.input.requires_grad:
+        output: Tensor = func(*args, **kwargs)
+        if output.requires_grad:
+            output.register_hook(lambda error_out: layer.error_signal(None, error_out))
+        return output
+    detached = call.input.detach()
+    output = func(detached, *args[1:], **kwargs) if args else func(**{**kwargs, "input": detached})
+    joined: Tensor = FeedbackEdge.apply(
+        output, call.input, call.weight.detach(), bracket, layer, call.product
+    )
+    return joined
+
+
+class Bracket:
+    """All hooks of one patch and their state.
+
+    Args:
+        layers: the patched weights.
+
+    Attributes:
+        enabled: where False, forwards build plain graphs.
+        exact: where True, backwards use W in the place of V.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.layers = list(layers)
+        self.enabled = True
+        self.exact = False
+        self._by_weight: dict[int, tuple[Tensor, Layer]] = {}
+        self._running: list[nn.Module] = []
+        self._mode = _Mode(self)
+        self._hooks: list[RemovableHandle] = []
+        self._guards: dict[Tensor, RemovableHandle] = {}
+        self._clock: RemovableHandle | None = None
+
+    def attach(self, model: nn.Module, layer_of_module: dict[str, Layer], patch: object) -> None:
+        """Hooks each module in `layer_of_module` (by full name) and each of its ancestors; `patch` is the
+        user's handle, which their marks carry."""
+        inside: dict[str, list[Layer]] = {}
+        for name, layer in layer_of_module.items():
+            for ancestor in _ancestors(name):
+                inside.setdefault(ancestor, []).append(layer)
+        for name, layers in inside.items():
+            module = model.get_submodule(name)
+            module.__dict__[MARK] = Mark(patch, self, layer_of_module.get(name), layers)
+            self._hooks += [
+                module.register_forward_pre_hook(self._open, prepend=True),
+                module.register_forward_hook(self._close, always_call=True),
+            ]
+        self._resolve(self.layers)
+
+    def detach(self, model: nn.Module) -> None:
+        """Takes away every hook, mark and guard, and a mode that an interrupted forward has left behind."""
+        self._unwind()
+        handles = [*self._hooks, *self._guards.values(), *([self._clock] if self._clock else [])]
+        for handle in handles:
+            handle.remove()
+        self._hooks.clear()
+        self._guards.clear()
+        self._by_weight.clear()
+        self._clock = None
+        for module in model.modules():
+            mark = module.__dict__.get(MARK)
+            if mark is not None and mark.bracket is self:
+                del module.__dict__[MARK]
+
+    def layer_of(self, weight: Tensor) -> Layer | None:
+        """The patched layer to which a weight in a call belongs.
+
+        A parameter belongs to itself, wherever it is used. A weight that is derived from parameters
+        (standardised, normalised, reparametrised) belongs to the module whose forward is running.
+        """
+        known, layer = self._by_weight.get(id(weight), (None, None))
+        if known is weight:
+            return layer
+        mark = self._running[-1].__dict__.get(MARK) if self._running else None
+        if mark is None or mark.layer is None or weight.shape != mark.layer.info.shape:
+            return None
+        own = not isinstance(weight, nn.Parameter) or mark.layer.module._parameters.get("weight") is weight
+        return mark.layer if own else None
+
+    def _open(self, module: nn.Module, args: object) -> None:
+        if not self.enabled:
+            return
+        if self._running and module in self._running and not _is_nested(module):
+            self._unwind()  # an interrupt, which no hook hears of, has left this module on the stack
+        if not self._running:
+            self._resolve(module.__dict__[MARK].inside)
+            self._mode.__enter__()
+        self._running.append(module)
+
+    def _close(self, module: nn.Module, args: object, output: object) -> None:
+        if module not in self._running:
+            return
+        while self._running.pop() is not module:
+            pass  # a module inside it raised before its own hook could close it
+        if not self._running:
+            _leave(self._mode)
+
+    def _unwind(self) -> None:
+        if self._running:
+            self._running.clear()
+            _leave(self._mode)
+
+    def _resolve(self, layers: list[Layer]) -> None:
+        """Sees to it that today's parameters are known and guarded: copies and `assign=True` bring new ones."""
+        if self._clock is None:
+            self._clock = register_optimizer_step_post_hook(_Clock(self))
+            weakref.finalize(self, self._clock.remove)
+        for layer in layers:
+            for weight in layer.parameters():
+                self._by_weight[id(weight)] = (weight, layer)
+                if weight.requires_grad and weight not in self._guards:
+                    self._guards[weight] = weight.register_hook(_Guard(self, layer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave behind what belongs to this process's parameters and optimizers."""
+        return {**self.__dict__, "_running": [], "_by_weight": {}, "_guards": {}, "_clock": None}
+
+
+class _Guard:
+    """The hook on a weight: its gradient must come from a bracketed call."""
+
+    def __init__(self, bracket: Bracket, layer: Layer) -> None:
+        self._bracket, self._layer = weakref.ref(bracket), weakref.ref(layer)
+
+    def __call__(self, gradient: Tensor) -> None:
+        bracket, layer = self._bracket(), self._layer()
+        if bracket is None or layer is None or not bracket.enabled or bracket.exact:
+            return
+        if not layer.was_bracketed():
+            raise ExactGradientError(
+                f"the weight of {layer.info.name!r} got a gradient from a call that the patch did not see, so its "
+                "error signal went through W: the weight was used outside the forward of every patched "
+                "module and their ancestors, in a function that cannot be rerouted, in code compiled before "
+                f"the patch, or while the patch was disabled. Ways out: exclude={[layer.info.name]}, or "
+                "`with patch.exact():` around a backward that is meant to be exact"
+            )
+
+
+class _Clock:
+    """The hook on every optimizer's step: layers whose weight it holds and whose rule asks for it redraw."""
+
+    def __init__(self, bracket: Bracket) -> None:
+        self._bracket = weakref.ref(bracket)
+
+    def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        bracket = self._bracket()
+        if bracket is None:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for layer in bracket.layers:
+            if redrawn_by_updates(layer.feedback.rule) and any(id(p) in held for p in layer.parameters()):
+                layer.feedback.redraw()
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The full names of a module's ancestors, the root ("") first, and its own last."""
+    yield ""
+    parts = name.split(".") if name else []
+    for end in range(1, len(parts) + 1):
+        yield ".".join(parts[:end])
+
+
+def _is_nested(module: nn.Module) -> bool:
+    """Whether the module's forward is really running below the call that has just begun."""
+    frame = sys._getframe()
+    calls = 0
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+    return calls > 1
+
+
+def _leave(mode: TorchFunctionMode) -> None:
+    """Takes a mode off the stack, from under whatever was put there after it."""
+    above = []
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)

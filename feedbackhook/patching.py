@@ -1,0 +1,321 @@
+"""`patch` and the handle that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from feedbackhook.bracket import MARK, Bracket, Layer, Tap
+from feedbackhook.feedback import Feedback
+from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
+from feedbackhook.targets import Selection, Target, find_targets, weight_of
+
+
+class LayerRow(NamedTuple):
+    """One patched layer, for the eye.
+
+    Args:
+        name: its full name; where a weight is tied, that of the first module that holds it.
+        kind: "Linear", "Conv2d" and so on.
+        shape: that of the weight.
+        rule: the rule, with the options that differ from their defaults.
+        calls: forward calls with gradients enabled.
+        rerouted: error signals that went through V.
+        upstream: whether its input required a gradient; where not, there is no error signal to reroute, as
+            in most first layers. None before the first call.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rule: str
+    calls: int
+    rerouted: int
+    upstream: bool | None
+
+
+def patch(
+    model: nn.Module,
+    mode: str = "sign",
+    *,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Patch:
+    """Patches `model` in place: from now on its error signals go through feedback weights V instead of W.
+
+    Forward outputs, parameters, `state_dict` keys and, given the error signal that reaches a layer, its
+    weight and bias gradients stay as they are. Every `nn.Linear`, `nn.Conv1d/2d/3d` and
+    `nn.ConvTranspose1d/2d/3d` is patched, the classifier included.
+
+    Args:
+        model: any module.
+        mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
+            "RndF" or one of your own (`register_rule`).
+        include: layers to patch; None is all. A string is a regular expression for the full name, a list
+            holds full names, name suffixes or module types.
+        exclude: layers to leave exact, in the same form; it wins over `include`.
+        seed: with the layers' names it decides all random parts of V.
+        options: the rule's own, such as `concordance=0.8`.
+
+    Returns:
+        The handle: a context manager, with `remove()`, `enabled`, `set()`, `layers` and more.
+
+    Raises:
+        ValueError: unknown mode; an option out of range; a selection without effect; nothing to patch; the
+            model or a part of it is patched already.
+        TypeError: an option that the rule does not have, or of the wrong type; a fused recurrent layer.
+        The model is untouched then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, not {seed!r}")
+    _refuse_second_patch(model)
+    rule = make_rule(mode, options)
+    targets = find_targets(model, include, exclude)
+    layers = _layers(targets, rule, seed)
+    unique = list(dict.fromkeys(layers.values()))
+    if callable(check := getattr(rule, "check", None)):
+        check([layer.info for layer in unique])
+    for layer in unique:
+        layer.feedback(weight_of(layer.module))  # whatever is wrong shows before anything is attached
+    bracket = Bracket(unique)
+    handle = Patch(model, bracket, seed)
+    bracket.attach(model, layers, handle)
+    return handle
+
+
+class Patch:
+    """The handle of a patched model. Made by `feedbackhook.patch`."""
+
+    def __init__(self, model: nn.Module, bracket: Bracket, seed: int) -> None:
+        self._model = model
+        self._bracket = bracket
+        self._seed = seed
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Takes the patch off: no hook, no attribute is left. Graphs that are already built keep their V."""
+        self._bracket.detach(self._model)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether forwards are rerouted. Set to False, what is built from then on is plain backprop."""
+        return self._bracket.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._bracket.enabled = bool(value)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """A context in which `backward` runs plain backprop, on graphs that were built with the patch."""
+        before = self._bracket.exact
+        self._bracket.exact = True
+        try:
+            yield
+        finally:
+            self._bracket.exact = before
+
+    def set(self, **options: Any) -> None:
+        """Changes options of the rule, during training too: `patch.set(concordance=0.5)`.
+
+        Raises:
+            TypeError, ValueError: as in `patch`; nothing is changed then.
+        """
+        rules = [changed(layer.feedback.rule, options) for layer in self._bracket.layers]
+        for layer, rule in zip(self._bracket.layers, rules, strict=True):
+            layer.feedback.follow(rule)
+
+    def redraw(self) -> None:
+        """Draws the random parts of every V anew, as `redraw="update"` does after each optimizer step."""
+        for layer in self._bracket.layers:
+            layer.feedback.redraw()
+
+    def feedback(self, name: str) -> Tensor:
+        """Today's V of a layer, in the layout of its weight, detached.
+
+        Raises:
+            KeyError: no patched layer has that name.
+        """
+        layer = self._layer(name)
+        return layer.feedback(weight_of(layer.module)).clone()
+
+    def weight(self, name: str) -> Tensor:
+        """Today's W of a layer, as its forward uses it, detached.
+
+        Raises:
+            KeyError: no patched layer has that name.
+        """
+        return weight_of(self._layer(name).module).detach()
+
+    def on_error_signal(self, name: str, fn: Tap) -> RemovableHandle:
+        """Calls `fn(error_in, error_out)` for each error signal that passes a layer; the handle's `remove()`
+        ends it.
+
+        `error_out` is the signal at the layer's output, of the output's shape; `error_in` the one that V
+        sends on, of the input's shape, or None where nothing lies upstream.
+
+        Raises:
+            KeyError: no patched layer has that name.
+        """
+        taps = self._layer(name).taps
+        handle = RemovableHandle(taps)
+        taps[handle.id] = fn
+        return handle
+
+    @property
+    def layers(self) -> list[LayerRow]:
+        """A row for each patched layer, in the order in which the model registers them."""
+        return [
+            LayerRow(
+                layer.info.name,
+                layer.info.kind,
+                layer.info.shape,
+                describe(layer.feedback.rule),
+                layer.calls,
+                layer.rerouted,
+                layer.upstream,
+            )
+            for layer in self._bracket.layers
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides V, in plain types (and the user's tensors, for "tensor"): loadable with
+        `torch.load(weights_only=True)`. Random parts are not stored: seed and draw counts give them again."""
+        layers = {
+            layer.info.name: {
+                "mode": rule_name(layer.feedback.rule),
+                "options": rule_values(layer.feedback.rule),
+                "seed": layer.feedback.seed,
+                "draws": layer.feedback.draws,
+            }
+            for layer in self._bracket.layers
+        }
+        return {"enabled": self.enabled, "layers": layers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave, on a patch of the same layers.
+
+        Raises:
+            ValueError: the layers are others; nothing is changed then.
+        """
+        own = {layer.info.name: layer for layer in self._bracket.layers}
+        saved = state["layers"]
+        if own.keys() != saved.keys():
+            missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+            raise ValueError(f"the state lacks the layers {missing} and has the unknown layers {unknown}")
+        restored = {
+            name: Feedback(make_rule(row["mode"], row["options"]), own[name].info, row["seed"], row["draws"])
+            for name, row in saved.items()
+        }
+        for name, feedback in restored.items():
+            own[name].feedback = feedback
+        self.enabled = state["enabled"]
+
+    def __repr__(self) -> str:
+        return f"<feedbackhook.Patch of {type(self._model).__name__}, {len(self._bracket.layers)} layers>"
+
+    def __str__(self) -> str:
+        """A table: which layers, which rule, how often each was rerouted; then what is left exact."""
+        head = ("layer", "kind", "weight", "rule", "calls", "rerouted")
+        rows = [
+            (
+                row.name or "(root)",
+                row.kind,
+                "x".join(map(str, row.shape)),
+                row.rule,
+                str(row.calls),
+                "no upstream" if row.upstream is False else str(row.rerouted),
+            )
+            for row in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)
+        ]
+        return "\n".join([line.rstrip() for line in lines])
+
+    def _layer(self, name: str) -> Layer:
+        for layer in self._bracket.layers:
+            if name in layer.names:
+                return layer
+        known = ", ".join(repr(layer.info.name) for layer in self._bracket.layers)
+        raise KeyError(f"no patched layer is named {name!r}; patched: {known}")
+
+
+def get_patch(model: nn.Module) -> Patch | None:
+    """The patch on `model`, on a part of it or on a whole of which it is a part; None where there is none.
+
+    Raises:
+        ValueError: parts of it have different patches.
+    """
+    patches = _patches(model)
+    if len(patches) > 1:
+        raise ValueError(
+            f"{len(patches)} patches lie on parts of this {type(model).__name__}; ask for one part's, "
+            "or take all off with feedbackhook.unpatch(model)"
+        )
+    return patches[0][1] if patches else None
+
+
+def unpatch(model: nn.Module) -> None:
+    """Takes off every patch on `model`, on parts of it and on a whole of which it is a part.
+
+    Raises:
+        ValueError: there is none.
+    """
+    patches = _patches(model)
+    if not patches:
+        raise ValueError(f"this {type(model).__name__} is not patched")
+    for _, handle in patches:
+        handle.remove()
+
+
+def _patches(model: nn.Module) -> list[tuple[str, Patch]]:
+    """Each patch met in the tree, with the name of the first module that carries it."""
+    found: dict[int, tuple[str, Patch]] = {}
+    for name, module in model.named_modules():
+        if (mark := module.__dict__.get(MARK)) is not None:
+            found.setdefault(id(mark.patch), (name, mark.patch))
+    return list(found.values())
+
+
+def _refuse_second_patch(model: nn.Module) -> None:
+    for name, _ in _patches(model):
+        where = f"its part {name!r}" if name else "it"
+        raise ValueError(
+            f"cannot patch this {type(model).__name__}: {where} is patched already; "
+            "feedbackhook.get_patch(model) gives that patch, feedbackhook.unpatch(model) takes it off"
+        )
+
+
+def _layers(targets: list[Target], rule: Rule, seed: int) -> dict[str, Layer]:
+    """A layer for each target's name; targets that hold one parameter as their weight share a layer."""
+    by_weight: dict[int, Layer] = {}
+    layers: dict[str, Layer] = {}
+    for module, info in targets:
+        weight = module._parameters.get("weight")
+        layer = by_weight.get(id(weight)) if weight is not None else None
+        if layer is None:
+            layer = Layer(info, module, Feedback(rule, info, seed))
+            if weight is not None:
+                by_weight[id(weight)] = layer
+        else:
+            layer.names.append(info.name)
+        layers[info.name] = layer
+    return layers

@@ -1,0 +1,119 @@
+"""How each torch function sends an error signal to its input, with V in the place of the weight.
+
+Letters: delta the error signal at the output (of the output's shape), V the feedback weight in the layout of
+the weight, x the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(delta, V) -> the error signal at the input, of the input's shape."""
+
+
+class Call(NamedTuple):
+    """One call of a torch function, read: its input, its weight and its product with V."""
+
+    input: Tensor
+    weight: Tensor
+    product: Product
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    return Call(input, weight, torch.matmul)  # delta V, over the last dimension
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Call:
+    n = weight.dim() - 2
+    dilation = _each(dilation, n)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        before, after = [t // 2 for t in total], [t - t // 2 for t in total]
+    else:
+        before = after = [0] * n if padding == "valid" else _each(padding, n)  # type: ignore[arg-type]
+    geometry = _Geometry(_each(stride, n), before, dilation, False, [0] * n, groups)
+    extra = [a - b for a, b in zip(after, before, strict=True)]
+    return Call(input, weight, partial(_conv_product, input.shape, geometry, extra))
+
+
+def _conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Call:
+    n = weight.dim() - 2
+    geometry = _Geometry(
+        _each(stride, n), _each(padding, n), _each(dilation, n), True, _each(output_padding, n), groups
+    )
+    return Call(input, weight, partial(_conv_product, input.shape, geometry, [0] * n))
+
+
+class _Geometry(NamedTuple):
+    """The arguments of `aten.convolution_backward` from the stride on."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
+def _conv_product(
+    shape: Sequence[int], geometry: _Geometry, extra: list[int], delta: Tensor, feedback: Tensor
+) -> Tensor:
+    """The convolution's input gradient with V as its kernel.
+
+    `shape` is the input's; `extra` is what 'same' pads more at the end of each dimension than at its start,
+    which it does for even kernels: then the product belongs to the input so padded, and is cropped.
+    """
+    batched = len(shape) == feedback.dim()
+    size = list(shape) if batched else [1, *shape]
+    padded = size[:2] + [s + e for s, e in zip(size[2:], extra, strict=True)]
+    # The input gradient needs the input's shape alone, so one number stands for all of its entries.
+    stand_in = delta.new_empty(1).expand(padded)
+    delta = delta if batched else delta.unsqueeze(0)
+    mask = [True, False, False]
+    error: Tensor = torch.ops.aten.convolution_backward(delta, stand_in, feedback, None, *geometry, mask)[0]
+    for dim, (wanted, found) in enumerate(zip(size, padded, strict=True)):
+        if wanted != found:
+            error = error.narrow(dim, 0, wanted)
+    return error if batched else error.squeeze(0)
+
+
+def _each(value: int | Sequence[int], n: int) -> list[int]:
+    """One number for each of n dimensions; a sequence of one counts for all."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * n if len(values) == 1 else values
+
+
+OPERATIONS: dict[Callable[..., Any], Callable[..., Call]] = {
+    F.linear: _linear,
+    F.conv1d: _conv,
+    F.conv2d: _conv,
+    F.conv3d: _conv,
+    F.conv_transpose1d: _conv_transpose,
+    F.conv_transpose2d: _conv_transpose,
+    F.conv_transpose3d: _conv_transpose,
+}
+"""The torch functions that are rerouted, each with the reader of its arguments."""

@@ -1,0 +1,102 @@
+"""Random numbers from a counter: a hash of seed, layer, stream, draw count and index, in tensor operations.
+
+No generator is held and none is advanced, so a draw is the same on every device and rank and after every
+resume, traces under `torch.compile`, and leaves the global generators of torch and numpy alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from feedbackhook.targets import LayerInfo
+
+_IntOrTensor = TypeVar("_IntOrTensor", int, Tensor)
+
+# Multipliers and shifts of a 32-bit finaliser found by search for low avalanche bias (Wellons' hash
+# prospector, 2018, and TheIronBorn's follow-up). Both multipliers are below 2**31.
+_ROUNDS = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1))
+_MASK = 0xFFFFFFFF
+_BLOCK = 1 << 18  # numbers hashed at a time: two int32 buffers of 1 MiB stay in cache
+_MANTISSA_BITS = 23  # with half a step added, each value is exact in float32 and strictly inside (0, 1)
+
+
+@dataclass(frozen=True)
+class CounterRNG:
+    """The random numbers of one layer's `count`-th draw.
+
+    Args:
+        seed: the patch's seed.
+        layer: the layer for which it draws; its name is part of the key.
+        count: how often this layer has been redrawn; an int, or an int64 tensor of no dimensions.
+    """
+
+    seed: int
+    layer: LayerInfo
+    count: int | Tensor = 0
+
+    def uniform(self, weight: Tensor, stream: str = "") -> Tensor:
+        """Numbers from U(0, 1), float32, in the shape and on the device of `weight`.
+
+        `stream` names one of several independent draws for the same weight (magnitudes, signs).
+        """
+        first, second = self._keys(stream)
+        bits = _hash(weight.numel(), first, second, weight.device)
+        steps = bits.bitwise_right_shift_(32 - _MANTISSA_BITS).bitwise_and_((1 << _MANTISSA_BITS) - 1)
+        return steps.to(torch.float32).add_(0.5).mul_(2.0**-_MANTISSA_BITS).view(weight.shape)
+
+    def normal(self, weight: Tensor, stream: str = "") -> Tensor:
+        """Numbers from N(0, 1), float32, in the shape and on the device of `weight`, by the inverse of the
+        cumulative distribution; the 23 bits behind each bound them to about 5.3 standard deviations."""
+        uniform = self.uniform(weight, stream)
+        return uniform.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
+
+    def _keys(self, stream: str) -> tuple[int, int | Tensor]:
+        text = f"{self.seed}\0{self.layer.name}\0{stream}".encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        first, second = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+        if isinstance(self.count, Tensor):
+            return first, _mix(second ^ _mix(self.count & _MASK))
+        return first, _mix(second ^ _mix(self.count & _MASK))
+
+
+def _mix(x: _IntOrTensor) -> _IntOrTensor:
+    """The finaliser on a Python int or an int64 tensor in [0, 2**32); no product leaves 63 bits."""
+    for shift, multiplier in _ROUNDS:
+        x = ((x ^ (x >> shift)) * multiplier) & _MASK
+    return x
+
+
+def _mix_(x: Tensor, scratch: Tensor) -> None:
+    """The same finaliser in place on an int32 tensor, whose products wrap."""
+    for shift, multiplier in _ROUNDS:
+        torch.bitwise_right_shift(x, shift, out=scratch)
+        x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))  # the mask makes the shift logical
+        if multiplier != 1:
+            x.mul_(multiplier)
+
+
+def _hash(n: int, first: int, second: int | Tensor, device: torch.device) -> Tensor:
+    """`mix(mix(index ^ first) ^ second)` for the indices 0 to n - 1, as the 32 bits of an int32 tensor."""
+    bits = torch.arange(n, dtype=torch.int32, device=device)
+    block = n if torch.compiler.is_compiling() or device.type != "cpu" else _BLOCK
+    scratch = torch.empty(min(n, block), dtype=torch.int32, device=device)
+    keys = _as_int32(first), _as_int32(second)
+    for start in range(0, n, max(block, 1)):
+        part = bits[start : start + block]
+        for key in keys:
+            part.bitwise_xor_(key)
+            _mix_(part, scratch[: len(part)])
+    return bits
+
+
+def _as_int32(key: int | Tensor) -> int | Tensor:
+    if isinstance(key, Tensor):
+        return key.to(torch.int32)
+    return key - (1 << 32) if key >= 1 << 31 else key

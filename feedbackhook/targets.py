@@ -1,0 +1,189 @@
+"""Which layers of a model are patched: the kinds that can be, `include` and `exclude`, the classifier."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+Selection: TypeAlias = str | Sequence[str | type[nn.Module]]
+
+KINDS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""The kinds of layer that can be patched; subclasses count as the kind that they extend."""
+
+FUSED: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
+"""Layers that compute in one fused call, inside which no error signal can be rerouted."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a rule may know of the layer for which it draws.
+
+    Args:
+        name: the full name in the patched model.
+        kind: one of `KINDS`, by its name.
+        shape: that of the weight.
+        fan_in: the number of weights that feed one output unit (of a transposed convolution: one output
+            unit of stride 1).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    fan_in: int
+
+
+class Target(NamedTuple):
+    """A layer to be patched: its module, and what is known of it."""
+
+    module: nn.Module
+    info: LayerInfo
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The kind in `KINDS` that the module is, or None."""
+    return next((kind for kind in KINDS if isinstance(module, kind)), None)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The layer's weight as its forward would use it now."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"the weight of {type(module).__name__} is {type(weight).__name__}, not a tensor")
+    return weight
+
+
+def find_targets(
+    model: nn.Module, include: Selection | None = None, exclude: Selection | None = None
+) -> list[Target]:
+    """The layers of `model` that `include` (None: all) holds and `exclude` does not.
+
+    A string is a regular expression that the full name must match as a whole; a list holds full names, name
+    suffixes (`"fc"` is also `"block.fc"`) or module types. `exclude` wins.
+
+    Raises:
+        ValueError: nothing to patch, a selection without effect, or a weight shared by a patched layer and
+            one that is not.
+        TypeError: a fused recurrent layer is selected, or a selection is of the wrong type.
+    """
+    modules = {name: module for name, module in model.named_modules() if kind_of(module) or _fused(module)}
+    if not any(kind_of(module) for module in modules.values()) and not modules:
+        kinds = ", ".join(kind.__name__ for kind in KINDS)
+        raise ValueError(f"{type(model).__name__} has nothing to patch: no layer of the kinds {kinds}")
+    included = set(modules) if include is None else _select("include", include, modules)
+    excluded = set() if exclude is None else _select("exclude", exclude, modules)
+    if exclude is not None and not excluded & included:
+        raise ValueError(f"exclude={_show(exclude)} has no effect: it matches no layer that include selects")
+    chosen = [name for name in modules if name in included and name not in excluded]
+    if not chosen:
+        raise ValueError(f"nothing is left to patch: exclude={_show(exclude)} takes every layer away")
+    for name in chosen:
+        if _fused(modules[name]):
+            raise TypeError(
+                f"{type(modules[name]).__name__} {name!r} computes in one fused call, inside which no error "
+                f"signal can be rerouted; exclude=[{name!r}] leaves it with exact backprop"
+            )
+    _check_shared(model, set(chosen))
+    return [Target(modules[name], _info(name, modules[name])) for name in chosen]
+
+
+def classifier(model: nn.Module) -> list[str]:
+    """The full names of the layers that make the class scores, for `exclude` (or `include`).
+
+    Those inside `model.get_classifier()` where the model has that method, as timm's have; otherwise the last
+    layer, in the order in which the modules are registered, that can be patched.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = {module: name for name, module in model.named_modules() if kind_of(module)}
+    if callable(getter := getattr(model, "get_classifier", None)):
+        heads = getter()
+        heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+        found = [names[part] for head in heads for part in head.modules() if part in names]
+    else:
+        found = list(names.values())[-1:]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no classifier that can be patched")
+    return found
+
+
+def _fused(module: nn.Module) -> bool:
+    return isinstance(module, FUSED)
+
+
+def _info(name: str, module: nn.Module) -> LayerInfo:
+    kind = kind_of(module)
+    assert kind is not None
+    if is_lazy(module.weight):
+        raise ValueError(f"{type(module).__name__} {name!r} has no weight yet; run a forward before patching")
+    shape = tuple(weight_of(module).shape)
+    if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        fan_in = shape[0] // int(module.groups) * math.prod(shape[2:])  # type: ignore[arg-type]
+    else:
+        fan_in = math.prod(shape[1:])
+    return LayerInfo(name, kind.__name__, shape, fan_in)
+
+
+def _select(argument: str, selection: Selection, modules: dict[str, nn.Module]) -> set[str]:
+    """The names that the selection matches; each of its items must match one."""
+    if isinstance(selection, str):
+        pattern = re.compile(selection)
+        items: dict[str, Callable[[str], bool]] = {selection: lambda name: bool(pattern.fullmatch(name))}
+    elif isinstance(selection, Sequence):
+        items = {_show(item): _matcher(argument, item, modules) for item in selection}
+    else:
+        raise TypeError(f"{argument} must be a regular expression or a list, not {selection!r}")
+    selected: set[str] = set()
+    for item, matches in items.items():
+        found = {name for name in modules if matches(name)}
+        if not found:
+            near = difflib.get_close_matches(item.strip("'"), modules, n=3, cutoff=0.3) or list(modules)[:3]
+            raise ValueError(
+                f"{argument}: {item} matches no layer; near names: {', '.join(map(repr, near))} "
+                "(a string is a regular expression for the full name, a list holds names, suffixes or types)"
+            )
+        selected |= found
+    return selected
+
+
+def _matcher(argument: str, item: object, modules: dict[str, nn.Module]) -> Callable[[str], bool]:
+    if isinstance(item, str):
+        return lambda name: name == item or name.endswith(f".{item}")
+    if isinstance(item, type) and issubclass(item, nn.Module):
+        return lambda name: isinstance(modules[name], item)
+    raise TypeError(f"{argument} holds {item!r}, which is neither a name nor a module type")
+
+
+def _show(item: object) -> str:
+    return item.__name__ if isinstance(item, type) else repr(item)
+
+
+def _check_shared(model: nn.Module, chosen: set[str]) -> None:
+    """A weight that a chosen layer shares with one that is not chosen could follow neither's wish."""
+    owners: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        if name in chosen:
+            owners.update((parameter, name) for parameter in module.parameters(recurse=False))
+    for name, module in model.named_modules():
+        if name in chosen or kind_of(module) is None:
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter in owners:
+                raise ValueError(
+                    f"{owners[parameter]!r} and {name!r} share a weight; patch both or exclude both"
+                )
