@@ -1,0 +1,236 @@
+"""The tidy table of a run: one row a measured value, in Parquet part files that outlive a killed process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+__all__ = ["COLUMNS", "Recorder", "read", "written_aside"]
+
+COLUMNS = ("run", "step", "epoch", "layer", "depth", "metric", "value")
+
+
+class Recorder:
+    """Writes the table of one run: ``run, step, epoch, layer, depth, metric, value``.
+
+    Rows wait in memory until :meth:`flush` (or the end of the ``with`` block) writes them as one more
+    ``metrics/part-00000.parquet`` of the run folder. A part is written aside, then renamed, so a killed
+    process leaves whole parts alone and loses the rows since the last flush. One recorder a folder:
+    the lock is the operating system's, so it ends with the process however that ends.
+
+    Args:
+        folder: the run folder; made if it is missing.
+        run: the run's name, by default the folder's.
+
+    Raises:
+        BlockingIOError: another recorder is at work in this folder.
+        ImportError: pyarrow is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, run: str | None = None) -> None:
+        _pyarrow()
+        folder = Path(folder).resolve()
+        self.run = folder.name if run is None else run
+        self._parts = folder / "metrics"
+        self._parts.mkdir(parents=True, exist_ok=True)
+        self._rows: list[tuple[str, int, int, str | None, int | None, str, float]] = []
+        self._lock: IO[str] | None = _lock(self._parts / ".lock")
+        for unfinished in self._parts.glob(".part-*"):
+            unfinished.unlink()
+
+    def add(
+        self,
+        step: int,
+        epoch: int,
+        metric: str,
+        value: float,
+        layer: str | None = None,
+        depth: int | None = None,
+    ) -> None:
+        """Add one row: ``metric`` has ``value`` after ``step`` updates, in ``epoch`` (0: before training).
+
+        ``layer`` and ``depth`` (0: nearest to the input) belong to metrics that are measured layer by layer.
+        """
+        if self._lock is None:
+            raise ValueError("this recorder is closed")
+        self._rows.append((self.run, int(step), int(epoch), layer, depth, metric, float(value)))
+
+    def flush(self) -> None:
+        """Write the rows added since the last flush to disk, as one part file."""
+        if self._rows:
+            columns = [list(column) for column in zip(*self._rows, strict=True)]
+            table = _pyarrow().table(columns, schema=_schema())
+            _write_part(table, self._parts / _part_name(len(_parts_of(self._parts))))
+            self._rows.clear()
+
+    def drop_after(self, step: int) -> None:
+        """Forget all rows of later steps than ``step``: a run that goes on from a checkpoint makes them anew.
+
+        Parts are replaced one by one from the last backwards, so that being killed halfway does no harm.
+        """
+        self._rows = [row for row in self._rows if row[1] <= step]
+        last = True
+        for part in reversed(_parts_of(self._parts)):
+            table = _read_part(part)
+            kept = table.filter(_pyarrow().compute.field("step") <= step)
+            last = last and not kept.num_rows
+            if last:
+                part.unlink()
+            elif kept.num_rows < table.num_rows:
+                _write_part(kept, part)
+
+    def close(self) -> None:
+        """Flush, and let go of the folder; closing twice is fine."""
+        if self._lock is not None:
+            try:
+                self.flush()
+            finally:
+                self._lock.close()
+                self._lock = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read(folder: str | os.PathLike[str]) -> pandas.DataFrame:
+    """The table of a run folder, or of all the runs in a folder, as pandas has it.
+
+    ``layer`` is missing and ``depth`` (Int64) is ``<NA>`` in rows that concern the whole network.
+
+    Raises:
+        FileNotFoundError: there is no table in this folder.
+        ValueError: a part file is damaged or missing, or two runs have the same name; it names the files.
+        ImportError: pandas or pyarrow is not installed.
+    """
+    pa = _pyarrow()
+    _require("pandas")
+    folders = [folder_ for folder_ in sorted(Path(folder).rglob("metrics")) if _parts_of(folder_)]
+    if not folders:
+        raise FileNotFoundError(
+            f"no table in {Path(folder).resolve()}: neither a run folder (metrics/part-00000.parquet) "
+            "nor a folder of such"
+        )
+    tables = []
+    owner: dict[str, Path] = {}
+    for metrics in folders:
+        table = pa.concat_tables([_read_part(part) for part in _parts_of(metrics)])
+        tables.append(table)
+        for run in table.column("run").unique().to_pylist():
+            if run in owner:
+                folders_of_run = f"{owner[run].parent} and {metrics.parent}"
+                raise ValueError(f"two runs are named {run!r}: {folders_of_run}; read one of them")
+            owner[run] = metrics
+    return pa.concat_tables(tables).to_pandas().astype({"depth": "Int64"})
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``; what the block writes there is renamed to ``path`` once it is on disk.
+
+    So ``path`` holds the old content or the new, never a part of it, whenever the process or the machine
+    stops. If the block raises, ``path`` stays as it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _lock(path: Path) -> IO[str]:
+    import fcntl
+
+    file = open(path, "a")  # noqa: SIM115 - held open as long as the recorder lives
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(
+            f"{path.parent.parent} is being written by another run: wait for it, or use another folder"
+        ) from None
+    return file
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    """The part files of a metrics folder in order.
+
+    Raises:
+        ValueError: a part is missing, so the table is not whole.
+    """
+    parts = sorted(folder.glob("part-*.parquet"))
+    for number, part in enumerate(parts):
+        if part.name != _part_name(number):
+            raise ValueError(
+                f"{folder / _part_name(number)} is missing, and later parts of its table are there"
+            )
+    return parts
+
+
+def _write_part(table: pyarrow.Table, path: Path) -> None:
+    import pyarrow.parquet
+
+    with written_aside(path) as aside:
+        pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
+
+
+def _read_part(path: Path) -> pyarrow.Table:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).read()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not table.schema.equals(_schema()):
+        raise ValueError(f"{path} is no part of a metrics table: it has the columns {table.column_names}")
+    return table
+
+
+def _schema() -> pyarrow.Schema:
+    pa = _pyarrow()
+    text, number = pa.string(), pa.int64()
+    types = (text, number, number, text, number, text, pa.float64())
+    return pa.schema(list(zip(COLUMNS, types, strict=True)))
+
+
+def _pyarrow() -> Any:
+    _require("pyarrow.compute")
+    import pyarrow
+
+    return pyarrow
+
+
+def _require(module: str) -> None:
+    from importlib import import_module
+
+    try:
+        import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"the tidy table needs {package}: pip install 'feedbackhook[experiments]'"
+        ) from error
