@@ -138,7 +138,7 @@ def read(folder: str | os.PathLike[str]) -> pandas.DataFrame:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; what the block writes there is renamed to ``path`` once it is on disk.
+    """A temporary path beside ``path``; what is written there is renamed to ``path`` once it is on disk.
 
     So ``path`` holds the old content or the new, never a part of it, whenever the process or the machine
     stops. If the block raises, ``path`` stays as it was.
