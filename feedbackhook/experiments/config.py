@@ -1,0 +1,144 @@
+"""What a run is made of, as typed dataclasses: the keys of a YAML file and the command line's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A run cannot start as it is configured; the message says what to change."""
+
+
+@dataclass
+class DataConfig:
+    """The images.
+
+    Args:
+        name: `digits` (scikit-learn's 1,797 images of 8x8, no download), the name of a classification class
+            of torchvision.datasets (`MNIST`, `CIFAR10`, ...), or `imagefolder:PATH`, where PATH holds
+            train/CLASS/IMAGE and test/CLASS/IMAGE (or val/).
+        root: the folder in which torchvision keeps its datasets.
+        download: let torchvision download the dataset into `root`.
+        size: resize images to size x size pixels; null: what the model is made for, else as they are.
+    """
+
+    name: str = "digits"
+    root: str = "data"
+    download: bool = False
+    size: int | None = None
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Args:
+        name: `liao2016/mnist`, the paper's network for MNIST, or `timm/NAME` for any timm model.
+        batch_norm: for the paper's networks, before each hidden ReLU: `none`; `paper`, which has no
+            learnable scale and shift; `affine`, which has them. A timm model brings its own.
+        options: keyword arguments of `timm.create_model`, such as `pretrained`.
+    """
+
+    name: str = "liao2016/mnist"
+    batch_norm: Literal["none", "paper", "affine"] = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class FeedbackConfig:
+    """The feedback weights: the arguments of feedbackhook.patch.
+
+    Args:
+        mode: a rule, such as `sign` or `frSF`; null leaves the network unpatched (backprop).
+        options: the rule's options, such as `concordance`.
+        include: layers to patch: a regular expression for the full name, or a list of names or suffixes.
+        exclude: layers to leave exact, in the same form.
+        seed: of the feedback weights; null: the protocol's.
+    """
+
+    mode: str | None = "sign"
+    options: dict[str, Any] = field(default_factory=dict)
+    include: str | list[str] | None = None
+    exclude: str | list[str] | None = None
+    seed: int | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer.
+
+    Args:
+        name: `sgd` (torch.optim.SGD) or `batch_manhattan` (feedbackhook.optim.BatchManhattan).
+        lr: learning rate of the first epoch. Batch Manhattan's is the size of a weight's step.
+        momentum: of both.
+        weight_decay: of both. The paper does not print its own; 5e-4 was its software's default.
+        setting: of Batch Manhattan, 0 to 3; 1 is the paper's default.
+    """
+
+    name: Literal["sgd", "batch_manhattan"] = "batch_manhattan"
+    lr: float = 5e-5
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    setting: int = 1
+
+
+@dataclass
+class ProtocolConfig:
+    """How long and on what.
+
+    Args:
+        epochs: passes over the training set.
+        batch_size: images a mini-batch; what is left at an epoch's end, less than that, is not drawn.
+        milestones: epochs after which the learning rate is multiplied by `rate_factor`; null: the paper's
+            50 and 60 of 65, scaled to `epochs`.
+        rate_factor: see `milestones`.
+        seed: of the initial weights, the order of the data and, unless they have their own, the feedback
+            weights.
+        threads: CPU threads; null: torch's own number. Kept with the run, since it changes the last bits.
+        device: a torch device, or `auto`: a GPU if there is one.
+    """
+
+    epochs: int = 15
+    batch_size: int = 100
+    milestones: list[int] | None = None
+    rate_factor: float = 0.1
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+
+
+@dataclass
+class RecordConfig:
+    """What is recorded beside loss and error, which are recorded each epoch.
+
+    Args:
+        every: epochs between two measurements of the layers (weight angle, sign agreement, norm ratio).
+    """
+
+    every: int = 1
+
+
+@dataclass
+class RunConfig:
+    """One run.
+
+    Args:
+        data: the images
+        model: the network
+        feedback: the feedback weights
+        optimizer: the optimizer
+        protocol: how long and on what
+        record: what is recorded
+        output: the run folder; null: runs/DATA-MODE-seedSEED.
+        provenance: versions, machine and command, filled in by the run; what is given here has no effect.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+    output: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,207 @@
+"""Data from scikit-learn, torchvision and folders of images, without a download."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from feedbackhook.experiments.config import ConfigError, DataConfig
+from feedbackhook.experiments.data import ImageData, load, minibatches
+
+CPU = torch.device("cpu")
+
+
+def images(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_digits_have_a_fixed_stratified_split() -> None:
+    data = load(DataConfig())
+    assert data.train.images.shape == (1437, 1, 8, 8)
+    assert data.test.images.shape == (360, 1, 8, 8)
+    assert data.classes == 10
+    for split, share in ((data.train, 143.7), (data.test, 36.0)):
+        assert (split.labels.bincount() - share).abs().max() < 5
+        assert split.images.dtype == torch.uint8
+    seen = {row.tobytes() for row in data.train.images.numpy()}
+    assert sum(row.tobytes() in seen for row in data.test.images.numpy()) == 0
+    again = load(DataConfig())
+    assert torch.equal(again.test.images, data.test.images)
+    assert torch.equal(again.train.labels, data.train.labels)
+
+
+def test_digits_are_resized_and_keep_their_range() -> None:
+    small, large = load(DataConfig()), load(DataConfig(size=28))
+    assert large.train.images.shape == (1437, 1, 28, 28)
+    assert torch.equal(large.train.labels, small.train.labels)
+    assert small.train.images.max() == 255
+    means = [d.train.images.double().mean((1, 2, 3)) for d in (small, large)]
+    torch.testing.assert_close(means[0], means[1], rtol=0.05, atol=0.0)
+
+
+def test_batches_are_normalised_by_the_training_set() -> None:
+    data = load(DataConfig())
+    x, _ = data.batch(data.train, slice(None), CPU)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
+    index = torch.tensor([3, 1])
+    part, labels = data.batch(data.test, index, CPU)
+    expected = (data.test.images[index].float() / 255 - data.mean) / data.std
+    torch.testing.assert_close(part, expected)
+    assert torch.equal(labels, data.test.labels[index])
+
+
+def test_minibatches_are_a_shuffled_epoch_of_whole_batches() -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = (list(minibatches(23, 5, generator)) for _ in range(2))
+    for epoch in (first, second):
+        assert [len(index) for index in epoch] == [5, 5, 5, 5]
+        assert len(set(torch.cat(epoch).tolist())) == 20
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    again = list(minibatches(23, 5, torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.cat(first), torch.cat(again))
+
+
+def write_mnist(root: Path, name: str = "MNIST") -> dict[str, np.ndarray]:
+    """MNIST's files, as torchvision leaves them, with 20 training and 10 test images."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    content = {"train": images(20, 28, 28, seed=1), "t10k": images(10, 28, 28, seed=2)}
+    for prefix, pixels in content.items():
+        labels = (np.arange(len(pixels)) % 10).astype(np.uint8)
+        header = struct.pack(">iiii", 0x803, *pixels.shape)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = struct.pack(">ii", 0x801, len(labels))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return content
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_a_dataset_with_a_train_flag_is_read_by_its_name(tmp_path: Path, name: str) -> None:
+    content = write_mnist(tmp_path, name)
+    data = load(DataConfig(name, root=str(tmp_path)))
+    assert np.array_equal(data.train.images[:, 0].numpy(), content["train"])
+    assert np.array_equal(data.test.images[:, 0].numpy(), content["t10k"])
+    assert data.test.labels.tolist() == list(range(10))
+
+
+def test_a_dataset_with_named_splits_is_read_by_its_name(tmp_path: Path) -> None:
+    for split, folder in (("train", "train"), ("test", "test")):
+        for k, label in enumerate(["negative", "positive"]):
+            path = tmp_path / "rendered-sst2" / folder / label / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((6, 6, 3), 10 * k + (split == "test"), np.uint8)).save(path)
+    (tmp_path / "rendered-sst2" / "valid").mkdir()
+    data = load(DataConfig("RenderedSST2", root=str(tmp_path)))
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 10]
+    assert data.test.images[:, 0, 0, 0].tolist() == [1, 11]
+    assert data.classes == 2
+
+
+def test_a_dataset_without_splits_gets_a_stratified_one() -> None:
+    data = load(DataConfig("FakeData", size=4))
+    assert data.train.images.shape == (800, 3, 4, 4)
+    assert data.test.images.shape == (200, 3, 4, 4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        for k, name in enumerate(["cat", "dog", "eel"]):
+            path = tmp_path / split / name
+            path.mkdir(parents=True)
+            for i in range(2):
+                Image.fromarray(images(9, 9, 3, seed=10 * k + i)).save(path / f"{i}.png")
+    return tmp_path
+
+
+def loaded(path: Path, size: int | None = None) -> ImageData:
+    return load(DataConfig(f"imagefolder:{path}", size=size))
+
+
+def test_a_folder_of_images_is_read(folder: Path) -> None:
+    data = loaded(folder)
+    assert data.train.images.shape == (6, 3, 9, 9)
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.array_equal(data.train.images[3].permute(1, 2, 0).numpy(), images(9, 9, 3, seed=11))
+    (folder / "test").rename(folder / "val")
+    assert torch.equal(loaded(folder).test.images, data.test.images)
+
+
+def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
+    Image.fromarray(images(5, 7, 3)).save(folder / "train" / "cat" / "9.png")
+    with pytest.raises(ConfigError, match=r"from 5x7 to 9x9 pixels\): set data.size"):
+        loaded(folder)
+    assert loaded(folder, size=4).train.images.shape == (7, 3, 4, 4)
+
+
+def test_a_test_set_of_another_size_needs_a_size(folder: Path) -> None:
+    for path in (folder / "test").rglob("*.png"):
+        Image.fromarray(images(5, 5, 3)).save(path)
+    with pytest.raises(ConfigError, match=r"differ in size: set data\.size"):
+        loaded(folder)
+
+
+def test_classes_that_differ_are_an_error(folder: Path) -> None:
+    (folder / "test" / "dog").rename(folder / "test" / "ant")
+    with pytest.raises(ConfigError, match="differ in their classes: ant, dog"):
+        loaded(folder)
+
+
+def test_a_channel_of_one_value_does_not_divide_by_zero(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path)
+    data = loaded(folder)
+    x, _ = data.batch(data.test, slice(None), CPU)
+    assert x.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig("MNIST", root="nowhere"), r"MNIST could not be read.*nowhere.*--data.download true"),
+        (DataConfig("ImageNet", root="nowhere"), r"ImageNet.*nowhere.*cannot download it; set --data.root"),
+        (DataConfig("CocoDetection"), "'CocoDetection' is no classification dataset.*CIFAR10"),
+        (DataConfig("VOCSegmentation"), "'VOCSegmentation' is no classification dataset"),
+        (DataConfig("CIFAR11"), "'CIFAR11' is unknown: use digits, imagefolder:PATH"),
+        (DataConfig("imagefolder:nowhere"), "no images in .*nowhere: imagefolder:PATH needs PATH/train"),
+        (DataConfig(size=0), "data.size must be a positive number of pixels, not 0"),
+    ],
+    ids=lambda value: value.name if isinstance(value, DataConfig) else "",
+)
+def test_what_cannot_be_loaded_is_one_clear_error(
+    config: DataConfig, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load(config)
+
+
+def test_an_empty_class_folder_is_one_clear_error(folder: Path) -> None:
+    (folder / "train" / "ant").mkdir()
+    with pytest.raises(ConfigError, match="ant"):
+        loaded(folder)
+
+
+def test_a_damaged_download_is_one_clear_error(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ConfigError, match="MNIST could not be read"):
+        load(DataConfig("MNIST", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda _: b"no image"], ids=["cut", "foreign"])
+def test_a_damaged_image_is_named(folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = folder / "test" / "dog" / "1.png"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConfigError, match=r"test/dog/1\.png cannot be decoded"):
+        loaded(folder)

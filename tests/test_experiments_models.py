@@ -1,0 +1,146 @@
+"""The paper's MNIST network by its table, and its batch normalisation by its formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from feedbackhook.experiments.config import ConfigError, ModelConfig
+from feedbackhook.experiments.models import PaperBatchNorm, build, estimate_statistics, liao2016_mnist
+
+WITHOUT_BN = 431_080
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "count"), [("none", WITHOUT_BN), ("paper", WITHOUT_BN), ("affine", WITHOUT_BN + 2 * 570)]
+)
+def test_the_mnist_network_has_the_layers_of_table_1(batch_norm: str, count: int) -> None:
+    model = build(ModelConfig(batch_norm=batch_norm), classes=10, channels=1, size=(28, 28))  # type: ignore
+    shapes = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, y, name=name: shapes.update({name: tuple(y.shape[1:])}))
+    model(torch.zeros(2, 1, 28, 28))
+    expected = {
+        "conv1": (20, 24, 24),
+        "pool1": (20, 12, 12),
+        "conv2": (50, 8, 8),
+        "pool2": (50, 4, 4),
+        "fc1": (500,),
+        "fc2": (10,),
+    }
+    assert {name: shapes[name] for name in expected} == expected
+    assert parameters(model) == count
+    order = [type(m) for m in model if not isinstance(m, nn.Flatten)]
+    block = [nn.ReLU] if batch_norm == "none" else [PaperBatchNorm, nn.ReLU]
+    conv = [nn.Conv2d, *block, nn.MaxPool2d]
+    assert order == [*conv, *conv, nn.Linear, *block, nn.Linear]
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["paper", "affine"])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 5)], ids=["features", "images"])
+def test_training_normalises_by_the_mini_batch_with_an_exact_gradient(
+    affine: bool, shape: tuple[int, ...]
+) -> None:
+    norm = PaperBatchNorm(3, affine=affine).double()
+    theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(3, affine=affine).double()
+    if affine:
+        for ours, other in zip(norm.parameters(), theirs.parameters(), strict=True):
+            nn.init.normal_(ours)
+            other.data.copy_(ours)
+    else:
+        assert parameters(norm) == 0
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, (x,))
+    torch.testing.assert_close(norm(x), theirs(x))
+    assert norm.mean.eq(0).all()
+    assert norm.std.eq(1).all()
+
+
+def test_the_test_statistics_are_a_moving_average_of_mean_and_standard_deviation() -> None:
+    torch.manual_seed(0)
+    norm = PaperBatchNorm(2)
+    batches = [torch.randn(30, 2, 4) * (1 + k) + k for k in range(20)]
+    mean = std = None
+    for x in batches:
+        m, s = x.mean((0, 2)), (x.var((0, 2), correction=0) + norm.eps).sqrt()
+        mean = m if mean is None else 0.95 * mean + 0.05 * m
+        std = s if std is None else 0.95 * std + 0.05 * s
+    for _ in range(2):  # taking them again starts anew
+        estimate_statistics(norm, batches)
+        torch.testing.assert_close(norm.mean, mean)
+        torch.testing.assert_close(norm.std, std)
+    x = torch.randn(5, 2, 4)
+    assert mean is not None
+    assert std is not None
+    torch.testing.assert_close(norm.eval()(x), (x - mean[:, None]) / std[:, None])
+
+
+def test_on_one_mini_batch_evaluation_equals_training() -> None:
+    torch.manual_seed(0)
+    model = liao2016_mnist(batch_norm="paper")
+    x = torch.randn(20, 1, 28, 28)
+    estimate_statistics(model, [x])
+    torch.testing.assert_close(model.eval()(x), model.train()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_taking_statistics_leaves_everything_else_as_it_was() -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 4),
+        PaperBatchNorm(4),
+        nn.BatchNorm1d(4),
+        nn.Dropout(),
+        nn.Linear(4, 2),
+        PaperBatchNorm(2),
+    )
+    model[4].eval()
+    modes = [m.training for m in model]
+    other = model[2].running_mean.clone()
+    state = torch.get_rng_state()
+    estimate_statistics(model, [torch.randn(8, 3)])
+    with pytest.raises(RuntimeError):
+        estimate_statistics(model, [torch.randn(8, 99)])
+    assert [m.training for m in model] == modes
+    assert torch.equal(model[2].running_mean, other)
+    assert not any(m._forward_pre_hooks for m in model)
+    assert not model[1].mean.eq(0).any()
+    assert not torch.equal(torch.get_rng_state(), state)  # randn above
+    state = torch.get_rng_state()
+    estimate_statistics(model, [torch.ones(8, 3)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_without_it_is_left_alone() -> None:
+    estimate_statistics(nn.Linear(1, 1), iter(lambda: pytest.fail("a batch was drawn"), None))
+
+
+def test_a_timm_model_is_built_for_the_data() -> None:
+    config = ModelConfig("timm/resnet18", options={"drop_rate": 0.5})
+    model = build(config, classes=7, channels=1, size=(32, 32))
+    assert model.drop_rate == 0.5
+    assert model.training
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "message"),
+    [
+        (ModelConfig("lenet"), 28, "no model is named 'lenet'"),
+        (ModelConfig("timm/"), 28, "no model is named 'timm/'"),
+        (ModelConfig(), 8, "takes images of 28x28, not 8x8: set data.size to 28"),
+        (ModelConfig(options={"width": 2}), 28, r"has no model.options; it was given \['width'\]"),
+        (ModelConfig("timm/resnet81"), 28, "no model named 'resnet81'; near it: resnet"),
+        (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "a timm model brings its own"),
+        (ModelConfig("timm/resnet18", options={"wings": 2}), 28, "timm/resnet18 with model.options.*wings"),
+        (ModelConfig("timm/vit_tiny_patch16_224"), 28, "cannot take images of 28x28 with 1 channels"),
+    ],
+    ids=lambda value: "" if isinstance(value, (str, int)) else f"{value.name}",
+)
+def test_what_cannot_be_built_is_one_clear_error(config: ModelConfig, size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(config, classes=10, channels=1, size=(size, size))
