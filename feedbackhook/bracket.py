@@ -5,6 +5,9 @@ it is not empty a `TorchFunctionMode` sees every call of the functions in `produ
 weight that the call really uses. A call of a patched weight runs on the detached input, so that PyTorch's own
 backward yields the weight and bias gradients alone, and the feedback edge joins its output to the input. A
 hook on each weight is the guard: a gradient that no bracketed call made is an error.
+
+Under `torch.compile` the hooks, the mode and the edge are traced; counts, probes and the search for new
+parameters, which are for the eye and for eager code, are left out of the graph.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Layer:
         self.rerouted = 0
         self.upstream: bool | None = None
         self.taps: OrderedDict[int, Tap] = OrderedDict()
+        self.compiled = False  # whether a call was traced; then no Python runs in the backward
         self._backward = -1  # the id of the last backward that reached a bracketed call
 
     def parameters(self) -> Iterator[Tensor]:
@@ -76,8 +80,9 @@ class Layer:
             tap(error_in, error_out)
 
     def was_bracketed(self) -> bool:
-        """Whether the backward now running has reached a bracketed call of this weight."""
-        return self._backward == torch._C._current_graph_task_id()
+        """Whether the backward now running has reached a bracketed call of this weight, as far as can be
+        told: a compiled backward tells nothing, so that a call that was traced must do."""
+        return self.compiled or self._backward == torch._C._current_graph_task_id()
 
 
 class Mark(NamedTuple):
@@ -111,13 +116,12 @@ class FeedbackEdge(torch.autograd.Function):
     def backward(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         layer: Layer = ctx.layer
-        if ctx.bracket.exact:
-            feedback = weight
-        else:
-            feedback = layer.feedback(weight)
-            layer.rerouted += 1
+        exact = ctx.bracket.exact
+        feedback = weight if exact else layer.feedback(weight)
         error_in = ctx.product(error_out, feedback.to(error_out.dtype)).to(ctx.dtype)
-        layer.error_signal(error_in, error_out)
+        if not torch.compiler.is_compiling():
+            layer.rerouted += not exact
+            layer.error_signal(error_in, error_out)
         return error_out, error_in, None, None, None, None
 
 
@@ -145,11 +149,15 @@ class _Mode(TorchFunctionMode):
 def _reroute(
     bracket: Bracket, layer: Layer, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    layer.calls += 1
-    layer.upstream = layer.upstream or call.input.requires_grad
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        layer.compiled = True
+    else:
+        layer.calls += 1
+        layer.upstream = layer.upstream or call.input.requires_grad
     if not call.input.requires_grad:
         output: Tensor = func(*args, **kwargs)
-        if output.requires_grad:
+        if output.requires_grad and not compiling:
             output.register_hook(lambda error_out: layer.error_signal(None, error_out))
         return output
     detached = call.input.detach()
@@ -197,6 +205,7 @@ class Bracket:
                 module.register_forward_hook(self._close, always_call=True),
             ]
         self._resolve(self.layers)
+        _forget_compiled_code()
 
     def detach(self, model: nn.Module) -> None:
         """Takes away every hook, mark and guard, and a mode that an interrupted forward has left behind."""
@@ -212,6 +221,7 @@ class Bracket:
             mark = module.__dict__.get(MARK)
             if mark is not None and mark.bracket is self:
                 del module.__dict__[MARK]
+        _forget_compiled_code()
 
     def layer_of(self, weight: Tensor) -> Layer | None:
         """The patched layer to which a weight in a call belongs.
@@ -231,11 +241,13 @@ class Bracket:
     def _open(self, module: nn.Module, args: object) -> None:
         if not self.enabled:
             return
-        if self._running and module in self._running and not _is_nested(module):
-            self._unwind()  # an interrupt, which no hook hears of, has left this module on the stack
+        if not torch.compiler.is_compiling():
+            if module in self._running and not _is_nested(module):
+                self._unwind()  # an interrupt, which no hook hears of, has left this module on the stack
+            if not self._running:
+                self._resolve(module.__dict__[MARK].inside)
         if not self._running:
-            self._resolve(module.__dict__[MARK].inside)
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
         self._running.append(module)
 
     def _close(self, module: nn.Module, args: object, output: object) -> None:
@@ -252,7 +264,7 @@ class Bracket:
             _leave(self._mode)
 
     def _resolve(self, layers: list[Layer]) -> None:
-        """Sees to it that today's parameters are known and guarded: copies and `assign=True` bring new ones."""
+        """Sees that today's parameters are known and guarded: copies and `assign=True` bring new ones."""
         if self._clock is None:
             self._clock = register_optimizer_step_post_hook(_Clock(self))
             weakref.finalize(self, self._clock.remove)
@@ -279,11 +291,11 @@ class _Guard:
             return
         if not layer.was_bracketed():
             raise ExactGradientError(
-                f"the weight of {layer.info.name!r} got a gradient from a call that the patch did not see, so its "
-                "error signal went through W: the weight was used outside the forward of every patched "
-                "module and their ancestors, in a function that cannot be rerouted, in code compiled before "
-                f"the patch, or while the patch was disabled. Ways out: exclude={[layer.info.name]}, or "
-                "`with patch.exact():` around a backward that is meant to be exact"
+                f"the weight of {layer.info.name!r} got a gradient from a call that the patch did not see: "
+                "it was used outside the forward of every patched module and their ancestors, in a function "
+                "that cannot be rerouted, or while the patch was disabled, so its error signal went through "
+                f"W. Ways out: exclude={[layer.info.name]} in feedbackhook.patch, or `with patch.exact():` "
+                "around a backward that is meant to be exact"
             )
 
 
@@ -318,6 +330,12 @@ def _is_nested(module: nn.Module) -> bool:
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
     return calls > 1
+
+
+def _forget_compiled_code() -> None:
+    """Code that `torch.compile` made before hooks came or went does not see the change; it is made anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _leave(mode: TorchFunctionMode) -> None:

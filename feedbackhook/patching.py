@@ -123,7 +123,16 @@ class Patch:
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """A context in which `backward` runs plain backprop, on graphs that were built with the patch."""
+        """A context in which `backward` runs plain backprop, on graphs that were built with the patch.
+
+        Raises:
+            RuntimeError: the model was compiled; what a compiled backward does is fixed.
+        """
+        if any(layer.compiled for layer in self._bracket.layers):
+            raise RuntimeError(
+                "exact() cannot change the backward of a compiled model; set patch.enabled = False before "
+                "the forward, or run the model uncompiled"
+            )
         before = self._bracket.exact
         self._bracket.exact = True
         try:

@@ -81,7 +81,7 @@ def find_targets(
         TypeError: a fused recurrent layer is selected, or a selection is of the wrong type.
     """
     modules = {name: module for name, module in model.named_modules() if kind_of(module) or _fused(module)}
-    if not any(kind_of(module) for module in modules.values()) and not modules:
+    if not modules:
         kinds = ", ".join(kind.__name__ for kind in KINDS)
         raise ValueError(f"{type(model).__name__} has nothing to patch: no layer of the kinds {kinds}")
     included = set(modules) if include is None else _select("include", include, modules)
@@ -129,7 +129,7 @@ def _fused(module: nn.Module) -> bool:
 def _info(name: str, module: nn.Module) -> LayerInfo:
     kind = kind_of(module)
     assert kind is not None
-    if is_lazy(module.weight):
+    if is_lazy(module.weight):  # type: ignore[arg-type]
         raise ValueError(f"{type(module).__name__} {name!r} has no weight yet; run a forward before patching")
     shape = tuple(weight_of(module).shape)
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
@@ -142,8 +142,13 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
 def _select(argument: str, selection: Selection, modules: dict[str, nn.Module]) -> set[str]:
     """The names that the selection matches; each of its items must match one."""
     if isinstance(selection, str):
-        pattern = re.compile(selection)
-        items: dict[str, Callable[[str], bool]] = {selection: lambda name: bool(pattern.fullmatch(name))}
+        try:
+            pattern = re.compile(selection)
+        except re.error as error:
+            raise ValueError(f"{argument}={selection!r} is no regular expression: {error}") from error
+        items: dict[str, Callable[[str], bool]] = {
+            _show(selection): lambda name: bool(pattern.fullmatch(name))
+        }
     elif isinstance(selection, Sequence):
         items = {_show(item): _matcher(argument, item, modules) for item in selection}
     else:
@@ -152,7 +157,8 @@ def _select(argument: str, selection: Selection, modules: dict[str, nn.Module]) 
     for item, matches in items.items():
         found = {name for name in modules if matches(name)}
         if not found:
-            near = difflib.get_close_matches(item.strip("'"), modules, n=3, cutoff=0.3) or list(modules)[:3]
+            words = re.sub(r"[^\w.]", "", item)
+            near = difflib.get_close_matches(words, modules, n=3, cutoff=0.3) or list(modules)[:3]
             raise ValueError(
                 f"{argument}: {item} matches no layer; near names: {', '.join(map(repr, near))} "
                 "(a string is a regular expression for the full name, a list holds names, suffixes or types)"
