@@ -56,8 +56,11 @@ class PaperBatchNorm(nn.Module):
 
     def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of a mini-batch (N, C, ...), each of shape (C,)."""
-        var, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
-        return mean, (var + self.eps).sqrt()
+        mean, unbiased = torch.zeros_like(self.mean), torch.zeros_like(self.std)
+        # a momentum of 1 fills in the mini-batch's own; several times as fast as torch.var_mean
+        F.batch_norm(x, mean, unbiased, training=True, momentum=1.0)
+        count = x.numel() // self.channels
+        return mean, (unbiased * ((count - 1) / count) + self.eps).sqrt()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, affine={self.weight is not None}, eps={self.eps}"

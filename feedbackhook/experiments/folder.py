@@ -1,0 +1,186 @@
+"""A run folder: the files of one run, each written so that a kill leaves the old content or the new."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, get_args
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from safetensors.torch import save_model
+from torch import nn
+
+from feedbackhook.experiments.config import ConfigError, RunConfig
+from feedbackhook.recorder import written_aside
+
+Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
+
+# what a run may be given anew when it is resumed
+_FREE_ON_RESUME = ("output", "provenance", "data.root", "data.download")
+_PACKAGES = ("feedbackhook", "torchvision", "timm", "numpy", "scikit-learn")
+
+
+@dataclass
+class RunResult:
+    """What became of a run; the content of its status.json.
+
+    Args:
+        folder: the run folder.
+        status: running, finished, diverged (a loss was not finite), interrupted or failed.
+        reason: why it ended early, in words.
+        epoch: epochs done.
+        step: updates of the weights.
+        last_error: test error in percent at the last evaluation with a finite loss.
+        best_error: the smallest after an epoch of training, and `best_epoch` that epoch; the untrained
+            network's (epoch 0) where there is no other.
+    """
+
+    folder: Path
+    status: Status = "running"
+    reason: str | None = None
+    epoch: int = 0
+    step: int = 0
+    last_error: float | None = None
+    best_error: float | None = None
+    best_epoch: int | None = None
+
+    @property
+    def figures(self) -> list[Path]:
+        return sorted((self.folder / "figures").glob("*.png"))
+
+
+class RunFolder:
+    """The files of one run under ``path``; nothing is made before the first write."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._config = self.path / "config.yaml"
+        self._status = self.path / "status.json"
+        self._checkpoint = self.path / "checkpoint.pt"
+
+    def result(self) -> RunResult | None:
+        """What status.json says, or None where there has been no run.
+
+        Raises:
+            ConfigError: status.json is damaged, or the folder holds other things than a run.
+        """
+        if not self._status.exists():
+            if self.path.is_dir() and any(entry.name != "metrics" for entry in self.path.iterdir()):
+                raise ConfigError(f"{self.path} is no run folder, and not empty: give another output")
+            return None
+        try:
+            result = RunResult(self.path, **json.loads(self._status.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self._status} is damaged ({error}): give another output") from error
+        if result.status not in get_args(Status):
+            raise ConfigError(f"{self._status} has the unknown status {result.status!r}")
+        return result
+
+    def write_result(self, result: RunResult) -> None:
+        content = {name: value for name, value in vars(result).items() if name != "folder"}
+        with written_aside(self._status) as aside:
+            aside.write_text(json.dumps(content, indent=2) + "\n")
+
+    def stored_config(self) -> dict[str, Any]:
+        """The configuration of the run that is here.
+
+        Raises:
+            ConfigError: config.yaml is missing or damaged.
+        """
+        try:
+            stored = yaml.safe_load(self._config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot go on: {self._config} is damaged ({_line(error)})") from error
+        if not isinstance(stored, dict):
+            raise ConfigError(f"cannot go on: {self._config} is damaged")
+        return stored
+
+    def write_config(self, config: RunConfig) -> None:
+        content = {**asdict(config), "provenance": provenance()}
+        with written_aside(self._config) as aside:
+            aside.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def check_same(self, config: RunConfig) -> None:
+        """Refuse to go on with a run under another configuration than it began with.
+
+        Raises:
+            ConfigError: naming the first key that differs.
+        """
+        stored, given = _flat(self.stored_config()), _flat(as_yaml(config))
+        for key in [*stored, *given]:
+            if not key.startswith(_FREE_ON_RESUME) and stored.get(key) != given.get(key):
+                raise ConfigError(
+                    f"cannot go on with the run in {self.path}: its {key} is {stored.get(key)!r}, here it is "
+                    f"{given.get(key)!r}; start from {self._config}, or give another output"
+                )
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint, on the CPU, or None where there is none yet.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        if not self._checkpoint.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise ConfigError(f"cannot go on: {self._checkpoint} is damaged ({_line(error)})") from error
+        return state
+
+    def write_checkpoint(self, state: dict[str, Any]) -> None:
+        with written_aside(self._checkpoint) as aside:
+            torch.save(state, aside)
+
+    def write_weights(self, model: nn.Module, name: Literal["best", "last"]) -> None:
+        with written_aside(self.path / f"{name}.safetensors") as aside:
+            save_model(model, str(aside))
+
+
+def as_yaml(config: RunConfig) -> dict[str, Any]:
+    """The configuration as it is read back from YAML.
+
+    Raises:
+        ConfigError: it holds what YAML cannot, such as a tensor.
+    """
+    try:
+        content: dict[str, Any] = yaml.safe_load(yaml.safe_dump(asdict(config)))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the configuration cannot be written to config.yaml: {_line(error)}") from error
+    return content
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and command of this process."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with its build
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    machine: dict[str, Any] = {"platform": platform.platform(), "cpus": os.cpu_count()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"versions": versions, "machine": machine, "command": shlex.join(sys.argv)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,377 @@
+"""One run: train a network with feedback weights, evaluate and measure it each epoch, leave a run folder."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import feedbackhook
+from feedbackhook.experiments import data, models
+from feedbackhook.experiments.config import ConfigError, OptimizerConfig, RunConfig
+from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
+from feedbackhook.optim import BatchManhattan
+from feedbackhook.recorder import Recorder, read
+from feedbackhook.report import plots
+
+logger = logging.getLogger(__name__)
+
+_STATISTICS_BATCHES = 20  # Liao et al. 2016
+_EVALUATION_BATCH = 500
+
+
+class Progress(NamedTuple):
+    """Where a run is: after each step (``test_error`` is None) and after each evaluation.
+
+    ``epoch`` is the one that runs, 0 before training; ``batch`` counts its mini-batches done, of
+    ``batches``; ``train_loss`` is the mean over them; ``test_error`` is in percent.
+    """
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    train_loss: float
+    test_error: float | None = None
+
+
+class Diverged(ArithmeticError):
+    """A loss is not finite."""
+
+    def __init__(self, metric: str, value: float) -> None:
+        super().__init__(f"{metric.replace('_', ' ')} is {value}")
+        self.metric, self.value = metric, value
+
+
+def train(
+    config: RunConfig, resume: bool = False, progress: Callable[[Progress], None] | None = None
+) -> RunResult:
+    """Train as ``config`` says and leave a run folder; the global random state and thread count stay.
+
+    With ``resume`` the run goes on from its folder's checkpoint, on the CPU bit-equal to never having
+    stopped, or begins where there is none; a finished or diverged run is returned as it is. A run whose
+    loss is no longer finite ends as `diverged`, its table written. ``KeyboardInterrupt`` passes through
+    and leaves the run `interrupted`, its finished epochs kept; any other error leaves it `failed`.
+
+    Raises:
+        ConfigError: the run cannot start so: a bad option, data that are not there, a folder in use.
+    """
+    folder = RunFolder(config.output or default_output(config))
+    before = folder.result()
+    if before is not None:
+        if not resume:
+            raise ConfigError(
+                f"{folder.path} holds a run ({before.status}, epoch {before.epoch}): "
+                "go on with it by --resume, or give another --output"
+            )
+        if config.protocol.threads is None:
+            threads = folder.stored_config()["protocol"]["threads"]
+            config = replace(config, protocol=replace(config.protocol, threads=threads))
+    config = resolve(config)
+    if before is not None:
+        folder.check_same(config)
+        if before.status in ("finished", "diverged"):
+            return before
+    with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
+        with _one_clear_error():
+            run = _Run(config)
+        try:
+            with _one_clear_error():
+                recorder = Recorder(folder.path)
+            with recorder:
+                result = run.through(folder, recorder, progress or (lambda _: None))
+        finally:
+            run.close()
+        _draw(folder)
+    return result
+
+
+def default_output(config: RunConfig) -> str:
+    """runs/DATA-MODE-seedSEED."""
+    name = config.data.name.rstrip("/").replace(":", "/").rpartition("/")[2]
+    return f"runs/{name}-{config.feedback.mode or 'backprop'}-seed{config.protocol.seed}"
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """``config`` with every null that stands for a default filled in, and its numbers checked.
+
+    Raises:
+        ConfigError: a number is out of its range, or the device is not there.
+    """
+    p = config.protocol
+    for name, value, least in (
+        ("protocol.epochs", p.epochs, 1),
+        ("protocol.batch_size", p.batch_size, 1),
+        ("protocol.threads", p.threads, 1),
+        ("protocol.seed", p.seed, 0),
+        ("record.every", config.record.every, 1),
+        *(("protocol.milestones", milestone, 1) for milestone in p.milestones or ()),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be {least} or more, not {value}")
+    if not 0 < p.rate_factor < math.inf:
+        raise ConfigError(f"protocol.rate_factor must be positive, not {p.rate_factor}")
+    device = p.device if p.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"protocol.device {device!r} cannot be used: {error}") from error
+    size, seed = config.data.size, config.feedback.seed
+    resolved = replace(
+        config,
+        data=replace(config.data, size=models.natural_size(config.model) if size is None else size),
+        feedback=replace(config.feedback, seed=p.seed if seed is None else seed),
+        protocol=replace(
+            p,
+            milestones=[round(p.epochs * m / 65) for m in (50, 60)] if p.milestones is None else p.milestones,
+            threads=torch.get_num_threads() if p.threads is None else p.threads,
+            device=device,
+        ),
+        output=config.output or default_output(config),
+        provenance={},
+    )
+    as_yaml(resolved)
+    return resolved
+
+
+class _Run:
+    """What a configuration builds, and how far its training is."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, p, f = config, config.protocol, config.feedback
+        self.device = torch.device(p.device)
+        self.data = data.load(config.data)
+        images = self.data.train.images
+        if p.batch_size > len(images):
+            raise ConfigError(
+                f"protocol.batch_size {p.batch_size} is more than the {len(images)} training images"
+            )
+        channels, height, width = images.shape[1:]
+        model = models.build(config.model, self.data.classes, channels, (height, width))
+        # channels last: the same numbers but for rounding, and twice as fast on a CPU
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = _optimizer(config.optimizer, self.model.parameters())
+        assert p.milestones is not None
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, p.milestones, p.rate_factor)
+        self.order = torch.Generator().manual_seed(p.seed)
+        self.epoch = self.step = 0
+        self.train_loss = math.nan
+        self.patch: feedbackhook.Patch | None = None
+        if f.mode is not None:
+            assert f.seed is not None
+            self.patch = feedbackhook.patch(
+                self.model, f.mode, include=f.include, exclude=f.exclude, seed=f.seed, **f.options
+            )
+
+    def close(self) -> None:
+        if self.patch is not None:
+            self.patch.remove()
+
+    def through(
+        self, folder: RunFolder, recorder: Recorder, progress: Callable[[Progress], None]
+    ) -> RunResult:
+        """Train from the folder's checkpoint, or from the start, to the end."""
+        checkpoint = folder.load_checkpoint()
+        result = self.result = RunResult(folder.path)
+        try:
+            if checkpoint is None:
+                recorder.drop_after(-1)
+                folder.write_result(result)
+                folder.write_config(self.config)
+                self._evaluate(recorder, progress)
+                self._save(folder, recorder)
+            else:
+                self._restore(checkpoint)
+                recorder.drop_after(self.step)
+                folder.write_result(result)
+            while self.epoch < self.config.protocol.epochs:
+                self.epoch += 1
+                self._train_epoch(recorder, progress)
+                self._evaluate(recorder, progress)
+                self._save(folder, recorder)
+            result.status = "finished"
+        except Diverged as stop:
+            result.status = "diverged"
+            result.reason = f"{stop} in epoch {self.epoch}, after {self.step} steps"
+            recorder.add(self.step, self.epoch, stop.metric, stop.value)
+        except BaseException as error:
+            result.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            result.reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise
+        finally:
+            folder.write_result(result)
+        return result
+
+    def _train_epoch(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
+        p, train_set = self.config.protocol, self.data.train
+        batches = len(train_set.labels) // p.batch_size
+        rate = float(self.schedule.get_last_lr()[0])
+        total, wrong = 0.0, 0
+        self.model.train()
+        for batch, index in enumerate(data.minibatches(len(train_set.labels), p.batch_size, self.order), 1):
+            x, y = self.data.batch(train_set, index, self.device)
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, y)
+            value = _finite("train_loss", loss.item())
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            total += value
+            wrong += int((logits.argmax(1) != y).sum())
+            progress(Progress(self.epoch, p.epochs, batch, batches, total / batch))
+        self.schedule.step()
+        self.train_loss = total / batches
+        for metric, value in (
+            ("learning_rate", rate),
+            ("train_loss", self.train_loss),
+            ("train_error", 100 * wrong / (batches * p.batch_size)),
+        ):
+            recorder.add(self.step, self.epoch, metric, value)
+
+    def _evaluate(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
+        """Test loss and error, and how V compares with W in each layer."""
+        p, result = self.config.protocol, self.result
+        models.estimate_statistics(self.model, self._statistics_batches())
+        loss, error = self._test()
+        recorder.add(self.step, self.epoch, "test_loss", _finite("test_loss", loss))
+        recorder.add(self.step, self.epoch, "test_error", error)
+        recorder.add(self.step, self.epoch, "test_accuracy", 100 - error)
+        result.last_error = error
+        if result.best_error is None or self.epoch == 1 or error < result.best_error:
+            result.best_error, result.best_epoch = error, self.epoch
+        if self.patch is not None and (self.epoch % self.config.record.every == 0 or self.epoch == p.epochs):
+            for row in feedbackhook.measure(self.patch):
+                recorder.add(self.step, self.epoch, row.metric, row.value, row.layer, row.depth)
+        batches = len(self.data.train.labels) // p.batch_size
+        progress(Progress(self.epoch, p.epochs, batches, batches, self.train_loss, error))
+
+    def _statistics_batches(self) -> Iterator[Tensor]:
+        """The same mini-batches of the training set each time, whatever the state of the data's order."""
+        size, count = self.config.protocol.batch_size, len(self.data.train.labels)
+        generator = torch.Generator().manual_seed(self.config.protocol.seed)
+        passes = (data.minibatches(count, size, generator) for _ in itertools.count())
+        for index in itertools.islice(itertools.chain.from_iterable(passes), _STATISTICS_BATCHES):
+            yield self.data.batch(self.data.train, index, self.device)[0]
+
+    @torch.no_grad()
+    def _test(self) -> tuple[float, float]:
+        """Mean loss and error in percent on the test set."""
+        self.model.eval()
+        count = len(self.data.test.labels)
+        loss, wrong = 0.0, 0
+        for start in range(0, count, _EVALUATION_BATCH):
+            x, y = self.data.batch(self.data.test, slice(start, start + _EVALUATION_BATCH), self.device)
+            logits = self.model(x)
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            wrong += int((logits.argmax(1) != y).sum())
+        return loss / count, 100 * wrong / count
+
+    def _save(self, folder: RunFolder, recorder: Recorder) -> None:
+        """Keep the epoch: rows before the checkpoint, since a resumed run drops the rows that follow it."""
+        result = self.result
+        result.epoch, result.step = self.epoch, self.step
+        recorder.flush()
+        if result.best_epoch == self.epoch:
+            folder.write_weights(self.model, "best")
+        folder.write_weights(self.model, "last")
+        cuda = self.device.type == "cuda"
+        folder.write_checkpoint(
+            {
+                "epoch": self.epoch,
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "patch": self.patch.state_dict() if self.patch is not None else None,
+                "order": self.order.get_state(),
+                "random": torch.get_rng_state(),
+                "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
+                "errors": (result.last_error, result.best_error, result.best_epoch),
+            }
+        )
+        folder.write_result(result)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        result = self.result
+        result.epoch = self.epoch = state["epoch"]
+        result.step = self.step = state["step"]
+        result.last_error, result.best_error, result.best_epoch = state["errors"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.patch is not None:
+            self.patch.load_state_dict(state["patch"])
+        self.order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        logger.info("going on with %s after epoch %d", result.folder, self.epoch)
+
+
+def _finite(metric: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise Diverged(metric, value)
+    return value
+
+
+def _optimizer(config: OptimizerConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return BatchManhattan(
+        params,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        setting=config.setting,
+    )
+
+
+@contextmanager
+def _one_clear_error() -> Iterator[None]:
+    """What cannot be built as configured, whoever finds it out, is the configuration's error."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _random_state(seed: int, device: str) -> Iterator[None]:
+    """Torch's global generators seeded within the block, and as they were after it."""
+    cuda = torch.device(device)
+    with torch.random.fork_rng(devices=[cuda] if cuda.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _draw(folder: RunFolder) -> None:
+    """The figures of a run, from its table alone."""
+    table = read(folder.path)
+    figures = folder.path / "figures"
+    figures.mkdir(exist_ok=True)
+    plots.error_against_epoch(table).savefig(figures / "error.png", dpi=150)
+    if (table["metric"] == "weight_angle").any():
+        plots.angles_against_epoch(table).savefig(figures / "weight_angle.png", dpi=150)

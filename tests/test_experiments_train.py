@@ -1,0 +1,375 @@
+"""A run from end to end on a tiny data set: its folder, its resumption, and the ways in which it can end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from feedbackhook import get_patch
+from feedbackhook.experiments import train as train_module
+from feedbackhook.experiments.config import (
+    ConfigError,
+    DataConfig,
+    FeedbackConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProtocolConfig,
+    RecordConfig,
+    RunConfig,
+)
+from feedbackhook.experiments.train import Progress, resolve, train
+from feedbackhook.recorder import Recorder, read
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Bright squares in one of two corners: 40 images to learn from, 10 to test with, 28x28."""
+    root = tmp_path_factory.mktemp("squares")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for label in range(2):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 160, (28, 28), dtype=np.uint8)
+                pixels[4 + 12 * label :, 4 + 12 * label :][:8, :8] += 90
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return f"imagefolder:{root}"
+
+
+@pytest.fixture
+def config(images: str, tmp_path: Path) -> RunConfig:
+    """Three steps of 12 images an epoch."""
+    return RunConfig(
+        data=DataConfig(images),
+        feedback=FeedbackConfig("frSF"),
+        optimizer=OptimizerConfig(lr=2e-4),
+        protocol=ProtocolConfig(epochs=4, batch_size=12, threads=1),
+        output=str(tmp_path / "run"),
+    )
+
+
+def at(epoch: int, batch: int | None, error: type[BaseException]) -> Callable[[Progress], None]:
+    """A progress that raises after a step of an epoch, or (None) after its evaluation."""
+
+    def progress(now: Progress) -> None:
+        if now.epoch == epoch and (now.test_error is not None if batch is None else now.batch == batch):
+            raise error("stop here")
+
+    return progress
+
+
+def status(config: RunConfig) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(str(config.output)) / "status.json").read_text())
+    return content
+
+
+def series(table: pandas.DataFrame, metric: str) -> list[float]:
+    values: list[float] = table[table.metric == metric]["value"].tolist()
+    return values
+
+
+def test_a_run_leaves_its_folder(config: RunConfig) -> None:
+    config.record.every = 3
+    result = train(config)
+    folder = Path(str(config.output))
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert names == {
+        "config.yaml",
+        "checkpoint.pt",
+        "best.safetensors",
+        "last.safetensors",
+        "status.json",
+        "metrics/.lock",
+        *(f"metrics/part-0000{i}.parquet" for i in range(5)),
+        "figures/error.png",
+        "figures/weight_angle.png",
+    }
+    assert (result.status, result.epoch, result.step) == ("finished", 4, 12)
+    assert status(config) == {k: v for k, v in vars(result).items() if k != "folder"}
+    assert result.figures == [folder / "figures" / "error.png", folder / "figures" / "weight_angle.png"]
+
+    table = read(folder)
+    assert set(table["run"]) == {"run"}
+    errors = table[table.metric == "test_error"]
+    assert errors[["step", "epoch"]].values.tolist() == [[3 * e, e] for e in range(5)]
+    assert result.last_error == errors["value"].iloc[-1]
+    assert result.best_error == errors["value"].iloc[1:].min()
+    assert series(table, "test_accuracy") == [100 - e for e in errors["value"]]
+    # the paper's 50 and 60 of 65 epochs are 3 and 4 of 4
+    np.testing.assert_allclose(series(table, "learning_rate"), [2e-4, 2e-4, 2e-4, 2e-5])
+    assert len(series(table, "train_loss")) == len(series(table, "train_error")) == 4
+    layers = enumerate(["conv1", "conv2", "fc1", "fc2"])
+    expected = sorted((e, name, depth) for depth, name in layers for e in (0, 3, 4))
+    for metric in ("weight_angle", "sign_agreement", "norm_ratio"):
+        rows = table[table.metric == metric]
+        assert sorted(zip(rows["epoch"], rows["layer"], rows["depth"], strict=True)) == expected
+
+
+def test_the_recorded_angles_are_those_of_the_definition(config: RunConfig) -> None:
+    config.protocol.epochs = 1
+    train(config)
+    first = read(str(config.output)).query("epoch == 0 and layer == 'fc1'").set_index("metric")["value"]
+    assert first["weight_angle"] == pytest.approx(41.41, abs=0.3)  # uniform W, Liao et al.'s M o sign(W)
+    assert first["sign_agreement"] == 1.0
+
+
+def test_config_yaml_says_all_that_the_run_was(config: RunConfig) -> None:
+    config.protocol.epochs = 1
+    config.feedback.options = {"concordance": 0.75}
+    train(config)
+    stored = yaml.safe_load((Path(str(config.output)) / "config.yaml").read_text())
+    assert stored["feedback"] == {
+        "mode": "frSF",
+        "options": {"concordance": 0.75},
+        "include": None,
+        "exclude": None,
+        "seed": 0,
+    }
+    assert stored["protocol"]["milestones"] == [1, 1]
+    assert stored["protocol"]["device"] in ("cpu", "cuda")
+    assert stored["data"]["size"] == 28
+    assert stored["provenance"]["versions"]["torch"] == torch.__version__
+    assert set(stored["provenance"]) == {"versions", "machine", "command"}
+
+
+def test_the_kept_weights_are_the_best_and_the_last(config: RunConfig) -> None:
+    config.optimizer.lr = 3e-3  # rough, so that best and last differ
+    result = train(config)
+    assert result.best_epoch is not None
+    folder = Path(str(config.output))
+    last, checkpoint = load_file(folder / "last.safetensors"), torch.load(folder / "checkpoint.pt")
+    assert last.keys() == checkpoint["model"].keys()
+    assert all(torch.equal(last[name], checkpoint["model"][name]) for name in last)
+    shorter = replace(config, output=f"{config.output}-best", protocol=replace(config.protocol))
+    shorter.protocol.milestones = [3, 4]
+    shorter.protocol.epochs = result.best_epoch
+    train(shorter)
+    best = load_file(folder / "best.safetensors")
+    expected = load_file(Path(str(shorter.output)) / "last.safetensors")
+    assert all(torch.equal(best[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "model", "optimizer"),
+    [
+        (None, ModelConfig(), OptimizerConfig("sgd", lr=0.01)),
+        ("brSF", ModelConfig(batch_norm="paper"), OptimizerConfig(lr=1e-4, setting=3)),
+        ("sign", ModelConfig("timm/test_resnet", options={"drop_rate": 0.3}), OptimizerConfig(lr=1e-4)),
+    ],
+    ids=["backprop", "brSF", "dropout"],
+)
+@pytest.mark.parametrize("batch", [2, None], ids=["within-epoch", "after-evaluation"])
+def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
+    config: RunConfig, mode: str | None, model: ModelConfig, optimizer: OptimizerConfig, batch: int | None
+) -> None:
+    config = replace(config, feedback=FeedbackConfig(mode), model=model, optimizer=optimizer)
+    whole = replace(config, output=f"{config.output}-whole/run")
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=at(3, batch, KeyboardInterrupt))
+    assert (status(config)["status"], status(config)["epoch"]) == ("interrupted", 2)
+    torch.manual_seed(1234)  # where the interrupted process left the global generator is of no account
+    result = train(config, resume=True)
+    assert (result.status, result.epoch) == ("finished", 4)
+    assert status(config) == status(whole)
+    pandas.testing.assert_frame_equal(read(str(config.output)), read(str(whole.output)))
+    for name in ("last", "best"):
+        ours, theirs = (load_file(Path(str(c.output)) / f"{name}.safetensors") for c in (config, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (torch.load(Path(str(c.output)) / "checkpoint.pt") for c in (config, whole))
+    for key, state in theirs["optimizer"]["state"].items():
+        assert torch.equal(ours["optimizer"]["state"][key]["momentum_buffer"], state["momentum_buffer"])
+
+
+def test_an_interruption_before_the_first_checkpoint_starts_anew(config: RunConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=at(0, None, KeyboardInterrupt))
+    assert status(config)["status"] == "interrupted"
+    assert train(config, resume=True).epoch == 4
+    assert read(str(config.output)).query("metric == 'test_error'")["epoch"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_failed_run_says_why_and_can_go_on(config: RunConfig) -> None:
+    with pytest.raises(ZeroDivisionError):
+        train(config, progress=at(2, 1, ZeroDivisionError))
+    assert status(config)["status"] == "failed"
+    assert status(config)["reason"] == "ZeroDivisionError: stop here"
+    assert train(config, resume=True).status == "finished"
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_a_diverged_run_ends_with_its_table(
+    config: RunConfig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "training":
+        config = replace(config, feedback=FeedbackConfig("uSF"), optimizer=OptimizerConfig("sgd", lr=100.0))
+    else:
+        tested = iter([(0.7, 60.0), (0.6, 20.0), (math.nan, 50.0)])
+        monkeypatch.setattr(train_module._Run, "_test", lambda _: next(tested))
+    result = train(config)
+    assert result.status == "diverged"
+    metric = "train_loss" if where == "training" else "test_loss"
+    assert result.reason is not None
+    assert result.reason.startswith(f"{metric.replace('_', ' ')} is ")
+    table = read(str(config.output))
+    row = table.iloc[-1]
+    assert row["metric"] == metric
+    assert not math.isfinite(row["value"])
+    assert f"in epoch {row['epoch']}, after {row['step']} steps" in result.reason
+    assert result.last_error == series(table, "test_error")[-1]
+    if where == "evaluation":
+        assert (result.epoch, result.last_error, result.best_error) == (1, 20.0, 20.0)
+    assert (Path(str(config.output)) / "figures" / "error.png").exists()
+    assert train(config, resume=True, progress=at(0, None, AssertionError)) == result
+
+
+def test_a_finished_run_is_neither_overwritten_nor_repeated(config: RunConfig) -> None:
+    config.protocol.epochs = 1
+    first = train(config)
+    weights = (Path(str(config.output)) / "last.safetensors").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match=r"holds a run \(finished, epoch 1\): go on with it by --resume"):
+        train(config)
+    assert train(config, resume=True, progress=at(0, None, AssertionError)) == first
+    assert (Path(str(config.output)) / "last.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_run_does_not_go_on_under_another_configuration(config: RunConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=at(2, 1, KeyboardInterrupt))
+    other = replace(config, optimizer=replace(config.optimizer, lr=1e-3))
+    with pytest.raises(ConfigError, match=r"its optimizer\.lr is 0\.0002, here it is 0\.001"):
+        train(other, resume=True)
+    other = replace(config, feedback=FeedbackConfig("frSF", {"concordance": 0.5}))
+    with pytest.raises(ConfigError, match=r"its feedback\.options"):
+        train(other, resume=True)
+    # the number of threads that the run began with is kept where none is asked for
+    assert train(replace(config, protocol=replace(config.protocol, threads=None)), resume=True).epoch == 4
+
+
+def test_a_folder_with_other_things_is_left_alone(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="is no run folder, and not empty"):
+            train(config, resume=resume)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_in_use_is_refused(config: RunConfig) -> None:
+    with Recorder(str(config.output)), pytest.raises(ConfigError, match="being written by another run"):
+        train(config)
+
+
+@pytest.mark.parametrize("file", ["status.json", "config.yaml", "checkpoint.pt"])
+def test_a_damaged_run_folder_is_one_clear_error(config: RunConfig, file: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=at(1, 1, KeyboardInterrupt))
+    (Path(str(config.output)) / file).write_text("{")
+    with pytest.raises(ConfigError, match=file):
+        train(config, resume=True)
+
+
+def test_the_users_random_state_and_threads_stay(config: RunConfig) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    threads = torch.get_num_threads()
+    torch.manual_seed(5)
+    config.protocol.threads = threads + 1
+    config.protocol.epochs = 1
+    seen = []
+    train(config, progress=lambda _: seen.append(torch.get_num_threads()))
+    assert set(seen) == {threads + 1}
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_one_seed_gives_one_start_and_one_order_whatever_the_rule(config: RunConfig) -> None:
+    losses = []
+    for number, (mode, seed) in enumerate([(None, 0), ("symmetric", 0), ("symmetric", 1)]):
+        run = replace(
+            config,
+            feedback=FeedbackConfig(mode),
+            output=f"{config.output}-{number}",
+            protocol=replace(config.protocol, seed=seed, epochs=1),
+        )
+        train(run)
+        losses.append(series(read(str(run.output)), "train_loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-2)
+
+
+def test_the_patch_is_gone_when_the_run_is_over(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    build = train_module.models.build
+    monkeypatch.setattr(train_module.models, "build", lambda *args: built.append(build(*args)) or built[-1])
+    patched = []
+    config.protocol.epochs = 1
+    train(config, progress=lambda _: patched.append(get_patch(built[0]) is not None))
+    with pytest.raises(ZeroDivisionError):
+        train(replace(config, output=f"{config.output}-2"), progress=at(1, 1, ZeroDivisionError))
+    assert all(patched)
+    assert [get_patch(model) for model in built] == [None, None]
+
+
+def test_layers_can_be_left_exact(config: RunConfig) -> None:
+    config.protocol.epochs = 1
+    config.feedback.exclude = ["fc2"]
+    train(config)
+    assert set(read(str(config.output))["layer"].dropna()) == {"conv1", "conv2", "fc1"}
+
+
+def test_digits_are_learned_with_sign_concordant_feedback(tmp_path: Path) -> None:
+    config = RunConfig(protocol=ProtocolConfig(epochs=3), output=str(tmp_path / "digits"))
+    assert config.feedback.mode == "sign"
+    result = train(config)
+    assert result.last_error is not None
+    assert result.last_error < 25
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feedback": FeedbackConfig("frsf")}, "frsf"),
+        ({"feedback": FeedbackConfig("frSF", {"concordance": 1.3})}, "concordance"),
+        ({"feedback": FeedbackConfig("frSF", {"concord": 1})}, "concord"),
+        ({"feedback": FeedbackConfig("sign", include="head")}, "head"),
+        (
+            {"feedback": FeedbackConfig("tensor", {"feedback": torch.ones(1)})},
+            "cannot be written to config.yaml",
+        ),
+        ({"optimizer": OptimizerConfig(lr=-1.0)}, "lr"),
+        ({"optimizer": OptimizerConfig("sgd", lr=-1.0)}, "learning rate"),
+        ({"optimizer": OptimizerConfig(setting=7)}, "setting"),
+        ({"protocol": ProtocolConfig(epochs=0)}, "protocol.epochs must be 1 or more, not 0"),
+        ({"protocol": ProtocolConfig(batch_size=41)}, "batch_size 41 is more than the 40 training images"),
+        ({"protocol": ProtocolConfig(rate_factor=0.0)}, "rate_factor must be positive"),
+        ({"protocol": ProtocolConfig(milestones=[0])}, "milestones must be 1 or more"),
+        ({"protocol": ProtocolConfig(device="abacus")}, "device 'abacus' cannot be used"),
+        ({"record": RecordConfig(every=0)}, "record.every"),
+        ({"model": ModelConfig("timm/nothing")}, "no model named 'nothing'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_run_leaves_no_folder(config: RunConfig, change: dict[str, Any], message: str) -> None:
+    batch = {"protocol": replace(config.protocol)} | change
+    with pytest.raises(ConfigError, match=message):
+        train(replace(config, **batch))
+    assert not Path(str(config.output)).exists()
+
+
+def test_the_papers_schedule_is_scaled_to_the_epochs() -> None:
+    milestones = {n: resolve(RunConfig(protocol=ProtocolConfig(n))).protocol.milestones for n in (65, 15)}
+    assert milestones == {65: [50, 60], 15: [12, 14]}
