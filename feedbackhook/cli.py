@@ -1,0 +1,149 @@
+"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...] [--resume]``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+    from rich.console import Console
+
+    from feedbackhook.experiments.folder import RunResult
+    from feedbackhook.experiments.train import Progress
+
+logger = logging.getLogger(__name__)
+
+_USAGE_ERROR = 2
+_INTERRUPTED = 130  # as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 2 for what cannot run so, 130 for an interruption.
+
+    A diverged run is a result, not an error: its status is 0.
+    """
+    from feedbackhook.experiments.config import ConfigError
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = _parser()
+        given = parser.instantiate(parser.parse_args(_config_first(arguments)))
+        return _COMMANDS[given.command](given[given.command])
+    except (ArgumentError, ConfigError) as error:
+        return _refuse(str(error), error)
+    except ModuleNotFoundError as error:
+        return _refuse(f"{error}: pip install 'feedbackhook[experiments]'", error)
+
+
+def _refuse(message: str, error: Exception) -> int:
+    logger.debug("refused", exc_info=error)
+    print(f"feedbackhook: error: {' '.join(message.split())}", file=sys.stderr)
+    return _USAGE_ERROR
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    from feedbackhook.experiments.config import RunConfig
+
+    train = ArgumentParser(
+        description="Train a network with feedback weights; leaves a run folder with a table and figures.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "--config", action="config", help="a YAML file; its name alone may stand first instead"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
+    train.add_class_arguments(RunConfig)
+
+    parser = ArgumentParser(
+        prog="feedbackhook",
+        description="Train networks whose error signals travel through feedback weights of your choice.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("train", train, help="train a network and leave a run folder")
+    return parser
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """``COMMAND FILE ...`` as ``COMMAND --config FILE ...``."""
+    if len(arguments) > 1 and not arguments[1].startswith("-"):
+        return [arguments[0], "--config", *arguments[1:]]
+    return arguments
+
+
+def _train(given: Namespace) -> int:
+    from rich.console import Console
+
+    from feedbackhook.experiments.config import RunConfig
+    from feedbackhook.experiments.train import train
+
+    config = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        with _progress(console) as progress:
+            result = train(config, resume=given.resume, progress=progress)
+    except KeyboardInterrupt:
+        console.print("interrupted; the finished epochs are kept, and --resume goes on from them")
+        return _INTERRUPTED
+    _summary(console, result)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[Any], int]] = {"train": _train}
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """A bar with loss and accuracy on a terminal, else a line an epoch."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    def line(now: Progress) -> None:
+        if now.test_error is not None:
+            loss = f"train loss {now.train_loss:.4f}, " if now.epoch else ""
+            console.print(f"epoch {now.epoch}/{now.epochs}: {loss}test accuracy {100 - now.test_error:.2f}%")
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs  {task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("")
+        accuracy = ""
+
+        def draw(now: Progress) -> None:
+            nonlocal accuracy
+            if now.test_error is not None:
+                accuracy = f"  test accuracy {100 - now.test_error:.2f}%"
+            done = max(now.epoch - 1 + now.batch / now.batches, 0)
+            bar.update(
+                task, total=now.epochs, completed=done, description=f"loss {now.train_loss:.4f}{accuracy}"
+            )
+
+        yield draw
+
+
+def _summary(console: Console, result: RunResult) -> None:
+    ended = result.status if result.reason is None else f"{result.status}: {result.reason}"
+    console.print(f"{ended} ({result.epoch} epochs kept)")
+    if result.last_error is not None and result.best_error is not None:
+        best = f"best {result.best_error:.2f}% (epoch {result.best_epoch})"
+        console.print(f"test error: last {result.last_error:.2f}%, {best}")
+    console.print(f"run folder: {result.folder}")
+    for figure in result.figures:
+        console.print(f"figure: {figure}")

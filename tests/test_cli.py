@@ -1,0 +1,176 @@
+"""The command line: what it prints, what it leaves, and one clear line for what cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from feedbackhook.cli import main
+from feedbackhook.experiments import train as train_module
+from feedbackhook.recorder import read
+
+# a network and images that train in a second
+SMALL = ["--model.name", "timm/test_resnet", "--data.size", "16", "--optimizer.lr", "0.001"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_train_says_how_it_went_and_where_all_lies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, "--protocol.epochs", "2", "--protocol.seed", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        *(f"epoch {epoch}/2" for epoch in range(3)),
+        "finished (2 epochs kept)",
+        "test error",
+        "run folder",
+        "figure",
+        "figure",
+    ]
+    errors = read("runs/digits-sign-seed3").query("metric == 'test_error'")["value"].tolist()
+    assert f"test accuracy {100 - errors[1]:.2f}%" in lines[1]
+    assert lines[4].startswith(f"test error: last {errors[2]:.2f}%, best {min(errors[1:]):.2f}%")
+    assert lines[5] == "run folder: runs/digits-sign-seed3"
+    assert all(Path(line.partition(": ")[2]).exists() for line in lines[6:])
+
+
+def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.yaml").write_text(
+        "model: {name: timm/test_resnet}\n"
+        "data: {size: 16}\n"
+        "feedback: {mode: frSF, options: {concordance: 0.75}}\n"
+        "protocol: {epochs: 1, batch_size: 200}\n"
+        "output: here\n"
+    )
+    assert (
+        main(["train", "my.yaml", "--feedback.options.concordance", "0.5", "--protocol.batch_size", "300"])
+        == 0
+    )
+    stored = yaml.safe_load(Path("here/config.yaml").read_text())
+    assert stored["feedback"]["options"] == {"concordance": 0.5}
+    assert stored["protocol"]["batch_size"] == 300
+    assert stored["model"]["name"] == "timm/test_resnet"
+    table = read("here")
+    agreement = table[(table.metric == "sign_agreement") & (table.epoch == 0)]["value"]
+    assert agreement.iloc[-1] == pytest.approx(0.5, abs=0.1)
+
+    # what a run leaves is a configuration, too
+    assert main(["train", "here/config.yaml", "--output", "there", "--feedback.mode", "null"]) == 0
+    assert yaml.safe_load(Path("there/config.yaml").read_text())["feedback"]["mode"] is None
+    assert set(read("there")["layer"].dropna()) == set()
+    capsys.readouterr()
+    assert main(["train", "here/config.yaml", "--resume"]) == 0
+    assert "finished (1 epochs kept)" in capsys.readouterr().out
+
+
+def test_an_interruption_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", *SMALL, "--protocol.epochs", "2", "--output", "run"]
+    test = train_module._Run._test
+
+    def interrupt(run: train_module._Run) -> tuple[float, float]:
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+        return test(run)
+
+    with monkeypatch.context() as context:
+        context.setattr(train_module._Run, "_test", interrupt)
+        assert main(command) == 130
+    assert "--resume" in capsys.readouterr().out
+    assert json.loads(Path("run/status.json").read_text())["status"] == "interrupted"
+    assert main([*command, "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "epoch 1/2" not in out
+    assert "epoch 2/2" in out
+
+
+def test_a_diverged_run_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    rough = ["--feedback.mode", "uSF", "--optimizer.name", "sgd", "--optimizer.lr", "10"]
+    assert main(["train", "--protocol.epochs", "1", *rough, "--output", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "diverged: train loss is " in out
+    assert "in epoch 1, after" in out
+    assert "test error: last " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "train"),
+        (["tran"], "'tran'"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "bad.yaml"], "data.nam"),
+        (["train", "broken.yaml"], "parsing config: while parsing a flow mapping"),
+        (["train", "--data.nam", "digits"], "--data.nam"),
+        (["train", "--protocol.epochs", "many"], "protocol.epochs"),
+        (["train", "--optimizer.name", "adam"], "batch_manhattan"),
+        (["train", "--data.size", "big"], "data.size"),
+        (["train", "--data.name", "MNIST", "--data.root", "nowhere"], "nowhere (Dataset not found"),
+        (["train", "--data.name", "imagefolder:nowhere"], "nowhere: imagefolder:PATH needs"),
+        (["train", "--feedback.options.concordance", "1.3"], "concordance"),
+        (["train", "--feedback.mode", "sgin"], "'sgin'"),
+        (["train", "--feedback.include", "head"], "head"),
+        (["train", "--model.name", "timm/resnet81"], "resnet81"),
+        (["train", "--output", "taken"], "is no run folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_run_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bad.yaml").write_text("data: {nam: digits}\n")
+    Path("broken.yaml").write_text("data: {name\n")
+    Path("taken").mkdir()
+    Path("taken/thesis.tex").write_text("")
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("feedbackhook: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not Path("runs").exists()
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for key in ("--data.name", "--model.batch_norm {none,paper,affine}", "--feedback.mode", "--resume"):
+        assert key in out
+
+
+def test_on_a_terminal_it_is_a_bar_with_loss_and_accuracy() -> None:
+    reader, writer = pty.openpty()
+    command = [sys.executable, "-m", "feedbackhook", "train", *SMALL, "--protocol.epochs", "1"]
+    with subprocess.Popen(
+        command, stdout=writer, stderr=writer, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(writer)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(reader, 65536)
+            except OSError:  # the terminal's end, on Linux
+                break
+    os.close(reader)
+    text = shown.decode()
+    assert process.returncode == 0
+    assert "━" in text
+    assert "1/1" in text
+    assert "loss " in text
+    assert "test accuracy " in text
+    assert "epoch 1/1: " not in text
+    assert "run folder: runs/digits-sign-seed0" in text
