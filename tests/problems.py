@@ -43,12 +43,12 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def random_feedback(model: nn.Module, names: Iterable[str] | None = None, seed: int = 7) -> dict[str, Tensor]:
-    """V by layer name: as large as W, and independent of it."""
+    """V by layer name: independent of W and 1.5 times as large, so that a single entry differs too."""
     feedback = {}
     for number, name in enumerate(layer_names(model) if names is None else names):
         weight = model.get_submodule(name).weight
         v = draw(*weight.shape, seed=1000 * seed + number).to(weight.dtype)
-        feedback[name] = v * (weight.detach().norm() / v.norm())
+        feedback[name] = v * (1.5 * weight.detach().norm() / v.norm())
     return feedback
 
 
@@ -93,6 +93,7 @@ def _problem(cls: type[nn.Module], args: tuple, options: dict, input_shape: tupl
     return Problem(lambda: cls(*args, **options), f"{cls.__name__}({', '.join(words)})", input_shape, seed)
 
 
+PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 SEEDS = st.integers(0, 2**16)
 BATCH = st.sampled_from([(), (1,), (3,)])
 
@@ -107,13 +108,14 @@ def linear_problems(draw_from: st.DrawFn) -> Problem:
 
 
 @st.composite
-def conv_problems(draw_from: st.DrawFn, n: int) -> Problem:
-    """`nn.Conv{n}d` with every kind of padding, on a batch or without one."""
-    kernel = draw_from(_per_dimension(n, 1, 4 if n < 3 else 3))
+def conv_problems(draw_from: st.DrawFn, n: int, padding_mode: str | None = None) -> Problem:
+    """`nn.Conv{n}d` on a batch or without one; no `padding_mode` stands for `padding='same'` in any."""
+    same = padding_mode is None
+    kernel = draw_from(_per_dimension(n, 2 if same else 1, 4 if n < 3 else 3))
     dilation = draw_from(_per_dimension(n, 1, 2))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    padding = draw_from(st.one_of(st.sampled_from(["same", "valid", 0, 1, 2]), _per_dimension(n, 0, 2)))
-    stride = (1,) * n if padding == "same" else draw_from(_per_dimension(n, 1, 3))
+    padding = "same" if same else draw_from(st.one_of(_per_dimension(n, 0, 2), st.sampled_from(["valid", 1])))
+    stride = (1,) * n if same else draw_from(_per_dimension(n, 1, 3))
     groups = draw_from(st.integers(1, 3))
     channels = [groups * draw_from(st.integers(1, 2)) for _ in ("in", "out")]
     options = {
@@ -123,7 +125,7 @@ def conv_problems(draw_from: st.DrawFn, n: int) -> Problem:
         "dilation": dilation,
         "groups": groups,
         "bias": draw_from(st.booleans()),
-        "padding_mode": draw_from(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+        "padding_mode": padding_mode or draw_from(st.sampled_from(PADDING_MODES)),
     }
     sizes = [max(r, 3) + draw_from(st.integers(0, 2)) for r in reach]
     return _problem(CONV[n], tuple(channels), options, (*draw_from(BATCH), 2, *sizes), draw_from(SEEDS))
@@ -164,7 +166,8 @@ def _per_dimension(n: int, low: int, high: int) -> st.SearchStrategy[tuple[int, 
 
 PROBLEMS = {
     "Linear": linear_problems(),
-    **{f"Conv{n}d": conv_problems(n) for n in (1, 2, 3)},
+    **{f"Conv{n}d, {mode}": conv_problems(n, mode) for n in (1, 2, 3) for mode in PADDING_MODES},
+    **{f"Conv{n}d, same": conv_problems(n) for n in (1, 2, 3)},
     **{f"ConvTranspose{n}d": conv_transpose_problems(n) for n in (1, 2, 3)},
 }
 

@@ -31,6 +31,8 @@ from oracle import (
 from problems import PROBLEMS, Net, draw, mlp, random_feedback, redrawn
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 # --- a chain rule written out by hand --------------------------------------------------------------------
 
 
