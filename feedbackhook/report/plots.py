@@ -60,26 +60,28 @@ def angles_against_epoch(table: DataFrame) -> Figure:
     """
     rows = _rows(table, {"weight_angle": "weight_angle"})
     layers = rows.sort_values("depth")["layer"].unique().tolist()
+    named = len(layers) <= _NAMED_LAYERS
+    top = min(max(95.0, float(rows["value"].max()) + 5), 180.0)
     with _axes() as (figure, axes, sns):
+        palette = sns.color_palette("viridis", len(layers))
         sns.lineplot(
             rows,
             x="epoch",
             y="value",
             hue="layer",
             hue_order=layers,
-            palette=sns.color_palette("viridis", len(layers)),
+            palette=palette,
             errorbar="sd",
-            legend=len(layers) <= _NAMED_LAYERS,
+            legend=named,
             ax=axes,
         )
         axes.axhline(90, linestyle=":", color="0.3")
-        top = max(95.0, float(rows["value"].max()) + 5)
         axes.set(xlabel="epoch", ylabel="angle between V and W [°]", title="Weight angle against epoch")
-        axes.set(ylim=(0, min(top, 180)), yticks=range(0, int(min(top, 180)) + 1, 15))
-        if len(layers) <= _NAMED_LAYERS:
+        axes.set(ylim=(0, top), yticks=range(0, int(top) + 1, 15))
+        if named:
             _legend_beside(axes, "layer, input to output")
         else:
-            _depth_bar(figure, axes, len(layers))
+            _depth_bar(figure, axes, palette)
     return figure
 
 
@@ -111,9 +113,11 @@ def _legend_beside(axes: Axes, title: str | None = None) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=title)
 
 
-def _depth_bar(figure: Figure, axes: Axes, layers: int) -> None:
+def _depth_bar(figure: Figure, axes: Axes, colours: list[tuple[float, float, float]]) -> None:
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator
 
-    scale = ScalarMappable(Normalize(0, layers - 1), "viridis")
-    figure.colorbar(scale, ax=axes, label="depth of the layer, 0 at the input")
+    scale = ScalarMappable(Normalize(-0.5, len(colours) - 0.5), ListedColormap(colours))
+    ticks = MaxNLocator(integer=True)
+    figure.colorbar(scale, ax=axes, label="depth of the layer, 0 at the input", ticks=ticks)
