@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("oracle", "problems")
 
+torch.set_num_threads(1)  # everything here is tiny, and xdist's workers share the cores
+
 settings.register_profile(
     "feedbackhook",
     derandomize=True,
