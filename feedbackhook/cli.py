@@ -129,11 +129,10 @@ def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
         def draw(now: Progress) -> None:
             nonlocal accuracy
             if now.test_error is not None:
-                accuracy = f"  test accuracy {100 - now.test_error:.2f}%"
+                accuracy = f"test accuracy {100 - now.test_error:.2f}%"
+            loss = f"loss {now.train_loss:.4f}  " if now.epoch else ""
             done = max(now.epoch - 1 + now.batch / now.batches, 0)
-            bar.update(
-                task, total=now.epochs, completed=done, description=f"loss {now.train_loss:.4f}{accuracy}"
-            )
+            bar.update(task, total=now.epochs, completed=done, description=loss + accuracy)
 
         yield draw
 

@@ -171,6 +171,7 @@ def test_on_a_terminal_it_is_a_bar_with_loss_and_accuracy() -> None:
     assert "━" in text
     assert "1/1" in text
     assert "loss " in text
+    assert "nan" not in text
     assert "test accuracy " in text
     assert "epoch 1/1: " not in text
     assert "run folder: runs/digits-sign-seed0" in text
