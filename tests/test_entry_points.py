@@ -217,6 +217,30 @@ def test_a_weight_used_without_its_module_inside_the_forward():
     assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input", "fc1.weight"])
 
 
+PARTS_CALLED_BY_THEMSELVES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "called": lambda model, x: model.part(x),
+    "checkpointed, non-reentrant": lambda model, x: checkpoint(model.part, x, use_reentrant=False),
+    "checkpointed, reentrant": lambda model, x: checkpoint(model.part, x, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("step", PARTS_CALLED_BY_THEMSELVES.values(), ids=PARTS_CALLED_BY_THEMSELVES)
+def test_a_part_that_uses_a_weight_without_its_module_and_is_called_by_itself(step):
+    """Neither the root nor the layer is called: only what lies between them can open the bracket."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = FunctionalNet()
+
+    plain, model, x = redrawn(Root()), redrawn(Root()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    got = gradients(model, x, step)
+    unlike = ["input", "part.fc1.weight"]
+    assert_matches_oracle(got, plain, feedback, x, lambda root, x: root.part(x), unlike=unlike)
+
+
 def test_activations_in_place():
     plain, x = redrawn(InPlaceNet()), draw(3, 2, 6, 6)
     model, feedback = patched_copy(plain)

@@ -563,9 +563,12 @@ def test_model_and_patch_are_freed(removed):
             patch.remove()
         return weakref.ref(model), weakref.ref(patch), weakref.ref(model[0].weight)
 
+    gc.collect()
+    hooks = global_hooks()
     references = build()
     gc.collect()
     assert [reference() for reference in references] == [None, None, None]
+    assert global_hooks() == hooks, "a hook of torch's own outlives the patch that set it"
 
 
 # --- errors inside the forward ---------------------------------------------------------------------------
@@ -626,6 +629,18 @@ def test_removal_after_a_failed_forward_leaves_no_trace(failure):
         fail_once(model, failure)
         patch.remove()
     assert_bit_equal(gradients(model, draw(3, 4)), exact)
+
+
+@FAILURES
+def test_a_deep_copy_after_a_failed_forward(failure):
+    plain, model, x = redrawn(Fragile()), redrawn(Fragile()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    fail_once(model, failure)
+    duplicate = copy.deepcopy(model)
+    for net in (model, duplicate):
+        assert_matches_oracle(gradients(net, x), plain, feedback, x, unlike=["first.weight"])
+        assert torch._C._len_torch_function_stack() == 0
 
 
 @FAILURES
