@@ -863,6 +863,44 @@ def test_forms_of_compiling(form, when):
     assert_same_gradients(gradients(model, x, step), by_backprop(plain, x))
 
 
+class Broken(nn.Module):
+    """Its forward leaves the compiler inside a part, and before a weight is used without its module."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            torch._dynamo.graph_break()
+            return torch.tanh(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.fc1, self.fc2 = Broken.Part(), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(F.linear(self.part(x), self.fc1.weight))
+        torch._dynamo.graph_break()
+        return F.linear(torch.tanh(x), self.fc2.weight)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("when", ["compiled, then patched", "patched, then compiled"])
+def test_compiled_with_graph_breaks(when):
+    plain, x = redrawn(Broken()), draw(3, 4)
+    model, feedback = copy.deepcopy(plain), random_feedback(plain)
+    compiled = torch.compile(model, backend="aot_eager")
+    if when == "compiled, then patched":
+        compiled(x)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    for _ in range(2):
+        got = gradients(model, x, lambda _, x: compiled(x))
+        assert torch._C._len_torch_function_stack() == 0
+        assert_compiled_matches_oracle(got, plain, feedback, x, ["input", "part.fc.weight", "fc1.weight"])
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("when", ["compiled, then patched", "patched, then compiled"])
 def test_a_compiled_function_that_calls_no_module_raises_by_name(when):
