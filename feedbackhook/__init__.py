@@ -4,6 +4,7 @@ from feedbackhook.alignment import Row, measure
 from feedbackhook.bracket import ExactGradientError
 from feedbackhook.optim import BatchManhattan
 from feedbackhook.patching import LayerRow, Patch, get_patch, patch, unpatch
+from feedbackhook.recorder import Recorder, read
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules import register_rule
 from feedbackhook.targets import LayerInfo, classifier
@@ -15,11 +16,13 @@ __all__ = [
     "LayerInfo",
     "LayerRow",
     "Patch",
+    "Recorder",
     "Row",
     "classifier",
     "get_patch",
     "measure",
     "patch",
+    "read",
     "register_rule",
     "unpatch",
 ]

@@ -1,10 +1,11 @@
 """The machinery: module hooks that bracket a forward, a function mode inside it, the feedback edge, a guard.
 
-Hooks on each patched module and on each of its ancestors keep a stack of the modules that are running. While
-it is not empty a `TorchFunctionMode` sees every call of the functions in `products.OPERATIONS` with the
-weight that the call really uses. A call of a patched weight runs on the detached input, so that PyTorch's own
-backward yields the weight and bias gradients alone, and the feedback edge joins its output to the input. A
-hook on each weight is the guard: a gradient that no bracketed call made is an error.
+Hooks on each patched module and on each of its ancestors keep a stack of the modules that are running in
+this thread. While it is not empty a `TorchFunctionMode` sees every call of the functions in
+`products.OPERATIONS` with the weight that the call really uses. A call of a patched weight runs on the
+detached input, so that PyTorch's own backward yields the weight and bias gradients alone, and the feedback
+edge joins its output to the input. A hook on each weight is the guard: a gradient that no bracketed call made
+is an error.
 
 Under `torch.compile` the hooks, the mode and the edge are traced; counts, probes and the search for new
 parameters, which are for the eye and for eager code, are left out of the graph.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.feedback import Feedback
@@ -73,9 +74,13 @@ class Layer:
             if "bias" not in name.split("."):
                 yield parameter
 
-    def error_signal(self, error_in: Tensor | None, error_out: Tensor) -> None:
-        """Notes that a backward has come by; `error_in` is None where nothing lies upstream."""
+    def arrived(self) -> None:
+        """Notes that the backward now running has reached a bracketed call."""
         self._backward = torch._C._current_graph_task_id()
+
+    def error_signal(self, error_in: Tensor | None, error_out: Tensor) -> None:
+        """Notes the same and tells the probes; `error_in` is None where nothing lies upstream."""
+        self.arrived()
         for tap in list(self.taps.values()):
             tap(error_in, error_out)
 
@@ -126,11 +131,16 @@ class FeedbackEdge(torch.autograd.Function):
 
 
 class _Mode(TorchFunctionMode):
-    """Hands the calls of the functions in `OPERATIONS` to the bracket and passes all others through."""
+    """Hands the calls of the functions in `OPERATIONS` to the bracket and passes all others through.
+
+    One lives from the opening of the outermost module to its end. It holds the stack of the modules that are
+    running, so that the stack belongs to a thread, as the stack of modes does, and ends with its mode.
+    """
 
     def __init__(self, bracket: Bracket) -> None:
         super().__init__()
-        self._bracket = bracket
+        self.bracket = bracket
+        self.running: list[nn.Module] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -140,10 +150,10 @@ class _Mode(TorchFunctionMode):
         if read is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         call = read(*args, **kwargs)
-        layer = self._bracket.layer_of(call.weight)
+        layer = self.bracket.layer_of(call.weight, self.running[-1])
         if layer is None:
             return func(*args, **kwargs)
-        return _reroute(self._bracket, layer, call, func, args, kwargs)
+        return _reroute(self.bracket, layer, call, func, args, kwargs)
 
 
 def _reroute(
@@ -155,10 +165,13 @@ def _reroute(
     else:
         layer.calls += 1
         layer.upstream = layer.upstream or call.input.requires_grad
-    if not call.input.requires_grad:
+    if not call.input.requires_grad or not bracket.enabled:
         output: Tensor = func(*args, **kwargs)
         if output.requires_grad and not compiling:
-            output.register_hook(lambda error_out: layer.error_signal(None, error_out))
+            exact = call.input.requires_grad
+            output.register_hook(
+                lambda error_out: layer.arrived() if exact else layer.error_signal(None, error_out)
+            )
         return output
     detached = call.input.detach()
     output = func(detached, *args[1:], **kwargs) if args else func(**{**kwargs, "input": detached})
@@ -175,7 +188,7 @@ class Bracket:
         layers: the patched weights.
 
     Attributes:
-        enabled: where False, forwards build plain graphs.
+        enabled: where False, forwards build plain graphs, and the guard lets any gradient pass.
         exact: where True, backwards use W in the place of V.
     """
 
@@ -184,8 +197,7 @@ class Bracket:
         self.enabled = True
         self.exact = False
         self._by_weight: dict[int, tuple[Tensor, Layer]] = {}
-        self._running: list[nn.Module] = []
-        self._mode = _Mode(self)
+        self._traced_mode = _Mode(self)
         self._hooks: list[RemovableHandle] = []
         self._guards: dict[Tensor, RemovableHandle] = {}
         self._clock: RemovableHandle | None = None
@@ -209,7 +221,8 @@ class Bracket:
 
     def detach(self, model: nn.Module) -> None:
         """Takes away every hook, mark and guard, and a mode that an interrupted forward has left behind."""
-        self._unwind()
+        if (mode := self._mode()) is not None:
+            _leave(mode)
         handles = [*self._hooks, *self._guards.values(), *([self._clock] if self._clock else [])]
         for handle in handles:
             handle.remove()
@@ -223,8 +236,8 @@ class Bracket:
                 del module.__dict__[MARK]
         _forget_compiled_code()
 
-    def layer_of(self, weight: Tensor) -> Layer | None:
-        """The patched layer to which a weight in a call belongs.
+    def layer_of(self, weight: Tensor, running: nn.Module) -> Layer | None:
+        """The patched layer to which a weight in a call belongs; `running` is the innermost hooked module.
 
         A parameter belongs to itself, wherever it is used. A weight that is derived from parameters
         (standardised, normalised, reparametrised) belongs to the module whose forward is running.
@@ -232,36 +245,42 @@ class Bracket:
         known, layer = self._by_weight.get(id(weight), (None, None))
         if known is weight:
             return layer
-        mark = self._running[-1].__dict__.get(MARK) if self._running else None
-        if mark is None or mark.layer is None or weight.shape != mark.layer.info.shape:
+        mark: Mark = running.__dict__[MARK]
+        if mark.layer is None or weight.shape != mark.layer.info.shape:
             return None
         own = not isinstance(weight, nn.Parameter) or mark.layer.module._parameters.get("weight") is weight
         return mark.layer if own else None
 
     def _open(self, module: nn.Module, args: object) -> None:
-        if not self.enabled:
-            return
+        mode = self._mode()
         if not torch.compiler.is_compiling():
-            if module in self._running and not _is_nested(module):
-                self._unwind()  # an interrupt, which no hook hears of, has left this module on the stack
-            if not self._running:
+            if mode is not None and not _is_running(mode.running[-1]):
+                _leave(mode)  # left behind by an interrupt, of which no hook hears
+                mode = None
+            if mode is None:
                 self._resolve(module.__dict__[MARK].inside)
-        if not self._running:
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
-        self._running.append(module)
+        if mode is None:
+            # A mode that is on the stack where a traced graph breaks must be one that the graph did not make.
+            mode = self._traced_mode if torch.compiler.is_compiling() else _Mode(self)
+            mode.running.clear()
+            mode.__enter__()  # type: ignore[no-untyped-call]
+        mode.running.append(module)
 
     def _close(self, module: nn.Module, args: object, output: object) -> None:
-        if module not in self._running:
+        mode = self._mode()
+        if mode is None or module not in mode.running:
             return
-        while self._running.pop() is not module:
+        while mode.running.pop() is not module:
             pass  # a module inside it raised before its own hook could close it
-        if not self._running:
-            _leave(self._mode)
+        if not mode.running:
+            _leave(mode)
 
-    def _unwind(self) -> None:
-        if self._running:
-            self._running.clear()
-            _leave(self._mode)
+    def _mode(self) -> _Mode | None:
+        """This thread's mode of this bracket, while one of its modules is running."""
+        for mode in _get_current_function_mode_stack():
+            if isinstance(mode, _Mode) and mode.bracket is self:
+                return mode
+        return None
 
     def _resolve(self, layers: list[Layer]) -> None:
         """Sees that today's parameters are known and guarded: copies and `assign=True` bring new ones."""
@@ -276,7 +295,7 @@ class Bracket:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave behind what belongs to this process's parameters and optimizers."""
-        return {**self.__dict__, "_running": [], "_by_weight": {}, "_guards": {}, "_clock": None}
+        return {**self.__dict__, "_by_weight": {}, "_guards": {}, "_clock": None}
 
 
 class _Guard:
@@ -323,13 +342,13 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _is_nested(module: nn.Module) -> bool:
-    """Whether the module's forward is really running below the call that has just begun."""
+def _is_running(module: nn.Module) -> bool:
+    """Whether the module's forward is running below the call that has just begun, in this thread."""
     frame = sys._getframe()
-    calls = 0
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-    return calls > 1
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            return True
+    return False
 
 
 def _forget_compiled_code() -> None:

@@ -323,11 +323,7 @@ def test_float32_stays_float32(kind):
     "in_the_forward",
     [
         pytest.param(True, id="enabled, disabled before the backward"),
-        pytest.param(
-            False,
-            id="disabled, enabled before the backward",
-            marks=pytest.mark.xfail(strict=True, reason="the guard reads `enabled` in the backward"),
-        ),
+        pytest.param(False, id="disabled, enabled before the backward"),
     ],
 )
 def test_enabled_is_read_in_the_forward_not_in_the_backward(in_the_forward):
@@ -726,7 +722,6 @@ def test_an_interrupt_that_leaves_through_a_mode_of_the_users():
 
 
 @pytest.mark.usefixtures("_clean_mode_stack")
-@pytest.mark.xfail(strict=True, reason="only a forward of a module that was running heals")
 def test_a_part_called_alone_after_an_interrupt_heals_too():
     plain, model, x = redrawn(Fragile()), redrawn(Fragile()), draw(3, 4)
     feedback = random_feedback(plain)
