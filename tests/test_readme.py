@@ -1,0 +1,67 @@
+"""The README's code runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import feedbackhook
+from feedbackhook.rules import _RULES
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def _small_timm(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create("resnet10t", **options))
+
+
+@pytest.fixture
+def _forget_new_rules():
+    known = dict(_RULES)
+    yield
+    _RULES.clear()
+    _RULES.update(known)
+
+
+def test_the_first_lines(capsys):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    names = {
+        "model": model,
+        "criterion": nn.CrossEntropyLoss(),
+        "x": torch.randn(6, 4),
+        "y": torch.randint(3, (6,)),
+    }
+    exec(BLOCKS[0], names)
+    assert "sign(concordance=0.8)" in capsys.readouterr().out
+    assert feedbackhook.get_patch(model) is None
+    assert names["patch"].layers[1].rerouted == 1
+
+
+@pytest.mark.usefixtures("_small_timm")
+def test_the_loop(capsys):
+    batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]
+    names = {"batches": batches}
+    exec(BLOCKS[1], names)
+    layers = names["patch"].layers
+    assert [row.rerouted for row in layers] == [0] + [2] * (len(layers) - 1)
+    assert "fc" not in {row.name for row in layers}
+    assert "weight_angle" in capsys.readouterr().out
+    agreement = [row.value for row in feedbackhook.measure(names["patch"]) if row.metric == "sign_agreement"]
+    assert sum(agreement) / len(agreement) == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.usefixtures("_forget_new_rules")
+def test_the_rule_of_ones_own():
+    model = nn.Linear(4, 4)
+    exec(BLOCKS[2], {"feedbackhook": feedbackhook, "model": model})
+    assert feedbackhook.get_patch(model).layers[0].rule == "noisy(std=0.5)"
+
+
+def test_every_block_is_tried():
+    assert len(BLOCKS) == 3

@@ -1,0 +1,93 @@
+"""The recipes run, on little."""
+
+import importlib.util
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def demo():
+    with mpl.rc_context():
+        yield load(RECIPES / "liao2016" / "demo.py")
+        plt.close("all")
+
+
+def test_the_demo_has_the_papers_conditions(demo, tmp_path):
+    configs = {
+        (row["rule"], row["concordance"]): demo.configuration(row, 0, 15, tmp_path)
+        for row in demo.conditions()
+    }
+    assert set(configs) == {("backprop", None), ("RndF", None), ("uSF", None)} | {
+        (rule, concordance) for rule in ("frSF", "brSF") for concordance in (1, 0.75, 0.5, 0.25, 0)
+    }
+    assert len({config.output for config in configs.values()}) == len(configs)
+    for (rule, _), config in configs.items():
+        with_both = (config.model.batch_norm, config.optimizer.name) == ("paper", "batch_manhattan")
+        with_neither = (config.model.batch_norm, config.optimizer.name) == ("none", "sgd")
+        assert with_neither if rule == "uSF" else with_both
+
+
+def test_the_demo_trains_prints_and_draws_and_does_not_repeat_what_is_finished(
+    demo, tmp_path, monkeypatch, capsys
+):
+    few = [row for row in demo.conditions() if row["concordance"] in (None, 1.0)]
+    monkeypatch.setattr(demo, "conditions", lambda: few)
+    demo.main(epochs=1, seeds=1, jobs=1, output=tmp_path)
+    first = capsys.readouterr().out
+    for expected in ("5 runs of 1 epochs", "Manhattan 5e-05", "backprop", "frSF", "demo.png", "errors.csv"):
+        assert expected in first
+    runs = pd.read_csv(tmp_path / "errors.csv")
+    assert list(runs["rule"]) == ["backprop", "frSF", "brSF", "RndF", "uSF"]
+    assert runs["last_error"].between(0, 100).all()
+    assert (runs["epochs"] == 1).all()
+    assert plt.imread(tmp_path / "demo.png").std() > 0.01
+
+    weights = (tmp_path / "frSF-1-seed0" / "last.safetensors").stat()
+    demo.main(epochs=1, seeds=1, jobs=1, output=tmp_path)
+    assert (tmp_path / "frSF-1-seed0" / "last.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
+
+
+def test_the_demo_draws_every_condition(demo):
+    runs = pd.DataFrame(
+        {**row, "seed": seed, "last_error": error, "run": f"{row['rule']}{row['concordance']}{seed}"}
+        for error, row in enumerate(demo.conditions(), 1)
+        for seed in (0, 1)
+    )
+    epochs = pd.concat([runs.assign(epoch=epoch, error=runs["last_error"] + epoch) for epoch in range(3)])
+    figure = demo.draw(runs, epochs)
+    fixed, redrawn, last = figure.axes
+    for axes in (fixed, redrawn):
+        assert axes.get_xlabel() == "epoch"
+        assert axes.get_ylabel() == "test error [%]"
+        shown = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert shown == ["1", "0.75", "0.5", "0.25", "0", "backprop"]
+    of_frsf = next(line for line in last.lines if line.get_marker() == "o" and len(line.get_xdata()) == 5)
+    assert list(of_frsf.get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+    assert list(of_frsf.get_ydata()) == [6, 5, 4, 3, 2]
+    shown = [text.get_text() for text in last.get_legend().get_texts()]
+    assert shown == ["frSF", "brSF", "backprop", "RndF", "uSF without BN and BM"]
+
+
+def test_the_example_configuration_is_valid(tmp_path):
+    from feedbackhook.cli import main
+    from feedbackhook.experiments.folder import RunFolder
+
+    config = RECIPES / "liao2016" / "digits.yaml"
+    output = tmp_path / "run"
+    assert main(["train", str(config), "--protocol.epochs", "1", "--output", str(output)]) == 0
+    result = RunFolder(output).result()
+    assert result is not None
+    assert result.status == "finished"
