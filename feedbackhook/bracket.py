@@ -17,9 +17,11 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
@@ -30,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from feedbackhook.feedback import Feedback
 from feedbackhook.products import OPERATIONS, Call, Product
 from feedbackhook.rules import redrawn_by_updates
-from feedbackhook.targets import LayerInfo
+from feedbackhook.targets import Target, weight_of
 
 MARK = "_feedbackhook"
 """The one attribute that is set on modules: on each that is patched and on each of their ancestors."""
@@ -43,30 +45,37 @@ class ExactGradientError(RuntimeError):
 
 
 class Layer:
-    """One patched weight: the modules that hold it, its feedback, and what has happened to it.
+    """One patched weight: the module that holds it, its feedback, and what has happened to it.
 
     Attributes:
-        names: the full names of the modules that hold the weight; more than one where it is tied.
+        names: the full names of the layer; more than one where the weight is tied.
         calls: forward calls with gradients enabled.
         rerouted: error signals sent through V.
         upstream: whether the input of any call required a gradient; None before the first call.
     """
 
-    def __init__(self, info: LayerInfo, module: nn.Module, feedback: Feedback) -> None:
-        self.info = info
-        self.names = [info.name]
-        self.module = module
+    def __init__(self, target: Target, feedback: Feedback) -> None:
+        self.info = target.info
+        self.names = [target.info.name]
+        self.module = target.module
+        self.attribute = target.attribute
         self.feedback = feedback
         self.calls = 0
         self.rerouted = 0
         self.upstream: bool | None = None
         self.taps: OrderedDict[int, Tap] = OrderedDict()
+        self.derived: Tensor | None = None
         self.compiled = False  # whether a call was traced; then no Python runs in the backward
         self._backward = -1  # the id of the last backward that reached a bracketed call
 
+    def weight(self) -> Tensor:
+        """Today's W, as the module's forward would use it; where that forward derives it (standardises it,
+        say), W as the last forward used it."""
+        return weight_of(self.module, self.attribute) if self.derived is None else self.derived
+
     def parameters(self) -> Iterator[Tensor]:
         """The weight, or the parameters from which the module derives it."""
-        weight = self.module._parameters.get("weight")
+        weight = self.module._parameters.get(self.attribute)
         if weight is not None:
             yield weight
             return
@@ -77,6 +86,11 @@ class Layer:
     def arrived(self) -> None:
         """Notes that the backward now running has reached a bracketed call."""
         self._backward = torch._C._current_graph_task_id()
+
+    def may_derive(self, weight: Tensor) -> bool:
+        """Whether a weight used in the module's own forward is its parameter, or derived from parameters."""
+        own = not isinstance(weight, nn.Parameter) or self.module._parameters.get(self.attribute) is weight
+        return own and weight.shape == self.info.shape
 
     def error_signal(self, error_in: Tensor | None, error_out: Tensor) -> None:
         """Notes the same and tells the probes; `error_in` is None where nothing lies upstream."""
@@ -91,8 +105,8 @@ class Layer:
 
 
 class Mark(NamedTuple):
-    """What a hooked module carries: the user's handle, the bracket, the layer that the module is (if it is
-    one) and the layers inside it."""
+    """What a hooked module carries: the user's handle, the bracket, the layer whose `weight` the module holds
+    (if it does) and the layers inside it."""
 
     patch: Any
     bracket: Bracket
@@ -100,19 +114,41 @@ class Mark(NamedTuple):
     inside: list[Layer]
 
 
+class View(NamedTuple):
+    """A part of a weight, as `Tensor.as_strided` takes it."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+class Use(NamedTuple):
+    """What a call uses: a layer's whole weight, of which the weight in the call may be a view."""
+
+    layer: Layer
+    weight: Tensor
+    view: View | None
+
+
 class FeedbackEdge(torch.autograd.Function):
     """Joins a layer's output, made from the detached input, back to the input by V's product."""
 
     @staticmethod
     def forward(
-        output: Tensor, input: Tensor, weight: Tensor, bracket: Bracket, layer: Layer, product: Product
+        output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        view: View | None,
+        bracket: Bracket,
+        layer: Layer,
+        product: Product,
     ) -> Tensor:
         # Not `view_as`: an in-place activation on a view made inside a custom function raises.
         return output.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, input, weight, ctx.bracket, ctx.layer, ctx.product = inputs
+        _, input, weight, ctx.view, ctx.bracket, ctx.layer, ctx.product = inputs
         ctx.dtype = input.dtype
         ctx.save_for_backward(weight)
 
@@ -123,11 +159,13 @@ class FeedbackEdge(torch.autograd.Function):
         layer: Layer = ctx.layer
         exact = ctx.bracket.exact
         feedback = weight if exact else layer.feedback(weight)
+        if ctx.view is not None:
+            feedback = feedback.contiguous().as_strided(*ctx.view)
         error_in = ctx.product(error_out, feedback.to(error_out.dtype)).to(ctx.dtype)
         if not torch.compiler.is_compiling():
             layer.rerouted += not exact
             layer.error_signal(error_in, error_out)
-        return error_out, error_in, None, None, None, None
+        return error_out, error_in, None, None, None, None, None
 
 
 class _Mode(TorchFunctionMode):
@@ -146,19 +184,35 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
         read = OPERATIONS.get(func)
-        if read is None or not torch.is_grad_enabled():
+        if read is None:
             return func(*args, **kwargs)
         call = read(*args, **kwargs)
-        layer = self.bracket.layer_of(call.weight, self.running[-1])
-        if layer is None:
+        used = self.bracket.layer_of(call.weight, self.running[-1])
+        if used is None:
             return func(*args, **kwargs)
-        return _reroute(self.bracket, layer, call, func, args, kwargs)
+        return _reroute(self.bracket, used, call, func, args, kwargs)
+
+
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+"""PyTorch's attention, which is one call to a function mode, without the question that hands it to the mode:
+run inside the mode again, it shows its projections."""
 
 
 def _reroute(
-    bracket: Bracket, layer: Layer, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    bracket: Bracket, used: Use, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
+    layer = used.layer
     compiling = torch.compiler.is_compiling()
     if compiling:
         layer.compiled = True
@@ -176,7 +230,7 @@ def _reroute(
     detached = call.input.detach()
     output = func(detached, *args[1:], **kwargs) if args else func(**{**kwargs, "input": detached})
     joined: Tensor = FeedbackEdge.apply(
-        output, call.input, call.weight.detach(), bracket, layer, call.product
+        output, call.input, used.weight.detach(), used.view, bracket, layer, call.product
     )
     return joined
 
@@ -202,16 +256,21 @@ class Bracket:
         self._guards: dict[Tensor, RemovableHandle] = {}
         self._clock: RemovableHandle | None = None
 
-    def attach(self, model: nn.Module, layer_of_module: dict[str, Layer], patch: object) -> None:
-        """Hooks each module in `layer_of_module` (by full name) and each of its ancestors; `patch` is the
-        user's handle, which their marks carry."""
+    def attach(
+        self, model: nn.Module, layer_of_target: Iterable[tuple[Target, Layer]], patch: object
+    ) -> None:
+        """Hooks the module of each target and each of its ancestors; `patch` is the user's handle, which
+        their marks carry."""
         inside: dict[str, list[Layer]] = {}
-        for name, layer in layer_of_module.items():
-            for ancestor in _ancestors(name):
+        own: dict[str, Layer] = {}
+        for target, layer in layer_of_target:
+            if target.attribute == "weight":
+                own[target.path] = layer
+            for ancestor in _ancestors(target.path):
                 inside.setdefault(ancestor, []).append(layer)
         for name, layers in inside.items():
             module = model.get_submodule(name)
-            module.__dict__[MARK] = Mark(patch, self, layer_of_module.get(name), layers)
+            module.__dict__[MARK] = Mark(patch, self, own.get(name), layers)
             self._hooks += [
                 module.register_forward_pre_hook(self._open, prepend=True),
                 module.register_forward_hook(self._close, always_call=True),
@@ -236,22 +295,36 @@ class Bracket:
                 del module.__dict__[MARK]
         _forget_compiled_code()
 
-    def layer_of(self, weight: Tensor, running: nn.Module) -> Layer | None:
+    def layer_of(self, weight: Tensor, running: nn.Module) -> Use | None:
         """The patched layer to which a weight in a call belongs; `running` is the innermost hooked module.
 
-        A parameter belongs to itself, wherever it is used. A weight that is derived from parameters
-        (standardised, normalised, reparametrised) belongs to the module whose forward is running.
+        A parameter belongs to itself, wherever it is used, and so do its views: attention uses a third of
+        its projection at a time. A weight that is derived from parameters (standardised, normalised,
+        reparametrised) belongs to the module whose forward is running.
         """
-        known, layer = self._by_weight.get(id(weight), (None, None))
-        if known is weight:
-            return layer
+        if (layer := self._known(weight)) is not None:
+            return Use(layer, weight, None)
         mark: Mark = running.__dict__[MARK]
-        if mark.layer is None or weight.shape != mark.layer.info.shape:
-            return None
-        own = not isinstance(weight, nn.Parameter) or mark.layer.module._parameters.get("weight") is weight
-        return mark.layer if own else None
+        layer = mark.layer
+        if layer is not None and layer.may_derive(weight):
+            if not torch.compiler.is_compiling():
+                layer.derived = None if isinstance(weight, nn.Parameter) else weight.detach()
+            return Use(layer, weight, None)
+        base = weight._base
+        if base is not None and base.is_contiguous() and (layer := self._known(base)) is not None:
+            return Use(layer, base, View(weight.size(), weight.stride(), weight.storage_offset()))
+        return None
+
+    def _known(self, weight: Tensor) -> Layer | None:
+        known, layer = self._by_weight.get(id(weight), (None, None))
+        return layer if known is weight else None
 
     def _open(self, module: nn.Module, args: object) -> None:
+        if module.__dict__.get("_is_replica"):
+            raise RuntimeError(
+                "a patched model cannot run under nn.DataParallel, whose replicas share one feedback; use "
+                "torch.nn.parallel.DistributedDataParallel"
+            )
         mode = self._mode()
         if not torch.compiler.is_compiling():
             if mode is not None and not _is_running(mode.running[-1]):

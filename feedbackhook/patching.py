@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from feedbackhook.bracket import MARK, Bracket, Layer, Tap
 from feedbackhook.feedback import Feedback
 from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
-from feedbackhook.targets import Selection, Target, find_targets, weight_of
+from feedbackhook.targets import Selection, Target, find_targets, select
 
 
 class LayerRow(NamedTuple):
@@ -41,7 +41,7 @@ class LayerRow(NamedTuple):
 
 def patch(
     model: nn.Module,
-    mode: str = "sign",
+    mode: str | Mapping[str, str | Mapping[str, Any]] = "sign",
     *,
     include: Selection | None = None,
     exclude: Selection | None = None,
@@ -57,12 +57,14 @@ def patch(
     Args:
         model: any module.
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
-            "RndF" or one of your own (`register_rule`).
+            "RndF" or one of your own (`register_rule`). Or a mapping from regular expressions for full names
+            to a mode, or to a dict of `mode` and its options: the first that matches a layer wins, and layers
+            that none matches stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
         exclude: layers to leave exact, in the same form; it wins over `include`.
         seed: with the layers' names it decides all random parts of V.
-        options: the rule's own, such as `concordance=0.8`.
+        options: the rule's own, such as `concordance=0.8`; none beside a mapping.
 
     Returns:
         The handle: a context manager, with `remove()`, `enabled`, `set()`, `layers` and more.
@@ -78,16 +80,15 @@ def patch(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, not {seed!r}")
     _refuse_second_patch(model)
-    rule = make_rule(mode, options)
     targets = find_targets(model, include, exclude)
-    layers = _layers(targets, rule, seed)
-    unique = list(dict.fromkeys(layers.values()))
-    if callable(check := getattr(rule, "check", None)):
-        check([layer.info for layer in unique])
+    rules = _rules(mode, options, targets)
+    layers = _layers(rules, seed)
+    unique = list(dict.fromkeys(layer for _, layer in layers))
+    _check(unique)
     for layer in unique:
-        layer.feedback(weight_of(layer.module))  # whatever is wrong shows before anything is attached
+        layer.feedback(layer.weight())  # whatever is wrong shows before anything is attached
     bracket = Bracket(unique)
-    handle = Patch(model, bracket, seed)
+    handle = Patch(model, bracket)
     bracket.attach(model, layers, handle)
     return handle
 
@@ -95,10 +96,9 @@ def patch(
 class Patch:
     """The handle of a patched model. Made by `feedbackhook.patch`."""
 
-    def __init__(self, model: nn.Module, bracket: Bracket, seed: int) -> None:
+    def __init__(self, model: nn.Module, bracket: Bracket) -> None:
         self._model = model
         self._bracket = bracket
-        self._seed = seed
 
     def __enter__(self) -> Patch:
         return self
@@ -141,13 +141,19 @@ class Patch:
             self._bracket.exact = before
 
     def set(self, **options: Any) -> None:
-        """Changes options of the rule, during training too: `patch.set(concordance=0.5)`.
+        """Changes options of the rule, during training too: `patch.set(concordance=0.5)`. Where layers follow
+        different rules, those change that have all of these options.
 
         Raises:
             TypeError, ValueError: as in `patch`; nothing is changed then.
         """
-        rules = [changed(layer.feedback.rule, options) for layer in self._bracket.layers]
-        for layer, rule in zip(self._bracket.layers, rules, strict=True):
+        having = [
+            layer
+            for layer in self._bracket.layers
+            if options.keys() <= rule_values(layer.feedback.rule).keys()
+        ]
+        rules = [changed(layer.feedback.rule, options) for layer in having or self._bracket.layers]
+        for layer, rule in zip(having, rules, strict=True):
             layer.feedback.follow(rule)
 
     def redraw(self) -> None:
@@ -162,7 +168,7 @@ class Patch:
             KeyError: no patched layer has that name.
         """
         layer = self._layer(name)
-        return layer.feedback(weight_of(layer.module)).clone()
+        return layer.feedback(layer.weight()).clone()
 
     def weight(self, name: str) -> Tensor:
         """Today's W of a layer, as its forward uses it, detached.
@@ -170,7 +176,7 @@ class Patch:
         Raises:
             KeyError: no patched layer has that name.
         """
-        return weight_of(self._layer(name).module).detach()
+        return self._layer(name).weight().detach()
 
     def on_error_signal(self, name: str, fn: Tap) -> RemovableHandle:
         """Calls `fn(error_in, error_out)` for each error signal that passes a layer; the handle's `remove()`
@@ -313,18 +319,59 @@ def _refuse_second_patch(model: nn.Module) -> None:
         )
 
 
-def _layers(targets: list[Target], rule: Rule, seed: int) -> dict[str, Layer]:
-    """A layer for each target's name; targets that hold one parameter as their weight share a layer."""
+def _rules(
+    mode: str | Mapping[str, str | Mapping[str, Any]], options: Mapping[str, Any], targets: list[Target]
+) -> list[tuple[Target, Rule]]:
+    """The targets that are to be patched, each with its rule."""
+    if not isinstance(mode, Mapping):
+        rule = make_rule(mode, options)
+        return [(target, rule) for target in targets]
+    if options:
+        raise TypeError(
+            f"options beside a mapping of modes ({', '.join(options)}) would belong to no rule; "
+            "write them as {pattern: dict(mode=..., option=...)}"
+        )
+    modules = {target.info.name: target.module for target in targets}
+    rules: dict[str, Rule] = {}
+    for pattern, entry in mode.items():
+        given = {"mode": entry} if isinstance(entry, str) else dict(entry)
+        if "mode" not in given:
+            raise TypeError(f"mode[{pattern!r}] lacks the key 'mode'")
+        rule = make_rule(given.pop("mode"), given)
+        rules = {**dict.fromkeys(select("mode", pattern, modules), rule), **rules}
+    if not rules:
+        raise ValueError("the mapping of modes is empty")
+    return [(target, rules[target.info.name]) for target in targets if target.info.name in rules]
+
+
+def _layers(rules: list[tuple[Target, Rule]], seed: int) -> list[tuple[Target, Layer]]:
+    """A layer for each target; targets that hold one parameter as their weight share a layer.
+
+    Raises:
+        ValueError: they have different rules.
+    """
     by_weight: dict[int, Layer] = {}
-    layers: dict[str, Layer] = {}
-    for module, info in targets:
-        weight = module._parameters.get("weight")
+    layers = []
+    for target, rule in rules:
+        weight = target.module._parameters.get(target.attribute)
         layer = by_weight.get(id(weight)) if weight is not None else None
         if layer is None:
-            layer = Layer(info, module, Feedback(rule, info, seed))
+            layer = Layer(target, Feedback(rule, target.info, seed))
             if weight is not None:
                 by_weight[id(weight)] = layer
+        elif layer.feedback.rule is rule:
+            layer.names.append(target.info.name)
         else:
-            layer.names.append(info.name)
-        layers[info.name] = layer
+            raise ValueError(
+                f"{layer.info.name!r} and {target.info.name!r} share a weight; give them one rule"
+            )
+        layers.append((target, layer))
     return layers
+
+
+def _check(layers: list[Layer]) -> None:
+    """Lets each rule that has a `check` see the layers that follow it."""
+    rules = {id(layer.feedback.rule): layer.feedback.rule for layer in layers}
+    for key, rule in rules.items():
+        if callable(check := getattr(rule, "check", None)):
+            check([layer.info for layer in layers if id(layer.feedback.rule) == key])

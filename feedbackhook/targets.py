@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 Selection: TypeAlias = str | Sequence[str | type[nn.Module]]
 
@@ -22,8 +23,10 @@ KINDS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+    nn.MultiheadAttention,
 )
-"""The kinds of layer that can be patched; subclasses count as the kind that they extend."""
+"""The kinds of layer that can be patched; subclasses count as the kind that they extend. Of attention, these
+are the projections of query, key and value; the output's is an `nn.Linear` of its own."""
 
 FUSED: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
 """Layers that compute in one fused call, inside which no error signal can be rerouted."""
@@ -34,7 +37,7 @@ class LayerInfo:
     """What a rule may know of the layer for which it draws.
 
     Args:
-        name: the full name in the patched model.
+        name: the full name in the patched model: the module's, followed in attention by the weight's.
         kind: one of `KINDS`, by its name.
         shape: that of the weight.
         fan_in: the number of weights that feed one output unit (of a transposed convolution: one output
@@ -48,9 +51,11 @@ class LayerInfo:
 
 
 class Target(NamedTuple):
-    """A layer to be patched: its module, and what is known of it."""
+    """A layer to be patched: its module by full name, its weight's attribute, and what is known of it."""
 
+    path: str
     module: nn.Module
+    attribute: str
     info: LayerInfo
 
 
@@ -59,11 +64,26 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in KINDS if isinstance(module, kind)), None)
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The layer's weight as its forward would use it now."""
-    weight = module.weight
+def weight_of(module: nn.Module, attribute: str = "weight") -> Tensor:
+    """The layer's weight as its forward would use it now; the module's buffers stay as they are."""
+    if parametrize.is_parametrized(module, attribute):
+        return _derived(module, attribute)
+    weight = getattr(module, attribute)
     if not isinstance(weight, Tensor):
         raise TypeError(f"the weight of {type(module).__name__} is {type(weight).__name__}, not a tensor")
+    return weight
+
+
+def _derived(module: nn.Module, attribute: str) -> Tensor:
+    """A reparametrised weight, computed in evaluation mode: in training, some (spectral norm) learn by it."""
+    derivation = module.get_submodule(f"parametrizations.{attribute}")
+    training = {part: part.training for part in derivation.modules()}
+    derivation.eval()
+    try:
+        weight: Tensor = getattr(module, attribute)
+    finally:
+        for part, before in training.items():
+            part.training = before
     return weight
 
 
@@ -80,12 +100,13 @@ def find_targets(
             one that is not.
         TypeError: a fused recurrent layer is selected, or a selection is of the wrong type.
     """
-    modules = {name: module for name, module in model.named_modules() if kind_of(module) or _fused(module)}
-    if not modules:
+    candidates = _candidates(model)
+    if not candidates:
         kinds = ", ".join(kind.__name__ for kind in KINDS)
         raise ValueError(f"{type(model).__name__} has nothing to patch: no layer of the kinds {kinds}")
-    included = set(modules) if include is None else _select("include", include, modules)
-    excluded = set() if exclude is None else _select("exclude", exclude, modules)
+    modules = {name: module for name, (_, module, _) in candidates.items()}
+    included = set(modules) if include is None else select("include", include, modules)
+    excluded = set() if exclude is None else select("exclude", exclude, modules)
     if exclude is not None and not excluded & included:
         raise ValueError(f"exclude={_show(exclude)} has no effect: it matches no layer that include selects")
     chosen = [name for name in modules if name in included and name not in excluded]
@@ -97,8 +118,8 @@ def find_targets(
                 f"{type(modules[name]).__name__} {name!r} computes in one fused call, inside which no error "
                 f"signal can be rerouted; exclude=[{name!r}] leaves it with exact backprop"
             )
-    _check_shared(model, set(chosen))
-    return [Target(modules[name], _info(name, modules[name])) for name in chosen]
+    _check_shared(candidates, set(chosen))
+    return [Target(*candidates[name], _info(name, *candidates[name][1:])) for name in chosen]
 
 
 def classifier(model: nn.Module) -> list[str]:
@@ -126,12 +147,25 @@ def _fused(module: nn.Module) -> bool:
     return isinstance(module, FUSED)
 
 
-def _info(name: str, module: nn.Module) -> LayerInfo:
+def _candidates(model: nn.Module) -> dict[str, tuple[str, nn.Module, str]]:
+    """Module's name, module and weight's attribute of each layer that can be chosen, by the layer's name."""
+    found: dict[str, tuple[str, nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if getattr(module, attribute) is not None:
+                    found[f"{path}.{attribute}".lstrip(".")] = (path, module, attribute)
+        elif kind_of(module) or _fused(module):
+            found[path] = (path, module, "weight")
+    return found
+
+
+def _info(name: str, module: nn.Module, attribute: str) -> LayerInfo:
     kind = kind_of(module)
     assert kind is not None
-    if is_lazy(module.weight):  # type: ignore[arg-type]
+    if (parameter := module._parameters.get(attribute)) is not None and is_lazy(parameter):
         raise ValueError(f"{type(module).__name__} {name!r} has no weight yet; run a forward before patching")
-    shape = tuple(weight_of(module).shape)
+    shape = tuple(weight_of(module, attribute).shape)
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         fan_in = shape[0] // int(module.groups) * math.prod(shape[2:])  # type: ignore[arg-type]
     else:
@@ -139,7 +173,7 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
     return LayerInfo(name, kind.__name__, shape, fan_in)
 
 
-def _select(argument: str, selection: Selection, modules: dict[str, nn.Module]) -> set[str]:
+def select(argument: str, selection: Selection, modules: Mapping[str, nn.Module]) -> set[str]:
     """The names that the selection matches; each of its items must match one."""
     if isinstance(selection, str):
         try:
@@ -167,7 +201,7 @@ def _select(argument: str, selection: Selection, modules: dict[str, nn.Module]) 
     return selected
 
 
-def _matcher(argument: str, item: object, modules: dict[str, nn.Module]) -> Callable[[str], bool]:
+def _matcher(argument: str, item: object, modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
     if isinstance(item, str):
         return lambda name: name == item or name.endswith(f".{item}")
     if isinstance(item, type) and issubclass(item, nn.Module):
@@ -179,17 +213,12 @@ def _show(item: object) -> str:
     return item.__name__ if isinstance(item, type) else repr(item)
 
 
-def _check_shared(model: nn.Module, chosen: set[str]) -> None:
+def _check_shared(candidates: Mapping[str, tuple[str, nn.Module, str]], chosen: set[str]) -> None:
     """A weight that a chosen layer shares with one that is not chosen could follow neither's wish."""
-    owners: dict[Tensor, str] = {}
-    for name, module in model.named_modules():
-        if name in chosen:
-            owners.update((parameter, name) for parameter in module.parameters(recurse=False))
-    for name, module in model.named_modules():
-        if name in chosen or kind_of(module) is None:
-            continue
-        for parameter in module.parameters(recurse=False):
-            if parameter in owners:
-                raise ValueError(
-                    f"{owners[parameter]!r} and {name!r} share a weight; patch both or exclude both"
-                )
+    weights = {name: module._parameters.get(attribute) for name, (_, module, attribute) in candidates.items()}
+    owners = {id(weight): name for name, weight in weights.items() if name in chosen and weight is not None}
+    for name, weight in weights.items():
+        if name not in chosen and id(weight) in owners:
+            raise ValueError(
+                f"{owners[id(weight)]!r} and {name!r} share a weight; patch both or exclude both"
+            )

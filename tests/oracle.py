@@ -121,7 +121,11 @@ def swapped_saved_tensors(model: nn.Module, feedback: Feedback) -> Iterator[Coun
     Yields a count of swaps by layer. It trusts that a saved weight serves the input's gradient alone, which
     holds for linear layers and convolutions; it does not see weights derived from W first, nor casts.
     """
-    weights = {name: model.get_submodule(name).weight.detach() for name in feedback}
+    parameters = dict(model.named_parameters())
+    weights = {
+        name: (parameters[name] if name in parameters else model.get_submodule(name).weight).detach()
+        for name in feedback
+    }
     owners = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
     stand_ins = {name: _in_the_layout_of(weight, feedback[name]) for name, weight in weights.items()}
     swaps: Counter[str] = Counter()
