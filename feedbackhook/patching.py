@@ -334,6 +334,8 @@ def _rules(
     modules = {target.info.name: target.module for target in targets}
     rules: dict[str, Rule] = {}
     for pattern, entry in mode.items():
+        if not isinstance(entry, (str, Mapping)):
+            raise TypeError(f"mode[{pattern!r}] must be a mode or a dict of mode and options, not {entry!r}")
         given = {"mode": entry} if isinstance(entry, str) else dict(entry)
         if "mode" not in given:
             raise TypeError(f"mode[{pattern!r}] lacks the key 'mode'")

@@ -1,0 +1,68 @@
+"""Patching, training and removing leaves nothing behind, however often."""
+
+import gc
+import weakref
+
+import torch
+from problems import draw, mlp
+from torch import nn
+from torch.optim import optimizer as optimizers
+
+import feedbackhook
+
+
+def cycle(model):
+    with feedbackhook.patch(model, "brSF", concordance=0.8) as patch:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        patch.on_error_signal("2", lambda error_in, error_out: None)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(draw(3, 4)).sum().backward()
+            optimizer.step()
+        feedbackhook.measure(patch)
+
+
+def census():
+    gc.collect()
+    objects = gc.get_objects()
+    return {
+        "tensors": sum(isinstance(thing, torch.Tensor) for thing in objects),
+        "numbers": sum(thing.numel() for thing in objects if isinstance(thing, torch.Tensor)),
+        "patches": sum(isinstance(thing, feedbackhook.Patch) for thing in objects),
+        "modules": sum(isinstance(thing, nn.Module) for thing in objects),
+        "step hooks": len(optimizers._global_optimizer_post_hooks),
+    }
+
+
+def test_fifty_patches_on_one_model_leave_no_more_than_one():
+    model = mlp()
+    cycle(model)
+    before = census()
+    for _ in range(50):
+        cycle(model)
+    assert census() == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_patched_model_that_is_dropped_is_freed():
+    before = census()
+    for _ in range(50):
+        model = mlp()
+        feedbackhook.patch(model, "brSF")
+        model(draw(3, 4)).sum().backward()
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
+    assert census() == before
+
+
+def test_a_graph_keeps_no_feedback_beyond_its_backward():
+    model = mlp()
+    with feedbackhook.patch(model, "sign"):
+        loss = model(draw(3, 4)).sum()
+        before = census()["numbers"]
+        loss.backward()
+        gradients = sum(p.numel() for p in model.parameters())
+        assert census()["numbers"] <= before + gradients
