@@ -52,6 +52,7 @@ class Layer:
         calls: forward calls with gradients enabled.
         rerouted: error signals sent through V.
         upstream: whether the input of any call required a gradient; None before the first call.
+        depth: its place, from 0, in the order of the forward's calls; None before the first call.
     """
 
     def __init__(self, target: Target, feedback: Feedback) -> None:
@@ -63,6 +64,7 @@ class Layer:
         self.calls = 0
         self.rerouted = 0
         self.upstream: bool | None = None
+        self.depth: int | None = None
         self.taps: OrderedDict[int, Tap] = OrderedDict()
         self.derived: Tensor | None = None
         self.compiled = False  # whether a call was traced; then no Python runs in the backward
@@ -217,6 +219,8 @@ def _reroute(
     if compiling:
         layer.compiled = True
     else:
+        if layer.depth is None:
+            layer.depth = sum(other.depth is not None for other in bracket.layers)
         layer.calls += 1
         layer.upstream = layer.upstream or call.input.requires_grad
     if not call.input.requires_grad or not bracket.enabled:

@@ -1,8 +1,10 @@
-"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...] [--resume]``."""
+"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...]`` and ``inspect MODEL``."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from rich.console import Console
+    from rich.table import Table
 
     from feedbackhook.experiments.folder import RunResult
+    from feedbackhook.experiments.inspection import Inspection
     from feedbackhook.experiments.train import Progress
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     from feedbackhook.experiments.config import RunConfig
+    from feedbackhook.experiments.inspection import InspectConfig
 
     train = ArgumentParser(
         description="Train a network with feedback weights; leaves a run folder with a table and figures.",
@@ -63,6 +68,16 @@ def _parser() -> ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
     train.add_class_arguments(RunConfig)
 
+    inspect = ArgumentParser(
+        description="Show a model's layers in forward order, which would be patched, and what V would be.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    inspect.add_class_arguments(InspectConfig, as_positional=True)
+    inspect.add_argument(
+        "--json", action="store_true", help="print one JSON object in the place of the table"
+    )
+
     parser = ArgumentParser(
         prog="feedbackhook",
         description="Train networks whose error signals travel through feedback weights of your choice.",
@@ -71,13 +86,14 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", train, help="train a network and leave a run folder")
+    commands.add_subcommand("inspect", inspect, help="show a model's layers and what a patch would do")
     return parser
 
 
 def _config_first(arguments: list[str]) -> list[str]:
-    """``COMMAND FILE ...`` as ``COMMAND --config FILE ...``."""
-    if len(arguments) > 1 and not arguments[1].startswith("-"):
-        return [arguments[0], "--config", *arguments[1:]]
+    """``train FILE ...`` as ``train --config FILE ...``."""
+    if len(arguments) > 1 and arguments[0] == "train" and not arguments[1].startswith("-"):
+        return ["train", "--config", *arguments[1:]]
     return arguments
 
 
@@ -99,7 +115,79 @@ def _train(given: Namespace) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[Any], int]] = {"train": _train}
+def _inspect(given: Namespace) -> int:
+    from rich.console import Console
+
+    from feedbackhook.experiments.inspection import InspectConfig, inspect
+
+    config = InspectConfig(**{field.name: given[field.name] for field in fields(InspectConfig)})
+    found = inspect(config)
+    if given.json:
+        content = {**vars(found), "layers": [layer._asdict() for layer in found.layers]}
+        print(json.dumps(_without_nan(content), indent=2))
+    else:
+        console, table = Console(highlight=False, soft_wrap=True), _layer_table(found)
+        if not console.is_terminal:  # a file or a pipe has no width to which the table should be cut
+            console.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+        console.print(table, *_totals(found), sep="\n")
+    return 0
+
+
+def _layer_table(found: Inspection) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in (
+        "depth",
+        "layer",
+        "kind",
+        "shape",
+        "weights",
+        "rule",
+        "upstream",
+        "angle V, W",
+        "norm V / W",
+    ):
+        right = heading in ("depth", "weights", "angle V, W", "norm V / W")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for layer in found.layers:
+        table.add_row(
+            "unused" if layer.depth is None else str(layer.depth),
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            f"{layer.weights:,}",
+            layer.rule or "exact",
+            {True: "yes", False: "no", None: ""}[layer.upstream],
+            "" if layer.weight_angle is None else f"{layer.weight_angle:.1f}°",
+            "" if layer.norm_ratio is None else f"{layer.norm_ratio:.2f}",
+        )
+    return table
+
+
+def _totals(found: Inspection) -> list[str]:
+    patched = sum(layer.rule is not None for layer in found.layers)
+    rerouted = sum(layer.rule is not None and bool(layer.upstream) for layer in found.layers)
+    share = 100 * found.patched_weights / found.parameters
+    channels, height, width = found.image
+    return [
+        f"{found.model} on an image of {channels}x{height}x{width}: {len(found.layers)} layers, {patched} "
+        f"patched, {rerouted} of these with an error signal to send on",
+        f"{found.parameters:,} parameters, {found.patched_weights:,} of them ({share:.1f}%) patched weights",
+    ]
+
+
+def _without_nan(content: Any) -> Any:
+    """The same with null for what is not a number, of which JSON knows nothing."""
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+_COMMANDS: dict[str, Callable[[Any], int]] = {"train": _train, "inspect": _inspect}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class LayerRow(NamedTuple):
         rerouted: error signals that went through V.
         upstream: whether its input required a gradient; where not, there is no error signal to reroute, as
             in most first layers. None before the first call.
+        depth: its place, from 0, in the order of the forward's calls. None before the first call.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerRow(NamedTuple):
     calls: int
     rerouted: int
     upstream: bool | None
+    depth: int | None
 
 
 def patch(
@@ -205,6 +207,7 @@ class Patch:
                 layer.calls,
                 layer.rerouted,
                 layer.upstream,
+                layer.depth,
             )
             for layer in self._bracket.layers
         ]

@@ -26,10 +26,10 @@ def census():
     gc.collect()
     objects = gc.get_objects()
     return {
-        "tensors": sum(isinstance(thing, torch.Tensor) for thing in objects),
-        "numbers": sum(thing.numel() for thing in objects if isinstance(thing, torch.Tensor)),
-        "patches": sum(isinstance(thing, feedbackhook.Patch) for thing in objects),
-        "modules": sum(isinstance(thing, nn.Module) for thing in objects),
+        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in objects),
+        "numbers": sum(thing.numel() for thing in objects if issubclass(type(thing), torch.Tensor)),
+        "patches": sum(issubclass(type(thing), feedbackhook.Patch) for thing in objects),
+        "modules": sum(issubclass(type(thing), nn.Module) for thing in objects),
         "step hooks": len(optimizers._global_optimizer_post_hooks),
     }
 

@@ -139,6 +139,22 @@ def natural_size(config: ModelConfig) -> int | None:
     return LIAO_MNIST_SIZE if config.name == LIAO_MNIST else None
 
 
+def default_size(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of the images for which a model was made.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    if name == LIAO_MNIST:
+        return 1, LIAO_MNIST_SIZE, LIAO_MNIST_SIZE
+    import timm
+
+    timm_name = _timm_name(name)
+    config = timm.get_pretrained_cfg(timm_name)
+    channels, height, width = config.input_size if config is not None else (3, 224, 224)
+    return channels, height, width
+
+
 def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
     """The model for K ``classes`` and images of C ``channels`` and H x W = ``size``, on the CPU.
 
@@ -153,12 +169,21 @@ def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int
         if config.options:
             raise ConfigError(f"{LIAO_MNIST} has no model.options; it was given {sorted(config.options)}")
         return liao2016_mnist(classes, channels, config.batch_norm)
-    library, _, name = config.name.partition("/")
+    return _timm_model(_timm_name(config.name), config, classes, channels, size)
+
+
+def _timm_name(model: str) -> str:
+    """NAME of timm/NAME, a model that timm has."""
+    import timm
+
+    library, _, name = model.partition("/")
     if library != "timm" or not name:
-        raise ConfigError(
-            f"no model is named {config.name!r}: it is {LIAO_MNIST}, or timm/NAME for a timm model"
-        )
-    return _timm_model(name, config, classes, channels, size)
+        raise ConfigError(f"no model is named {model!r}: it is {LIAO_MNIST}, or timm/NAME for a timm model")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name}*")[:3]
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ConfigError(f"timm has no model named {name!r}{hint}")
+    return name
 
 
 def _timm_model(
@@ -166,10 +191,6 @@ def _timm_model(
 ) -> nn.Module:
     import timm
 
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name}*")[:3]
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ConfigError(f"timm has no model named {name!r}{hint}")
     if config.batch_norm != "none":
         raise ConfigError("model.batch_norm is for the paper's networks; a timm model brings its own")
     try:
