@@ -1,4 +1,4 @@
-"""The machinery: module hooks that bracket a forward, a function mode inside it, the feedback edge, a guard.
+"""The machinery: module hooks that bracket a forward, a function mode inside it, and the guard.
 
 Hooks on each patched module and on each of its ancestors keep a stack of the modules that are running in
 this thread. While it is not empty a `TorchFunctionMode` sees every call of the functions in
@@ -15,95 +15,29 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.feedback import Feedback
-from feedbackhook.products import OPERATIONS, Call, Product
+from feedbackhook.edge import FeedbackEdge, Layer, View
+from feedbackhook.products import OPERATIONS, Call
 from feedbackhook.rules import redrawn_by_updates
-from feedbackhook.targets import Target, weight_of
+from feedbackhook.targets import Target
 
 MARK = "_feedbackhook"
 """The one attribute that is set on modules: on each that is patched and on each of their ancestors."""
 
-Tap = Callable[[Tensor | None, Tensor], None]
-
 
 class ExactGradientError(RuntimeError):
     """A patched weight got a gradient from a call that no bracket saw, so that its error signal was exact."""
-
-
-class Layer:
-    """One patched weight: the module that holds it, its feedback, and what has happened to it.
-
-    Attributes:
-        names: the full names of the layer; more than one where the weight is tied.
-        calls: forward calls with gradients enabled.
-        rerouted: error signals sent through V.
-        upstream: whether the input of any call required a gradient; None before the first call.
-        depth: its place, from 0, in the order of the forward's calls; None before the first call.
-    """
-
-    def __init__(self, target: Target, feedback: Feedback) -> None:
-        self.info = target.info
-        self.names = [target.info.name]
-        self.module = target.module
-        self.attribute = target.attribute
-        self.feedback = feedback
-        self.calls = 0
-        self.rerouted = 0
-        self.upstream: bool | None = None
-        self.depth: int | None = None
-        self.taps: OrderedDict[int, Tap] = OrderedDict()
-        self.derived: Tensor | None = None
-        self.compiled = False  # whether a call was traced; then no Python runs in the backward
-        self._backward = -1  # the id of the last backward that reached a bracketed call
-
-    def weight(self) -> Tensor:
-        """Today's W, as the module's forward would use it; where that forward derives it (standardises it,
-        say), W as the last forward used it."""
-        return weight_of(self.module, self.attribute) if self.derived is None else self.derived
-
-    def parameters(self) -> Iterator[Tensor]:
-        """The weight, or the parameters from which the module derives it."""
-        weight = self.module._parameters.get(self.attribute)
-        if weight is not None:
-            yield weight
-            return
-        for name, parameter in self.module.named_parameters():
-            if "bias" not in name.split("."):
-                yield parameter
-
-    def arrived(self) -> None:
-        """Notes that the backward now running has reached a bracketed call."""
-        self._backward = torch._C._current_graph_task_id()
-
-    def may_derive(self, weight: Tensor) -> bool:
-        """Whether a weight used in the module's own forward is its parameter, or derived from parameters."""
-        own = not isinstance(weight, nn.Parameter) or self.module._parameters.get(self.attribute) is weight
-        return own and weight.shape == self.info.shape
-
-    def error_signal(self, error_in: Tensor | None, error_out: Tensor) -> None:
-        """Notes the same and tells the probes; `error_in` is None where nothing lies upstream."""
-        self.arrived()
-        for tap in list(self.taps.values()):
-            tap(error_in, error_out)
-
-    def was_bracketed(self) -> bool:
-        """Whether the backward now running has reached a bracketed call of this weight, as far as can be
-        told: a compiled backward tells nothing, so that a call that was traced must do."""
-        return self.compiled or self._backward == torch._C._current_graph_task_id()
 
 
 class Mark(NamedTuple):
@@ -116,58 +50,12 @@ class Mark(NamedTuple):
     inside: list[Layer]
 
 
-class View(NamedTuple):
-    """A part of a weight, as `Tensor.as_strided` takes it."""
-
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-
 class Use(NamedTuple):
     """What a call uses: a layer's whole weight, of which the weight in the call may be a view."""
 
     layer: Layer
     weight: Tensor
     view: View | None
-
-
-class FeedbackEdge(torch.autograd.Function):
-    """Joins a layer's output, made from the detached input, back to the input by V's product."""
-
-    @staticmethod
-    def forward(
-        output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        view: View | None,
-        bracket: Bracket,
-        layer: Layer,
-        product: Product,
-    ) -> Tensor:
-        # Not `view_as`: an in-place activation on a view made inside a custom function raises.
-        return output.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, input, weight, ctx.view, ctx.bracket, ctx.layer, ctx.product = inputs
-        ctx.dtype = input.dtype
-        ctx.save_for_backward(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        layer: Layer = ctx.layer
-        exact = ctx.bracket.exact
-        feedback = weight if exact else layer.feedback(weight)
-        if ctx.view is not None:
-            feedback = feedback.contiguous().as_strided(*ctx.view)
-        error_in = ctx.product(error_out, feedback.to(error_out.dtype)).to(ctx.dtype)
-        if not torch.compiler.is_compiling():
-            layer.rerouted += not exact
-            layer.error_signal(error_in, error_out)
-        return error_out, error_in, None, None, None, None, None
 
 
 class _Mode(TorchFunctionMode):

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.bracket import MARK, Bracket, Layer, Tap
+from feedbackhook.bracket import MARK, Bracket
+from feedbackhook.edge import Layer, Tap
 from feedbackhook.feedback import Feedback
 from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
 from feedbackhook.targets import Selection, Target, find_targets, select
