@@ -28,6 +28,7 @@ class Case:
         size: height and width of the input.
         options: of the model; most make it smaller.
         exclude: layers that stay exact, because `patch` refuses the model otherwise (see `REFUSED`).
+        shorten: sequences of blocks of which only the first two are kept.
         only_functions: why the saved-tensor oracle is blind to this model, if it is.
     """
 
@@ -36,6 +37,13 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     exclude: tuple[type[nn.Module], ...] = ()
     only_functions: str = ""
+    shorten: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """For the table: the model, and the options by which it was made smaller."""
+        smaller = [f"{key}={value}" for key, value in self.options.items() if key != "img_size"]
+        smaller += [f"{name}[:2]" for name in self.shorten]
+        return f"{self.model} ({', '.join(smaller)})" if smaller else self.model
 
     def build(self, module: str) -> nn.Module:
         """The model, ready to be compared."""
@@ -44,6 +52,9 @@ class Case:
             made = getattr(importlib.import_module(f"timm.models.{module}"), self.model)(**options)
         else:
             made = timm.create_model(self.model, pretrained=False, **options)
+        for name in self.shorten:
+            parent, _, child = name.rpartition(".")
+            setattr(made.get_submodule(parent), child, made.get_submodule(name)[:2])
         return prepared(made)
 
 
@@ -107,7 +118,7 @@ CASES = {
     "hrnet": Case("hrnet_w18_small", 32),
     "iformer": Case("iformer_t", 32),
     "inception_next": Case("inception_next_atto", 32),
-    "inception_resnet_v2": Case("inception_resnet_v2", 96),
+    "inception_resnet_v2": Case("inception_resnet_v2", 96, shorten=("repeat", "repeat_1", "repeat_2")),
     "inception_v3": Case("inception_v3", 96),
     "inception_v4": Case("inception_v4", 96),
     "lcnetv2": Case("lcnetv2_small", 32),
@@ -195,7 +206,12 @@ MORE = {
     "levit-conv": Case("levit_conv_128s", 32, {"img_size": 32}),
     "maxxvit-coatnet": Case("test_coatnet", 32, {"img_size": 32}),
     "mlp_mixer-mixer": Case("mixer_s32_224", 64, {"img_size": 64}),
-    "resnetv2-bit": Case("resnetv2_50x1_bit", 64, only_functions="weights are standardised"),
+    "resnetv2-bit": Case(
+        "resnetv2_50x1_bit",
+        64,
+        only_functions="weights are standardised",
+        shorten=tuple(f"stages.{stage}.blocks" for stage in range(4)),
+    ),
 }
 """Further models, by module and a word, that use their weights in another way than the module's first."""
 
@@ -259,7 +275,7 @@ def case_of(name: str) -> Case:
 )
 def test_model(name, results):
     module, case = name.split("-")[0], case_of(name)
-    row = Row(name, module, case.model + (" (own options)" if case.model[0].isupper() else ""))
+    row = Row(name, module, case.describe())
     with recorded(row, results):
         if name in REFUSED:
             error, message = REFUSED[name]
