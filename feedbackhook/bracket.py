@@ -35,6 +35,8 @@ from feedbackhook.targets import Target
 MARK = "_feedbackhook"
 """The one attribute that is set on modules: on each that is patched and on each of their ancestors."""
 
+_GRAPH_NODES = 64  # so far back the origin of a weight that belongs to no layer is searched
+
 
 class ExactGradientError(RuntimeError):
     """A patched weight got a gradient from a call that no bracket saw, so that its error signal was exact."""
@@ -76,6 +78,8 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if func in _MATRIX_PRODUCTS and not torch.compiler.is_compiling():
+            self.bracket.refuse_product(func, args)
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
@@ -85,9 +89,30 @@ class _Mode(TorchFunctionMode):
         call = read(*args, **kwargs)
         used = self.bracket.layer_of(call.weight, self.running[-1])
         if used is None:
+            if not torch.compiler.is_compiling():
+                self.bracket.refuse_derived(func, call)
             return func(*args, **kwargs)
         return _reroute(self.bracket, used, call, func, args, kwargs)
 
+
+_MATRIX_PRODUCTS = {
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.tensordot,
+    F.bilinear,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.addmm,
+    Tensor.baddbmm,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+}
+"""Functions that may send an error signal through a weight without being rerouted."""
 
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
@@ -147,12 +172,16 @@ class Bracket:
         self._hooks: list[RemovableHandle] = []
         self._guards: dict[Tensor, RemovableHandle] = {}
         self._clock: RemovableHandle | None = None
+        self._known_weights: dict[Layer, list[Tensor]] = {}
+        self._roots: list[nn.Module] = []
+        self._tree: list[tuple[nn.Module, str, nn.Module]] = []
 
     def attach(
         self, model: nn.Module, layer_of_target: Iterable[tuple[Target, Layer]], patch: object
     ) -> None:
         """Hooks the module of each target and each of its ancestors; `patch` is the user's handle, which
         their marks carry."""
+        self._roots.append(model)
         inside: dict[str, list[Layer]] = {}
         own: dict[str, Layer] = {}
         for target, layer in layer_of_target:
@@ -162,6 +191,9 @@ class Bracket:
                 inside.setdefault(ancestor, []).append(layer)
         for name, layers in inside.items():
             module = model.get_submodule(name)
+            if name:
+                parent, _, key = name.rpartition(".")
+                self._tree.append((model.get_submodule(parent), key, module))
             module.__dict__[MARK] = Mark(patch, self, own.get(name), layers)
             self._hooks += [
                 module.register_forward_pre_hook(self._open, prepend=True),
@@ -180,6 +212,7 @@ class Bracket:
         self._hooks.clear()
         self._guards.clear()
         self._by_weight.clear()
+        self._known_weights.clear()
         self._clock = None
         for module in model.modules():
             mark = module.__dict__.get(MARK)
@@ -196,15 +229,54 @@ class Bracket:
         """
         if (layer := self._known(weight)) is not None:
             return Use(layer, weight, None)
+        base = weight._base
+        if base is not None and base.is_contiguous() and (layer := self._known(base)) is not None:
+            offset = weight.storage_offset() - base.storage_offset()
+            return Use(layer, base, View(weight.size(), weight.stride(), offset))
         mark: Mark = running.__dict__[MARK]
         layer = mark.layer
         if layer is not None and layer.may_derive(weight):
             if not torch.compiler.is_compiling():
-                layer.derived = None if isinstance(weight, nn.Parameter) else weight.detach()
+                layer.use(weight)
             return Use(layer, weight, None)
-        base = weight._base
-        if base is not None and base.is_contiguous() and (layer := self._known(base)) is not None:
-            return Use(layer, base, View(weight.size(), weight.stride(), weight.storage_offset()))
+        return None
+
+    def refuse_product(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Raises if a function that is not rerouted multiplies a patched weight with what has an upstream."""
+        tensors = [arg for arg in _flatten(args) if isinstance(arg, Tensor)]
+        layers = [self._known(tensor if tensor._base is None else tensor._base) for tensor in tensors]
+        layer = next((layer for layer in layers if layer is not None), None)
+        others = (tensor for tensor, known in zip(tensors, layers, strict=True) if known is None)
+        if self.enabled and layer is not None and any(other.requires_grad for other in others):
+            raise ExactGradientError(
+                f"the weight of {layer.info.name!r} is used in {_name(func)}, which cannot be rerouted: its "
+                f"error signal would go through W. Use F.linear, or exclude={[layer.info.name]} in "
+                "feedbackhook.patch"
+            )
+
+    def refuse_derived(self, func: Any, call: Call) -> None:
+        """Raises if a weight that belongs to no layer is derived from a patched one."""
+        layer = self._ancestor(call.weight)
+        if self.enabled and layer is not None and call.input.requires_grad:
+            raise ExactGradientError(
+                f"{_name(func)} uses a weight derived from that of {layer.info.name!r} outside its module's "
+                "forward, and cannot be rerouted: its error signal would go through W. Derive it by "
+                f"torch.nn.utils.parametrize, or exclude={[layer.info.name]} in feedbackhook.patch"
+            )
+
+    def _ancestor(self, weight: Tensor) -> Layer | None:
+        """The patched layer from whose parameter a weight was computed, as its graph tells."""
+        nodes = [weight.grad_fn]
+        seen: set[Any] = set()
+        while nodes and len(seen) < _GRAPH_NODES:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and (layer := self._known(leaf)) is not None:
+                return layer
+            nodes += [next_node for next_node, _ in node.next_functions]
         return None
 
     def _known(self, weight: Tensor) -> Layer | None:
@@ -223,6 +295,7 @@ class Bracket:
                 _leave(mode)  # left behind by an interrupt, of which no hook hears
                 mode = None
             if mode is None:
+                self._check_tree()
                 self._resolve(module.__dict__[MARK].inside)
         if mode is None:
             # A mode that is on the stack where a traced graph breaks must be one that the graph did not make.
@@ -253,14 +326,34 @@ class Bracket:
             self._clock = register_optimizer_step_post_hook(_Clock(self))
             weakref.finalize(self, self._clock.remove)
         for layer in layers:
-            for weight in layer.parameters():
-                self._by_weight[id(weight)] = (weight, layer)
+            today = list(layer.parameters())
+            for weight in self._known_weights.get(layer, []):
+                if not any(weight is known for known in today):
+                    self._by_weight.pop(id(weight), None)
+                    if (guard := self._guards.pop(weight, None)) is not None:
+                        guard.remove()
+            self._known_weights[layer] = today
+            if (plain := layer.plain_weight()) is not None:
+                self._by_weight[id(plain)] = (plain, layer)
+            for weight in today:
                 if weight.requires_grad and weight not in self._guards:
                     self._guards[weight] = weight.register_hook(_Guard(self, layer))
 
+    def _check_tree(self) -> None:
+        """Raises if a patched module is no longer in the model; what took its place would be exact."""
+        if all(parent._modules.get(name) is child for parent, name, child in self._tree):
+            return
+        present = {id(module) for root in self._roots for module in root.modules()}
+        for layer in self.layers:
+            if id(layer.module) not in present:
+                raise RuntimeError(
+                    f"{layer.info.name!r} was replaced after patching, and what took its place would keep "
+                    "exact backprop: remove the patch, and patch again"
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave behind what belongs to this process's parameters and optimizers."""
-        return {**self.__dict__, "_by_weight": {}, "_guards": {}, "_clock": None}
+        return {**self.__dict__, "_by_weight": {}, "_known_weights": {}, "_guards": {}, "_clock": None}
 
 
 class _Guard:
@@ -314,6 +407,18 @@ def _is_running(module: nn.Module) -> bool:
         if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
             return True
     return False
+
+
+def _flatten(args: Iterable[Any]) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            yield from _flatten(arg)
+        else:
+            yield arg
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))
 
 
 def _forget_compiled_code() -> None:

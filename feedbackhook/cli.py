@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A diverged run is a result, not an error: its status is 0.
     """
+    from feedbackhook import ExactGradientError
     from feedbackhook.experiments.config import ConfigError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -39,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser()
         given = parser.instantiate(parser.parse_args(_config_first(arguments)))
         return _COMMANDS[given.command](given[given.command])
-    except (ArgumentError, ConfigError) as error:
+    except (ArgumentError, ConfigError, ExactGradientError) as error:
         return _refuse(str(error), error)
+    except UnicodeDecodeError as error:
+        return _refuse(f"the configuration file is not UTF-8 text: {error}", error)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except ModuleNotFoundError as error:
         return _refuse(f"{error}: pip install 'feedbackhook[experiments]'", error)
 
@@ -109,7 +114,7 @@ def _train(given: Namespace) -> int:
         with _progress(console) as progress:
             result = train(config, resume=given.resume, progress=progress)
     except KeyboardInterrupt:
-        console.print("interrupted; the finished epochs are kept, and --resume goes on from them")
+        console.print("interrupted; --resume goes on from the last finished epoch, if there is one")
         return _INTERRUPTED
     _summary(console, result)
     return 0
@@ -192,17 +197,12 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {"train": _train, "inspect": _inspe
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """A bar with loss and accuracy on a terminal, else a line an epoch."""
+    """A bar with loss and accuracy on a terminal, else nothing."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    def line(now: Progress) -> None:
-        if now.test_error is not None:
-            loss = f"train loss {now.train_loss:.4f}, " if now.epoch else ""
-            console.print(f"epoch {now.epoch}/{now.epochs}: {loss}test accuracy {100 - now.test_error:.2f}%")
-
     if not console.is_terminal:
-        yield line
+        yield lambda _: None
         return
     columns = (
         BarColumn(),

@@ -29,6 +29,7 @@ class Layer:
         calls: forward calls with gradients enabled.
         rerouted: error signals sent through V.
         upstream: whether the input of any call required a gradient; None before the first call.
+        derived: W as the last forward used it, where that is not the module's own weight.
         depth: its place, from 0, in the order of the forward's calls; None before the first call.
     """
 
@@ -48,14 +49,22 @@ class Layer:
         self._backward = -1  # the id of the last backward that reached a bracketed call
 
     def weight(self) -> Tensor:
-        """Today's W, as the module's forward would use it; where that forward derives it (standardises it,
-        say), W as the last forward used it."""
+        """Today's W, as the module's forward would use it; where that forward derives it from the module's
+        weight (standardises it, say), W as the last forward used it."""
         return weight_of(self.module, self.attribute) if self.derived is None else self.derived
+
+    def use(self, weight: Tensor) -> None:
+        """Notes what the forward uses as W, if that is not what `weight_of` would find."""
+        plain = self.plain_weight()
+        self.derived = None if plain is None or plain is weight else weight.detach()
+
+    def plain_weight(self) -> Tensor | None:
+        """The weight, where it is a parameter of the module; None where it is derived from others."""
+        return self.module._parameters.get(self.attribute)
 
     def parameters(self) -> Iterator[Tensor]:
         """The weight, or the parameters from which the module derives it."""
-        weight = self.module._parameters.get(self.attribute)
-        if weight is not None:
+        if (weight := self.plain_weight()) is not None:
             yield weight
             return
         for name, parameter in self.module.named_parameters():
@@ -68,7 +77,7 @@ class Layer:
 
     def may_derive(self, weight: Tensor) -> bool:
         """Whether a weight used in the module's own forward is its parameter, or derived from parameters."""
-        own = not isinstance(weight, nn.Parameter) or self.module._parameters.get(self.attribute) is weight
+        own = not isinstance(weight, nn.Parameter) or self.plain_weight() is weight
         return own and weight.shape == self.info.shape
 
     def error_signal(self, error_in: Tensor | None, error_out: Tensor) -> None:
@@ -84,11 +93,16 @@ class Layer:
 
 
 class View(NamedTuple):
-    """A part of a weight, as `Tensor.as_strided` takes it."""
+    """A part of a contiguous weight: size, stride, and how far its first entry lies from the weight's."""
 
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
+
+    def of(self, v: Tensor) -> Tensor:
+        """The same part of V."""
+        v = v.contiguous()
+        return v.as_strided(self.size, self.stride, v.storage_offset() + self.offset)
 
 
 class FeedbackEdge(torch.autograd.Function):
@@ -121,7 +135,7 @@ class FeedbackEdge(torch.autograd.Function):
         exact = ctx.bracket.exact
         feedback = weight if exact else layer.feedback(weight)
         if ctx.view is not None:
-            feedback = feedback.contiguous().as_strided(*ctx.view)
+            feedback = ctx.view.of(feedback)
         error_in = ctx.product(error_out, feedback.to(error_out.dtype)).to(ctx.dtype)
         if not torch.compiler.is_compiling():
             layer.rerouted += not exact

@@ -32,9 +32,19 @@ class Feedback:
 
     @torch.no_grad()
     def __call__(self, weight: Tensor) -> Tensor:
-        """V in the layout, dtype and on the device of `weight`, detached."""
+        """V in the layout, dtype and on the device of `weight`, detached.
+
+        Raises:
+            ValueError: the rule gives V another shape.
+        """
         weight = weight.detach()
-        return self.rule.feedback(weight, self.parts(weight))
+        v = self.rule.feedback(weight, self.parts(weight))
+        if v.shape != weight.shape:
+            raise ValueError(
+                f"{type(self.rule).__name__} gives {self.layer.name!r} a feedback weight of shape "
+                f"{tuple(v.shape)}; the weight has {tuple(weight.shape)}"
+            )
+        return v
 
     @torch.no_grad()
     def parts(self, weight: Tensor) -> Mapping[str, Tensor]:

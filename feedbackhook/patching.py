@@ -14,7 +14,7 @@ from feedbackhook.bracket import MARK, Bracket
 from feedbackhook.edge import Layer, Tap
 from feedbackhook.feedback import Feedback
 from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
-from feedbackhook.targets import Selection, Target, find_targets, select
+from feedbackhook.targets import LayerInfo, Selection, Target, find_targets, patchable, select
 
 
 class LayerRow(NamedTuple):
@@ -54,8 +54,8 @@ def patch(
     """Patches `model` in place: from now on its error signals go through feedback weights V instead of W.
 
     Forward outputs, parameters, `state_dict` keys and, given the error signal that reaches a layer, its
-    weight and bias gradients stay as they are. Every `nn.Linear`, `nn.Conv1d/2d/3d` and
-    `nn.ConvTranspose1d/2d/3d` is patched, the classifier included.
+    weight and bias gradients stay as they are. Every `nn.Linear`, `nn.Conv1d/2d/3d`,
+    `nn.ConvTranspose1d/2d/3d` and `nn.MultiheadAttention` is patched, the classifier included.
 
     Args:
         model: any module.
@@ -75,19 +75,22 @@ def patch(
     Raises:
         ValueError: unknown mode; an option out of range; a selection without effect; nothing to patch; the
             model or a part of it is patched already.
-        TypeError: an option that the rule does not have, or of the wrong type; a fused recurrent layer.
+        TypeError: an option that the rule does not have, or of the wrong type; a fused recurrent layer; a
+            complex weight.
         The model is untouched then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):  # numpy's integers have it too
         raise TypeError(f"seed must be an int, not {seed!r}")
     _refuse_second_patch(model)
-    targets = find_targets(model, include, exclude)
-    rules = _rules(mode, options, targets)
-    layers = _layers(rules, seed)
+    patterns = list(mode) if isinstance(mode, Mapping) else None
+    if patterns == []:
+        raise ValueError("the mapping of modes is empty")
+    targets = find_targets(model, include, exclude, patterns)
+    layers = _layers(_rules(mode, options, targets), int(seed))
     unique = list(dict.fromkeys(layer for _, layer in layers))
-    _check(unique)
+    _check([(layer.info, layer.feedback.rule) for layer in unique])
     for layer in unique:
         layer.feedback(layer.weight())  # whatever is wrong shows before anything is attached
     bracket = Bracket(unique)
@@ -155,7 +158,10 @@ class Patch:
             for layer in self._bracket.layers
             if options.keys() <= rule_values(layer.feedback.rule).keys()
         ]
-        rules = [changed(layer.feedback.rule, options) for layer in having or self._bracket.layers]
+        old = {id(layer.feedback.rule): layer.feedback.rule for layer in having or self._bracket.layers}
+        new = {key: changed(rule, options) for key, rule in old.items()}
+        rules = [new[id(layer.feedback.rule)] for layer in having]
+        _check([(layer.info, rule) for layer, rule in zip(having, rules, strict=True)])
         for layer, rule in zip(having, rules, strict=True):
             layer.feedback.follow(rule)
 
@@ -246,11 +252,20 @@ class Patch:
             own[name].feedback = feedback
         self.enabled = state["enabled"]
 
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+        return self._model
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """The full name of a module in the patched model; None where it is no part of it."""
+        return next((name for name, part in self._model.named_modules() if part is module), None)
+
     def __repr__(self) -> str:
         return f"<feedbackhook.Patch of {type(self._model).__name__}, {len(self._bracket.layers)} layers>"
 
     def __str__(self) -> str:
-        """A table: which layers, which rule, how often each was rerouted; then what is left exact."""
+        """A table: which layers, which rule, how often each was rerouted; then the layers left exact."""
         head = ("layer", "kind", "weight", "rule", "calls", "rerouted")
         rows = [
             (
@@ -267,7 +282,10 @@ class Patch:
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)
         ]
-        return "\n".join([line.rstrip() for line in lines])
+        patched = {name for layer in self._bracket.layers for name in layer.names}
+        if left := [name or "(root)" for name in patchable(self._model) if name not in patched]:
+            lines.append(f"exact: {', '.join(left)}")
+        return "\n".join(line.rstrip() for line in lines)
 
     def _layer(self, name: str) -> Layer:
         for layer in self._bracket.layers:
@@ -315,8 +333,10 @@ def _patches(model: nn.Module) -> list[tuple[str, Patch]]:
 
 
 def _refuse_second_patch(model: nn.Module) -> None:
-    for name, _ in _patches(model):
+    for name, patch_found in _patches(model):
         where = f"its part {name!r}" if name else "it"
+        if (inside := patch_found.name_of(model)) and not name:
+            where = f"it, {inside!r} of a {type(patch_found.model).__name__},"
         raise ValueError(
             f"cannot patch this {type(model).__name__}: {where} is patched already; "
             "feedbackhook.get_patch(model) gives that patch, feedbackhook.unpatch(model) takes it off"
@@ -345,9 +365,7 @@ def _rules(
             raise TypeError(f"mode[{pattern!r}] lacks the key 'mode'")
         rule = make_rule(given.pop("mode"), given)
         rules = {**dict.fromkeys(select("mode", pattern, modules), rule), **rules}
-    if not rules:
-        raise ValueError("the mapping of modes is empty")
-    return [(target, rules[target.info.name]) for target in targets if target.info.name in rules]
+    return [(target, rules[target.info.name]) for target in targets]
 
 
 def _layers(rules: list[tuple[Target, Rule]], seed: int) -> list[tuple[Target, Layer]]:
@@ -375,9 +393,11 @@ def _layers(rules: list[tuple[Target, Rule]], seed: int) -> list[tuple[Target, L
     return layers
 
 
-def _check(layers: list[Layer]) -> None:
+def _check(rules: list[tuple[LayerInfo, Rule]]) -> None:
     """Lets each rule that has a `check` see the layers that follow it."""
-    rules = {id(layer.feedback.rule): layer.feedback.rule for layer in layers}
-    for key, rule in rules.items():
+    followers: dict[int, tuple[Rule, list[LayerInfo]]] = {}
+    for info, rule in rules:
+        followers.setdefault(id(rule), (rule, []))[1].append(info)
+    for rule, infos in followers.values():
         if callable(check := getattr(rule, "check", None)):
-            check([layer.info for layer in layers if id(layer.feedback.rule) == key])
+            check(infos)

@@ -103,7 +103,7 @@ def _conv_product(
 
 def _each(value: int | Sequence[int], n: int) -> list[int]:
     """One number for each of n dimensions; a sequence of one counts for all."""
-    values = [value] if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [int(value)]
     return values * n if len(values) == 1 else values
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -61,9 +61,8 @@ class CounterRNG:
         text = f"{self.seed}\0{self.layer.name}\0{stream}".encode()
         digest = hashlib.blake2b(text, digest_size=8).digest()
         first, second = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-        if isinstance(self.count, Tensor):
-            return first, _mix(second ^ _mix(self.count & _MASK))
-        return first, _mix(second ^ _mix(self.count & _MASK))
+        count = cast(int, self.count)  # a tensor takes the same arithmetic
+        return first, _mix(second ^ _mix(count & _MASK))
 
 
 def _mix(x: _IntOrTensor) -> _IntOrTensor:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
@@ -55,7 +56,7 @@ def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
         if missing:
             raise TypeError(f"rule {name!r}: {cls.__name__} lacks {' and '.join(missing)}")
         known = _RULES.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        if known is not None and not _same_class(known, cls):
             raise ValueError(f"rule {name!r} is taken by {known.__module__}.{known.__qualname__}")
         _RULES[name] = cls
         return cls
@@ -80,7 +81,7 @@ def make_rule(mode: str, options: Mapping[str, Any]) -> Rule:
 
 def rule_name(rule: Rule) -> str:
     """The mode under which the rule's class is registered."""
-    return next(name for name, cls in _RULES.items() if cls is type(rule))
+    return next(name for name, cls in _RULES.items() if _same_class(cls, type(rule)))
 
 
 def rule_values(rule: Rule) -> dict[str, Any]:
@@ -109,6 +110,11 @@ def redrawn_by_updates(rule: Rule) -> bool:
     return getattr(rule, "redraw", "never") == "update"
 
 
+def _same_class(a: type, b: type) -> bool:
+    """Whether two classes come from one definition, which a notebook may have run twice."""
+    return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+
+
 def _options(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """A rule's fields by the names that they have as options."""
     return {f.metadata.get("option", f.name): f for f in dataclasses.fields(cls) if f.init}
@@ -128,9 +134,9 @@ def _as_fields(mode: str, cls: type, options: Mapping[str, Any]) -> dict[str, An
 
 
 def _check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if not low <= value <= high or math.isinf(value):
+    if not low <= float(value) <= high or math.isinf(value):
         limits = f"from {low:g} to {high:g}" if high < math.inf else f"finite and at least {low:g}"
         raise ValueError(f"{name} must be {limits}, not {value!r}")
 

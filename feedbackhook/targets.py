@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -88,9 +88,13 @@ def _derived(module: nn.Module, attribute: str) -> Tensor:
 
 
 def find_targets(
-    model: nn.Module, include: Selection | None = None, exclude: Selection | None = None
+    model: nn.Module,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    patterns: Iterable[str] | None = None,
 ) -> list[Target]:
-    """The layers of `model` that `include` (None: all) holds and `exclude` does not.
+    """The layers of `model` that `include` (None: all) holds and `exclude` does not, and, if there are
+    `patterns` (a mapping of modes has them), whose full name one of these matches.
 
     A string is a regular expression that the full name must match as a whole; a list holds full names, name
     suffixes (`"fc"` is also `"block.fc"`) or module types. `exclude` wins.
@@ -110,8 +114,13 @@ def find_targets(
     if exclude is not None and not excluded & included:
         raise ValueError(f"exclude={_show(exclude)} has no effect: it matches no layer that include selects")
     chosen = [name for name in modules if name in included and name not in excluded]
+    if patterns is not None:
+        matched = set[str]().union(*(select("mode", pattern, modules) for pattern in patterns))
+        chosen = [name for name in chosen if name in matched]
     if not chosen:
-        raise ValueError(f"nothing is left to patch: exclude={_show(exclude)} takes every layer away")
+        given = {"include": include, "exclude": exclude, "mode": patterns}
+        shown = ", ".join(f"{name}={_show(value)}" for name, value in given.items() if value is not None)
+        raise ValueError(f"nothing is left to patch: {shown} takes every layer away")
     for name in chosen:
         if _fused(modules[name]):
             raise TypeError(
@@ -147,6 +156,11 @@ def _fused(module: nn.Module) -> bool:
     return isinstance(module, FUSED)
 
 
+def patchable(model: nn.Module) -> list[str]:
+    """The full names of all layers that could be patched."""
+    return [name for name, (_, module, _) in _candidates(model).items() if kind_of(module)]
+
+
 def _candidates(model: nn.Module) -> dict[str, tuple[str, nn.Module, str]]:
     """Module's name, module and weight's attribute of each layer that can be chosen, by the layer's name."""
     found: dict[str, tuple[str, nn.Module, str]] = {}
@@ -165,7 +179,10 @@ def _info(name: str, module: nn.Module, attribute: str) -> LayerInfo:
     assert kind is not None
     if (parameter := module._parameters.get(attribute)) is not None and is_lazy(parameter):
         raise ValueError(f"{type(module).__name__} {name!r} has no weight yet; run a forward before patching")
-    shape = tuple(weight_of(module, attribute).shape)
+    weight = weight_of(module, attribute)
+    if weight.is_complex():
+        raise TypeError(f"the weight of {name!r} is complex; feedback is defined for real weights")
+    shape = tuple(weight.shape)
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         fan_in = shape[0] // int(module.groups) * math.prod(shape[2:])  # type: ignore[arg-type]
     else:

@@ -373,3 +373,47 @@ def test_what_cannot_run_leaves_no_folder(config: RunConfig, change: dict[str, A
 def test_the_papers_schedule_is_scaled_to_the_epochs() -> None:
     milestones = {n: resolve(RunConfig(protocol=ProtocolConfig(n))).protocol.milestones for n in (65, 15)}
     assert milestones == {65: [50, 60], 15: [12, 14]}
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        ("optimizer", {"name": "sgd", "setting": 3}, "optimizer.setting has no effect with sgd"),
+        ("protocol", {"seed": 2**63}, r"protocol.seed must be less than 2\*\*63"),
+    ],
+    ids=str,
+)
+def test_a_setting_without_effect_and_a_seed_out_of_range_are_refused(section, options, message, tmp_path):
+    config = RunConfig(output=str(tmp_path / "run"))
+    for name, value in options.items():
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [{"std": 0.0}], ids=str)
+def test_a_run_without_any_angle_has_no_figure_of_it(options, tmp_path):
+    config = RunConfig(output=str(tmp_path / "run"))
+    config.feedback.mode, config.feedback.options, config.protocol.epochs = "random", options, 1
+    result = train(config)
+    assert result.status == "finished"
+    assert [path.name for path in result.figures] == ["error.png"]
+
+
+def test_resuming_a_finished_run_draws_missing_figures(tmp_path):
+    config = RunConfig(output=str(tmp_path / "run"))
+    config.protocol.epochs = 1
+    for path in train(config).figures:
+        path.unlink()
+    assert [path.name for path in train(config, resume=True).figures] == ["error.png", "weight_angle.png"]
+
+
+def test_a_run_that_diverges_before_its_first_epoch_ends_with_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "feedbackhook.experiments.train._Run._test", lambda self: (float("nan"), float("nan"))
+    )
+    result = train(RunConfig(output=str(tmp_path / "run")))
+    assert result.status == "diverged"
+    assert result.reason == "test loss is nan in epoch 0, after 0 steps"
+    assert len(read(tmp_path / "run")) > 0

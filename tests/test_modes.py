@@ -98,3 +98,15 @@ def test_options_beside_a_mapping_are_refused():
         TypeError, match=r"options beside a mapping of modes \(concordance\) would belong to no rule"
     ):
         feedbackhook.patch(mlp(), {"0": "sign"}, concordance=0.5)
+
+
+def test_a_weight_shared_with_a_layer_that_nothing_matches_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="'0' and '1' share a weight; patch both or exclude both"):
+        feedbackhook.patch(model, {"0": "uSF"})
+
+
+def test_a_recurrent_layer_that_nothing_matches_stays_exact():
+    with feedbackhook.patch(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3)), {"0": "uSF"}) as patch:
+        assert [row.name for row in patch.layers] == ["0"]

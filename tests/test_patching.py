@@ -232,7 +232,10 @@ def test_the_patch_is_found_from_the_whole_and_from_a_part():
     ("again", "message"),
     [
         (lambda model: model, r"cannot patch this Sequential: it is patched already.*get_patch.*unpatch"),
-        (lambda model: model[2], r"cannot patch this Linear: it is patched already.*get_patch.*unpatch"),
+        (
+            lambda model: model[2],
+            r"cannot patch this Linear: it, '2' of a Sequential, is patched already.*get_patch.*unpatch",
+        ),
         (nn.Sequential, r"cannot patch this Sequential: its part '0' is patched already.*get_patch.*unpatch"),
     ],
     ids=["the same", "a part", "the whole"],
@@ -310,3 +313,17 @@ def test_a_copy_has_a_handle_of_its_own():
     patch.remove()
     assert feedbackhook.get_patch(twin) is own
     assert own.layers[1].rerouted == 1
+
+
+def test_changed_options_are_checked_against_the_layers():
+    model = network()
+    given = {name: torch.randn_like(model[int(name)].weight) for name in "024"}
+    with feedbackhook.patch(model, "tensor", feedback=given) as patch:
+        with pytest.raises(ValueError, match="feedback lacks a tensor for: 2, 4"):
+            patch.set(feedback={"0": given["0"]})
+        assert torch.equal(patch.feedback("2"), given["2"])
+
+
+def test_what_is_left_exact_is_named():
+    with feedbackhook.patch(network(), exclude=["4"]) as patch:
+        assert str(patch).splitlines()[-1] == "exact: 4"

@@ -56,12 +56,21 @@ def test_the_loop(capsys):
     assert sum(agreement) / len(agreement) == pytest.approx(0.75, abs=0.02)
 
 
+def test_the_mapping():
+    model = timm.create_model("resnet18", num_classes=10)
+    exec(BLOCKS[2], {"feedbackhook": feedbackhook, "model": model})
+    rules = {row.name: row.rule for row in feedbackhook.get_patch(model).layers}
+    assert rules["conv1"] == "symmetric"
+    assert rules["layer2.0.conv1"] == "sign(concordance=0.7)"
+    assert not any(name.startswith(("layer4", "fc")) for name in rules)
+
+
 @pytest.mark.usefixtures("_forget_new_rules")
 def test_the_rule_of_ones_own():
     model = nn.Linear(4, 4)
-    exec(BLOCKS[2], {"feedbackhook": feedbackhook, "model": model})
+    exec(BLOCKS[3], {"feedbackhook": feedbackhook, "model": model})
     assert feedbackhook.get_patch(model).layers[0].rule == "noisy(std=0.5)"
 
 
 def test_every_block_is_tried():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,6 +80,8 @@ def train(
     if before is not None:
         folder.check_same(config)
         if before.status in ("finished", "diverged"):
+            if not before.figures:
+                _draw(folder)
             return before
     with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
         with _one_clear_error():
@@ -117,6 +120,10 @@ def resolve(config: RunConfig) -> RunConfig:
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name} must be {least} or more, not {value}")
+    if p.seed >= 2**63:
+        raise ConfigError(f"protocol.seed must be less than 2**63, not {p.seed}")
+    if config.optimizer.name == "sgd" and config.optimizer.setting != OptimizerConfig().setting:
+        raise ConfigError("optimizer.setting has no effect with sgd: it is of batch_manhattan")
     if not 0 < p.rate_factor < math.inf:
         raise ConfigError(f"protocol.rate_factor must be positive, not {p.rate_factor}")
     device = p.device if p.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -278,7 +285,6 @@ class _Run:
     def _save(self, folder: RunFolder, recorder: Recorder) -> None:
         """Keep the epoch: rows before the checkpoint, since a resumed run drops the rows that follow it."""
         result = self.result
-        result.epoch, result.step = self.epoch, self.step
         recorder.flush()
         if result.best_epoch == self.epoch:
             folder.write_weights(self.model, "best")
@@ -298,6 +304,7 @@ class _Run:
                 "errors": (result.last_error, result.best_error, result.best_epoch),
             }
         )
+        result.epoch, result.step = self.epoch, self.step  # the status does not run ahead of the checkpoint
         folder.write_result(result)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -368,10 +375,12 @@ def _random_state(seed: int, device: str) -> Iterator[None]:
 
 
 def _draw(folder: RunFolder) -> None:
-    """The figures of a run, from its table alone."""
+    """The figures of a run, from its table alone: those for which it has a finite value."""
     table = read(folder.path)
     figures = folder.path / "figures"
     figures.mkdir(exist_ok=True)
-    plots.error_against_epoch(table).savefig(figures / "error.png", dpi=150)
-    if (table["metric"] == "weight_angle").any():
+    finite = set(table.loc[np.isfinite(table["value"]), "metric"])
+    if finite & {"test_error", "train_error"}:
+        plots.error_against_epoch(table).savefig(figures / "error.png", dpi=150)
+    if "weight_angle" in finite:
         plots.angles_against_epoch(table).savefig(figures / "weight_angle.png", dpi=150)

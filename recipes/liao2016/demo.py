@@ -201,7 +201,7 @@ def main(epochs: int = 15, seeds: int = 3, jobs: int | None = None, output: Path
         jobs: processes, each on one thread; none: one for each core.
         output: the folder of the run folders, the table and the figure.
     """
-    console = Console()
+    console = Console(soft_wrap=True)
     planned = [(condition, seed) for seed in range(seeds) for condition in conditions()]
     jobs = min(jobs or os.cpu_count() or 1, len(planned))
     console.print(
