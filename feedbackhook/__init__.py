@@ -1,7 +1,7 @@
 """Send backprop's error signals through feedback weights of your choice, in any PyTorch network as it is."""
 
 from feedbackhook.alignment import Row, measure
-from feedbackhook.bracket import ExactGradientError
+from feedbackhook.guard import ExactGradientError
 from feedbackhook.optim import BatchManhattan
 from feedbackhook.patching import LayerRow, Patch, get_patch, patch, unpatch
 from feedbackhook.recorder import Recorder, read

@@ -28,18 +28,13 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.edge import FeedbackEdge, Layer, View
+from feedbackhook.guard import MATRIX_PRODUCTS, Guard, refuse_derived, refuse_product, warn_of_exact
 from feedbackhook.products import OPERATIONS, Call
 from feedbackhook.rules import redrawn_by_updates
 from feedbackhook.targets import Target
 
 MARK = "_feedbackhook"
 """The one attribute that is set on modules: on each that is patched and on each of their ancestors."""
-
-_GRAPH_NODES = 64  # so far back the origin of a weight that belongs to no layer is searched
-
-
-class ExactGradientError(RuntimeError):
-    """A patched weight got a gradient from a call that no bracket saw, so that its error signal was exact."""
 
 
 class Mark(NamedTuple):
@@ -78,8 +73,8 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if func in _MATRIX_PRODUCTS and not torch.compiler.is_compiling():
-            self.bracket.refuse_product(func, args)
+        if func in MATRIX_PRODUCTS and not torch.compiler.is_compiling():
+            refuse_product(self.bracket, func, args)
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
@@ -90,29 +85,11 @@ class _Mode(TorchFunctionMode):
         used = self.bracket.layer_of(call.weight, self.running[-1])
         if used is None:
             if not torch.compiler.is_compiling():
-                self.bracket.refuse_derived(func, call)
+                refuse_derived(self.bracket, func, call)
+                warn_of_exact(self.bracket, func, call)
             return func(*args, **kwargs)
         return _reroute(self.bracket, used, call, func, args, kwargs)
 
-
-_MATRIX_PRODUCTS = {
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-    torch.tensordot,
-    F.bilinear,
-    Tensor.matmul,
-    Tensor.mm,
-    Tensor.bmm,
-    Tensor.addmm,
-    Tensor.baddbmm,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-}
-"""Functions that may send an error signal through a weight without being rerouted."""
 
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
@@ -173,7 +150,8 @@ class Bracket:
         self._guards: dict[Tensor, RemovableHandle] = {}
         self._clock: RemovableHandle | None = None
         self._known_weights: dict[Layer, list[Tensor]] = {}
-        self._roots: list[nn.Module] = []
+        self.judged: set[tuple[str, tuple[int, ...], int | None]] = set()
+        self.roots: list[nn.Module] = []
         self._tree: list[tuple[nn.Module, str, nn.Module]] = []
 
     def attach(
@@ -181,7 +159,7 @@ class Bracket:
     ) -> None:
         """Hooks the module of each target and each of its ancestors; `patch` is the user's handle, which
         their marks carry."""
-        self._roots.append(model)
+        self.roots.append(model)
         inside: dict[str, list[Layer]] = {}
         own: dict[str, Layer] = {}
         for target, layer in layer_of_target:
@@ -227,10 +205,10 @@ class Bracket:
         its projection at a time. A weight that is derived from parameters (standardised, normalised,
         reparametrised) belongs to the module whose forward is running.
         """
-        if (layer := self._known(weight)) is not None:
+        if (layer := self.known(weight)) is not None:
             return Use(layer, weight, None)
         base = weight._base
-        if base is not None and base.is_contiguous() and (layer := self._known(base)) is not None:
+        if base is not None and base.is_contiguous() and (layer := self.known(base)) is not None:
             offset = weight.storage_offset() - base.storage_offset()
             return Use(layer, base, View(weight.size(), weight.stride(), offset))
         mark: Mark = running.__dict__[MARK]
@@ -241,45 +219,7 @@ class Bracket:
             return Use(layer, weight, None)
         return None
 
-    def refuse_product(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Raises if a function that is not rerouted multiplies a patched weight with what has an upstream."""
-        tensors = [arg for arg in _flatten(args) if isinstance(arg, Tensor)]
-        layers = [self._known(tensor if tensor._base is None else tensor._base) for tensor in tensors]
-        layer = next((layer for layer in layers if layer is not None), None)
-        others = (tensor for tensor, known in zip(tensors, layers, strict=True) if known is None)
-        if self.enabled and layer is not None and any(other.requires_grad for other in others):
-            raise ExactGradientError(
-                f"the weight of {layer.info.name!r} is used in {_name(func)}, which cannot be rerouted: its "
-                f"error signal would go through W. Use F.linear, or exclude={[layer.info.name]} in "
-                "feedbackhook.patch"
-            )
-
-    def refuse_derived(self, func: Any, call: Call) -> None:
-        """Raises if a weight that belongs to no layer is derived from a patched one."""
-        layer = self._ancestor(call.weight)
-        if self.enabled and layer is not None and call.input.requires_grad:
-            raise ExactGradientError(
-                f"{_name(func)} uses a weight derived from that of {layer.info.name!r} outside its module's "
-                "forward, and cannot be rerouted: its error signal would go through W. Derive it by "
-                f"torch.nn.utils.parametrize, or exclude={[layer.info.name]} in feedbackhook.patch"
-            )
-
-    def _ancestor(self, weight: Tensor) -> Layer | None:
-        """The patched layer from whose parameter a weight was computed, as its graph tells."""
-        nodes = [weight.grad_fn]
-        seen: set[Any] = set()
-        while nodes and len(seen) < _GRAPH_NODES:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and (layer := self._known(leaf)) is not None:
-                return layer
-            nodes += [next_node for next_node, _ in node.next_functions]
-        return None
-
-    def _known(self, weight: Tensor) -> Layer | None:
+    def known(self, weight: Tensor) -> Layer | None:
         known, layer = self._by_weight.get(id(weight), (None, None))
         return layer if known is weight else None
 
@@ -337,13 +277,13 @@ class Bracket:
                 self._by_weight[id(plain)] = (plain, layer)
             for weight in today:
                 if weight.requires_grad and weight not in self._guards:
-                    self._guards[weight] = weight.register_hook(_Guard(self, layer))
+                    self._guards[weight] = weight.register_hook(Guard(self, layer))
 
     def _check_tree(self) -> None:
         """Raises if a patched module is no longer in the model; what took its place would be exact."""
         if all(parent._modules.get(name) is child for parent, name, child in self._tree):
             return
-        present = {id(module) for root in self._roots for module in root.modules()}
+        present = {id(module) for root in self.roots for module in root.modules()}
         for layer in self.layers:
             if id(layer.module) not in present:
                 raise RuntimeError(
@@ -354,26 +294,6 @@ class Bracket:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave behind what belongs to this process's parameters and optimizers."""
         return {**self.__dict__, "_by_weight": {}, "_known_weights": {}, "_guards": {}, "_clock": None}
-
-
-class _Guard:
-    """The hook on a weight: its gradient must come from a bracketed call."""
-
-    def __init__(self, bracket: Bracket, layer: Layer) -> None:
-        self._bracket, self._layer = weakref.ref(bracket), weakref.ref(layer)
-
-    def __call__(self, gradient: Tensor) -> None:
-        bracket, layer = self._bracket(), self._layer()
-        if bracket is None or layer is None or not bracket.enabled or bracket.exact:
-            return
-        if not layer.was_bracketed():
-            raise ExactGradientError(
-                f"the weight of {layer.info.name!r} got a gradient from a call that the patch did not see: "
-                "it was used outside the forward of every patched module and their ancestors, in a function "
-                "that cannot be rerouted, or while the patch was disabled, so its error signal went through "
-                f"W. Ways out: exclude={[layer.info.name]} in feedbackhook.patch, or `with patch.exact():` "
-                "around a backward that is meant to be exact"
-            )
 
 
 class _Clock:
@@ -407,18 +327,6 @@ def _is_running(module: nn.Module) -> bool:
         if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
             return True
     return False
-
-
-def _flatten(args: Iterable[Any]) -> Iterator[Any]:
-    for arg in args:
-        if isinstance(arg, (tuple, list)):
-            yield from _flatten(arg)
-        else:
-            yield arg
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))
 
 
 def _forget_compiled_code() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import numpy as np
@@ -468,3 +469,33 @@ def test_numbers_of_numpy_are_numbers():
     with feedbackhook.patch(conv, "sign", concordance=np.float32(0.5), seed=np.int64(3)):
         conv(x).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+class Mixture(nn.Module):
+    """A layer of no known kind, whose weight is a mixture of its parameter's rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.shares = nn.Parameter(torch.randn(3, 16)), nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return F.linear(x, (self.shares @ self.experts).view(4, 4))
+
+
+def test_a_weight_that_no_layer_holds_is_warned_of_once():
+    model = nn.Sequential(nn.Linear(4, 4), Mixture(), nn.Linear(4, 2))
+    with feedbackhook.patch(model):
+        with pytest.warns(
+            UserWarning, match=r"linear is called with a weight of shape \(4, 4\) that belongs"
+        ):
+            model(torch.randn(2, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.randn(2, 4)).sum().backward()
+
+
+def test_a_layer_that_was_excluded_is_not_warned_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with feedbackhook.patch(model, exclude=["1"]), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4)).sum().backward()
