@@ -93,7 +93,7 @@ def refuse_derived(bracket: Bracket, func: Any, call: Call) -> None:
 
 
 def warn_of_exact(bracket: Bracket, func: Any, call: Call) -> None:
-    """Warns, once for each function and shape, of a weight that no layer which could be patched holds."""
+    """Warns, once for each function and shape, of a weight of the model that no patchable layer holds."""
     weight, name, shape = call.weight, _name(func), tuple(call.weight.shape)
     key = (name, shape, id(weight) if weight.is_leaf else None)
     if not (bracket.enabled and weight.requires_grad and call.input.requires_grad) or key in bracket.judged:
@@ -101,8 +101,9 @@ def warn_of_exact(bracket: Bracket, func: Any, call: Call) -> None:
     bracket.judged.add(key)
     layers = (module for root in bracket.roots for module in root.modules() if kind_of(module))
     held = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
-    if any(id(leaf) in held for leaf in _origins(weight)):
-        return  # a layer that was left exact on purpose
+    own = {id(parameter) for root in bracket.roots for parameter in root.parameters()} - held
+    if not any(id(leaf) in own for leaf in _origins(weight)):
+        return  # a layer that was left exact on purpose, or another model's
     warnings.warn(
         f"{name} is called with a weight of shape {shape} that belongs to no layer which can be "
         "patched; its error signal stays exact",

@@ -499,3 +499,19 @@ def test_a_layer_that_was_excluded_is_not_warned_of():
     with feedbackhook.patch(model, exclude=["1"]), warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(2, 4)).sum().backward()
+
+
+def test_another_model_inside_the_forward_is_not_warned_of():
+    inner, layer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return inner(self.layer(x))
+
+    with feedbackhook.patch(Outer()) as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.model(torch.randn(2, 4)).sum().backward()
