@@ -169,8 +169,8 @@ def test_a_channel_of_one_value_does_not_divide_by_zero(folder: Path) -> None:
     [
         (DataConfig("MNIST", root="nowhere"), r"MNIST could not be read.*nowhere.*--data.download true"),
         (DataConfig("ImageNet", root="nowhere"), r"ImageNet.*nowhere.*cannot download it; set --data.root"),
-        (DataConfig("CocoDetection"), "'CocoDetection' is no classification dataset.*CIFAR10"),
-        (DataConfig("VOCSegmentation"), "'VOCSegmentation' is no classification dataset"),
+        (DataConfig("CocoDetection"), "'CocoDetection' has no classes for training and test.*CIFAR10"),
+        (DataConfig("VOCSegmentation"), "'VOCSegmentation' has no classes for training and test"),
         (DataConfig("CIFAR11"), "'CIFAR11' is unknown: use digits, imagefolder:PATH"),
         (DataConfig("imagefolder:nowhere"), "no images in .*nowhere: imagefolder:PATH needs PATH/train"),
         (DataConfig(size=0), "data.size must be a positive number of pixels, not 0"),

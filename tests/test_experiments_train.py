@@ -417,3 +417,55 @@ def test_a_run_that_diverges_before_its_first_epoch_ends_with_its_table(tmp_path
     assert result.status == "diverged"
     assert result.reason == "test loss is nan in epoch 0, after 0 steps"
     assert len(read(tmp_path / "run")) > 0
+
+
+def without_protocol(folder):
+    (folder / "config.yaml").write_text("data: {name: digits}\n")
+
+
+def with_another_checkpoint(folder):
+    torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
+
+
+def without_table(folder):
+    for part in (folder / "metrics").glob("*.parquet"):
+        part.unlink()
+
+
+def without_the_checkpoints_epoch(folder):
+    for part in sorted((folder / "metrics").glob("*.parquet"))[1:]:
+        part.unlink()
+
+
+def with_a_truncated_part(folder):
+    part = sorted((folder / "metrics").glob("*.parquet"))[0]
+    part.write_bytes(part.read_bytes()[:50])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_protocol,
+        with_another_checkpoint,
+        without_table,
+        without_the_checkpoints_epoch,
+        with_a_truncated_part,
+    ],
+)
+def test_a_damaged_run_is_not_gone_on_with(damage, tmp_path, monkeypatch):
+    config = RunConfig(output=str(tmp_path / "run"))
+    config.protocol.epochs = 2
+    test = train_module._Run._test
+
+    def interrupt(run):
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+        return test(run)
+
+    with monkeypatch.context() as context:
+        context.setattr(train_module._Run, "_test", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    damage(tmp_path / "run")
+    with pytest.raises(ConfigError, match="run"):
+        train(config, resume=True)

@@ -128,10 +128,11 @@ _VAL = ({"split": "train"}, {"split": "val"})
 _TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
     **dict.fromkeys(["CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"], _FLAG),
     **dict.fromkeys(["Country211", "DTD", "FER2013", "Flowers102", "Food101", "GTSRB", "PCAM"], _NAMED),
-    **dict.fromkeys(["RenderedSST2", "STL10", "StanfordCars", "SVHN"], _NAMED),
+    **dict.fromkeys(["LFWPeople", "RenderedSST2", "STL10", "StanfordCars", "SVHN"], _NAMED),
     **dict.fromkeys(["FGVCAircraft", "OxfordIIITPet"], _TRAINVAL),
-    **dict.fromkeys(["ImageNet", "Imagenette"], _VAL),
+    **dict.fromkeys(["CLEVRClassification", "ImageNet", "Imagenette"], _VAL),
     "EMNIST": ({"split": "balanced", "train": True}, {"split": "balanced", "train": False}),
+    "INaturalist": ({"version": "2021_train"}, {"version": "2021_valid"}),
     "Places365": ({"split": "train-standard", "small": True}, {"split": "val", "small": True}),
     **dict.fromkeys(["Caltech101", "Caltech256", "EuroSAT", "FakeData", "SEMEION", "SUN397"], None),
 }
@@ -142,7 +143,7 @@ def _torchvision(config: DataConfig, size: int | None) -> tuple[Split, Split]:
 
     if config.name not in _TORCHVISION:
         known = ", ".join(sorted(_TORCHVISION))
-        what = "is no classification dataset" if hasattr(datasets, config.name) else "is unknown"
+        what = "has no classes for training and test" if hasattr(datasets, config.name) else "is unknown"
         raise ConfigError(
             f"data.name {config.name!r} {what}: use digits, imagefolder:PATH, or one of {known}"
         )

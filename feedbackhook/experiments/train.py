@@ -74,7 +74,10 @@ def train(
                 "go on with it by --resume, or give another --output"
             )
         if config.protocol.threads is None:
-            threads = folder.stored_config()["protocol"]["threads"]
+            try:
+                threads = folder.stored_config()["protocol"]["threads"]
+            except (KeyError, TypeError) as error:
+                raise ConfigError(f"{folder.path}/config.yaml is damaged: give another output") from error
             config = replace(config, protocol=replace(config.protocol, threads=threads))
     config = resolve(config)
     if before is not None:
@@ -196,8 +199,7 @@ class _Run:
                 self._evaluate(recorder, progress)
                 self._save(folder, recorder)
             else:
-                self._restore(checkpoint)
-                recorder.drop_after(self.step)
+                self._go_on(checkpoint, folder, recorder)
                 folder.write_result(result)
             while self.epoch < self.config.protocol.epochs:
                 self.epoch += 1
@@ -216,6 +218,28 @@ class _Run:
         finally:
             folder.write_result(result)
         return result
+
+    def _go_on(self, checkpoint: dict[str, Any], folder: RunFolder, recorder: Recorder) -> None:
+        """Restore the checkpoint and see that the table reaches as far.
+
+        Raises:
+            ConfigError: one of them is damaged.
+        """
+        try:
+            self._restore(checkpoint)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"cannot go on: {folder.path}/checkpoint.pt does not fit this run ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}): give another output"
+            ) from error
+        with _one_clear_error():
+            recorder.drop_after(self.step)
+            last = int(read(folder.path)["step"].max())
+        if last < self.step:
+            raise ConfigError(
+                f"cannot go on: the table in {folder.path}/metrics ends at step {last}, the checkpoint is of "
+                f"step {self.step}: give another output"
+            )
 
     def _train_epoch(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
         p, train_set = self.config.protocol, self.data.train
