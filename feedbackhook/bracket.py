@@ -108,6 +108,7 @@ def _reroute(
     compiling = torch.compiler.is_compiling()
     if compiling:
         layer.compiled = True
+        layer.feedback.parts(used.weight)  # a traced backward may keep nothing, so what is kept is made here
     else:
         if layer.depth is None:
             layer.depth = sum(other.depth is not None for other in bracket.layers)

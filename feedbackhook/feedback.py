@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from feedbackhook.rng import CounterRNG
-from feedbackhook.rules import Rule
+from feedbackhook.rules import Rule, redrawn_by_updates
 from feedbackhook.targets import LayerInfo
 
 
@@ -27,6 +27,8 @@ class Feedback:
         self.layer = layer
         self.seed = seed
         self.draws = draws
+        self._count = torch.tensor(draws)  # the same number, for compiled code to read
+        self._keys: dict[str, tuple[int, int]] = {}
         self._parts: dict[str, Tensor] | None = None
         self._drawn_for: tuple[torch.Size, torch.dtype, torch.device] | None = None
 
@@ -49,15 +51,22 @@ class Feedback:
     @torch.no_grad()
     def parts(self, weight: Tensor) -> Mapping[str, Tensor]:
         """The random parts for a weight of this shape, dtype and device: drawn where they are not at hand."""
+        if torch.compiler.is_compiling() and redrawn_by_updates(self.rule):
+            # Part of the graph, not a constant of it: each run of the compiled code draws by today's count.
+            return self._draw(weight, self._count.to(weight.device))
         wanted = (weight.shape, weight.dtype, weight.device)
         if self._parts is None or self._drawn_for != wanted:
-            self._parts = self.rule.draw(weight, CounterRNG(self.seed, self.layer, self.draws))
+            self._parts = self._draw(weight, self.draws)
             self._drawn_for = wanted
         return self._parts
+
+    def _draw(self, weight: Tensor, count: int | Tensor) -> dict[str, Tensor]:
+        return self.rule.draw(weight, CounterRNG(self.seed, self.layer, count, self._keys))
 
     def redraw(self) -> None:
         """Moves to the next draw; it is made when V is next asked for."""
         self.draws += 1
+        self._count.fill_(self.draws)
         self._parts = None
 
     def follow(self, rule: Rule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -164,11 +164,13 @@ class Patch:
         _check([(layer.info, rule) for layer, rule in zip(having, rules, strict=True)])
         for layer, rule in zip(having, rules, strict=True):
             layer.feedback.follow(rule)
+        _draw_now(having)
 
     def redraw(self) -> None:
         """Draws the random parts of every V anew, as `redraw="update"` does after each optimizer step."""
         for layer in self._bracket.layers:
             layer.feedback.redraw()
+        _draw_now(self._bracket.layers)
 
     def feedback(self, name: str) -> Tensor:
         """Today's V of a layer, in the layout of its weight, detached.
@@ -250,6 +252,7 @@ class Patch:
         }
         for name, feedback in restored.items():
             own[name].feedback = feedback
+        _draw_now(self._bracket.layers)
         self.enabled = state["enabled"]
 
     @property
@@ -391,6 +394,12 @@ def _layers(rules: list[tuple[Target, Rule]], seed: int) -> list[tuple[Target, L
             )
         layers.append((target, layer))
     return layers
+
+
+def _draw_now(layers: Iterable[Layer]) -> None:
+    """Draws the random parts, so that compiled code finds them as it found the old ones."""
+    for layer in layers:
+        layer.feedback.parts(layer.weight())
 
 
 def _check(rules: list[tuple[LayerInfo, Rule]]) -> None:

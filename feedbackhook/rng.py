@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -40,6 +40,8 @@ class CounterRNG:
     seed: int
     layer: LayerInfo
     count: int | Tensor = 0
+    # Keys by stream, as they were made: `torch.compile` cannot trace the making, but can the look-up.
+    _made: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def uniform(self, weight: Tensor, stream: str = "") -> Tensor:
         """Numbers from U(0, 1), float32, in the shape and on the device of `weight`.
@@ -58,9 +60,11 @@ class CounterRNG:
         return uniform.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
 
     def _keys(self, stream: str) -> tuple[int, int | Tensor]:
-        text = f"{self.seed}\0{self.layer.name}\0{stream}".encode()
-        digest = hashlib.blake2b(text, digest_size=8).digest()
-        first, second = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+        if stream not in self._made:
+            text = f"{self.seed}\0{self.layer.name}\0{stream}".encode()
+            digest = hashlib.blake2b(text, digest_size=8).digest()
+            self._made[stream] = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+        first, second = self._made[stream]
         count = cast(int, self.count)  # a tensor takes the same arithmetic
         return first, _mix(second ^ _mix(count & _MASK))
 

@@ -6,6 +6,7 @@ generator.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+import feedbackhook
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -258,3 +261,18 @@ class FunctionalNet(nn.Module):
 def mlp() -> nn.Sequential:
     """Three linear layers named "0", "2" and "4"."""
     return redrawn(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+
+MLP_UPSTREAM = ["input", "0.weight", "0.bias", "2.weight", "2.bias"]
+"""What of `mlp` an error signal reaches through a patched weight."""
+
+
+def patched_copy(plain: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A patched copy of `plain`, and its feedback: random, and independent of the weights."""
+    model, feedback = copy.deepcopy(plain), random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    return model, feedback
+
+
+def outside_every_bracket(model: nn.Sequential, x: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x, model[0].weight)), model[2].weight)

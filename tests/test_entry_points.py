@@ -8,8 +8,6 @@ not backprop's, since two exact runs would agree as well.
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +29,15 @@ from oracle import (
     read_gradients,
 )
 from problems import (
+    MLP_UPSTREAM,
     FunctionalNet,
     InPlaceNet,
     LightningLike,
     Net,
     draw,
-    layer_names,
     mlp,
+    outside_every_bracket,
+    patched_copy,
     random_feedback,
     redrawn,
 )
@@ -50,14 +50,6 @@ timm = pytest.importorskip("timm")
 
 CNN_INPUT = (2, 2, 9, 9)
 CNN_UPSTREAM = ["input", "stem.weight", "blocks.0.conv1.weight", "blocks.1.conv2.weight"]
-MLP_UPSTREAM = ["input", "0.weight", "0.bias", "2.weight", "2.bias"]
-
-
-def patched_copy(plain: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A patched copy of `plain`, and its feedback: random, and independent of the weights."""
-    model, feedback = copy.deepcopy(plain), random_feedback(plain)
-    feedbackhook.patch(model, "tensor", feedback=feedback)
-    return model, feedback
 
 
 def assert_matches_oracle_or_names_a_layer(
@@ -562,10 +554,6 @@ def test_hooks_of_the_users_run_and_survive_removal():
 # --- the guard -------------------------------------------------------------------------------------------
 
 
-def outside_every_bracket(model: nn.Sequential, x: Tensor) -> Tensor:
-    return F.linear(torch.tanh(F.linear(x, model[0].weight)), model[2].weight)
-
-
 @pytest.mark.parametrize("warmed_up", [False, True], ids=["never called", "after a proper step"])
 def test_a_weight_used_outside_every_bracket_raises_by_name(warmed_up):
     model, x = mlp(), draw(3, 4)
@@ -745,236 +733,3 @@ def test_forwards_in_two_threads_at_once():
         (got,) = torch.autograd.grad(probe(output), leaf)
         want = by_saved_tensors(plain, feedback, leaf.detach()).input
         assert (got - want).norm() <= 1e-9 * want.norm()
-
-
-# --- torch.compile ---------------------------------------------------------------------------------------
-#
-# A test that compares compiled with eager passes when both are exact: these compare with the oracle.
-
-BACKENDS = ["eager", "aot_eager", "inductor"]
-
-
-def small_cnn() -> nn.Module:
-    return redrawn(
-        nn.Sequential(
-            nn.Conv2d(2, 3, 3),
-            nn.Tanh(),
-            nn.Conv2d(3, 4, 3, padding="same"),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(36, 2),
-        )
-    )
-
-
-COMPILED = {
-    "mlp": (mlp, (3, 4), ["0.weight", "2.bias"]),
-    "cnn": (small_cnn, (2, 2, 5, 5), ["0.weight", "2.weight"]),
-}
-COMPILED_ON_EVERY_BACKEND = [
-    pytest.param(*COMPILED[name], backend, id=f"{name}-{backend}")
-    for name in COMPILED
-    for backend in BACKENDS
-    if (name, backend) != ("cnn", "eager")
-]
-
-
-@pytest.fixture
-def _fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def compiled_step(model: nn.Module, backend: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    """`fullgraph=True`: falling back to eager code would be an error."""
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    return lambda _, x: compiled(x)
-
-
-def assert_compiled_matches_oracle(got: Gradients, plain, feedback, x, unlike) -> None:
-    """Inductor's forward agrees to rounding alone, so the output too is held to a tolerance here."""
-    assert_matches_oracle(got, plain, feedback, x, unlike=unlike, tolerance=2e-9)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(("build", "shape", "unlike", "backend"), COMPILED_ON_EVERY_BACKEND)
-class TestCompiled:
-    def test_compiled_after_patching(self, build, shape, unlike, backend):
-        plain, x = build(), draw(*shape)
-        model, feedback = patched_copy(plain)
-        step = compiled_step(model, backend)
-        assert_compiled_matches_oracle(gradients(model, x, step), plain, feedback, x, unlike)
-
-    def test_compiled_and_run_before_patching(self, build, shape, unlike, backend):
-        """The code compiled before the patch knows nothing of it."""
-        plain, x = build(), draw(*shape)
-        model, feedback = copy.deepcopy(plain), random_feedback(plain)
-        step = compiled_step(model, backend)
-        assert_same_gradients(gradients(model, x, step), by_backprop(plain, x))
-        feedbackhook.patch(model, "tensor", feedback=feedback)
-        assert_compiled_matches_oracle(gradients(model, x, step), plain, feedback, x, unlike)
-
-    def test_removed_after_compiling(self, build, shape, unlike, backend):
-        plain, x = build(), draw(*shape)
-        model, feedback = patched_copy(plain)
-        step = compiled_step(model, backend)
-        assert_compiled_matches_oracle(gradients(model, x, step), plain, feedback, x, unlike)
-        feedbackhook.unpatch(model)
-        assert_same_gradients(gradients(model, x, step), by_backprop(plain, x))
-
-
-def compiled_in_place(model: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    model.compile(backend="aot_eager")
-    return call
-
-
-def compiled_part_in_place(model: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    model[2].compile(backend="aot_eager")
-    return call
-
-
-def compiled_function(model: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    @torch.compile(backend="aot_eager")
-    def run(x: Tensor) -> Tensor:
-        return model(x) * 1.0
-
-    return lambda _, x: run(x)
-
-
-def compiled_forward(model: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    run = torch.compile(model.forward, backend="aot_eager")
-    return lambda _, x: run(x)
-
-
-FORMS_OF_COMPILING = {
-    form.__name__: form
-    for form in (compiled_in_place, compiled_part_in_place, compiled_function, compiled_forward)
-}
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("form", FORMS_OF_COMPILING.values(), ids=FORMS_OF_COMPILING)
-@pytest.mark.parametrize("when", ["compiled, then patched", "patched, then compiled"])
-def test_forms_of_compiling(form, when):
-    plain, x = mlp(), draw(3, 4)
-    model, feedback = copy.deepcopy(plain), random_feedback(plain)
-    if when == "compiled, then patched":
-        step = form(model)
-        gradients(model, x, step)
-    feedbackhook.patch(model, "tensor", feedback=feedback)
-    if when == "patched, then compiled":
-        step = form(model)
-    for _ in range(2):
-        assert_compiled_matches_oracle(gradients(model, x, step), plain, feedback, x, MLP_UPSTREAM)
-    feedbackhook.unpatch(model)
-    assert_same_gradients(gradients(model, x, step), by_backprop(plain, x))
-
-
-class Broken(nn.Module):
-    """Its forward leaves the compiler inside a part, and before a weight is used without its module."""
-
-    class Part(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.fc(x)
-            torch._dynamo.graph_break()
-            return torch.tanh(x)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.part, self.fc1, self.fc2 = Broken.Part(), nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(F.linear(self.part(x), self.fc1.weight))
-        torch._dynamo.graph_break()
-        return F.linear(torch.tanh(x), self.fc2.weight)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("when", ["compiled, then patched", "patched, then compiled"])
-def test_compiled_with_graph_breaks(when):
-    plain, x = redrawn(Broken()), draw(3, 4)
-    model, feedback = copy.deepcopy(plain), random_feedback(plain)
-    compiled = torch.compile(model, backend="aot_eager")
-    if when == "compiled, then patched":
-        compiled(x)
-    feedbackhook.patch(model, "tensor", feedback=feedback)
-    for _ in range(2):
-        got = gradients(model, x, lambda _, x: compiled(x))
-        assert torch._C._len_torch_function_stack() == 0
-        assert_compiled_matches_oracle(got, plain, feedback, x, ["input", "part.fc.weight", "fc1.weight"])
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("when", ["compiled, then patched", "patched, then compiled"])
-def test_a_compiled_function_that_calls_no_module_raises_by_name(when):
-    model, x = mlp(), draw(3, 4)
-    run = torch.compile(outside_every_bracket, backend="aot_eager", fullgraph=True)
-    if when == "compiled, then patched":
-        gradients(model, x, run)
-    feedbackhook.patch(model, "sign")
-    with pytest.raises(RuntimeError, match=r"'[02]'"):
-        gradients(model, x, run)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiled_model_can_be_disabled_and_enabled():
-    plain, x = mlp(), draw(3, 4)
-    model, feedback = patched_copy(plain)
-    patch, step = feedbackhook.get_patch(model), compiled_step(model, "aot_eager")
-    for enabled in (True, False, True):
-        patch.enabled = enabled
-        if enabled:
-            assert_compiled_matches_oracle(gradients(model, x, step), plain, feedback, x, MLP_UPSTREAM)
-        else:
-            assert_same_gradients(gradients(model, x, step), by_backprop(plain, x))
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_exact_of_a_compiled_model_is_exact_or_raises():
-    plain, x = mlp(), draw(3, 4)
-    model, _ = patched_copy(plain)
-    leaf = x.clone().requires_grad_()
-    output = torch.compile(model, backend="aot_eager")(leaf)
-    try:
-        with feedbackhook.get_patch(model).exact():
-            probe(output).backward()
-    except RuntimeError:
-        return
-    assert_same_gradients(read_gradients(model, leaf, output), by_backprop(plain, x))
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.xfail(strict=True, reason="a layer that was once compiled counts as bracketed for ever after")
-def test_the_guard_still_watches_after_a_compiled_step():
-    model, x = mlp(), draw(3, 4)
-    feedbackhook.patch(model, "sign")
-    gradients(model, x, compiled_step(model, "aot_eager"))
-    loss = probe(outside_every_bracket(model, x))
-    with pytest.raises(RuntimeError, match=r"'[02]'"):
-        loss.backward()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiled_rule_follows_todays_weights():
-    """V is part of the graph, not a constant of it: after the weights have moved, V has moved too."""
-    plain, x = mlp(), draw(3, 4)
-    model = copy.deepcopy(plain)
-    patch = feedbackhook.patch(model, "sign")
-    step = compiled_step(model, "aot_eager")
-    for seed in (0, 5):
-        for net in (plain, model):
-            redrawn(net, seed)
-        feedback = {name: patch.feedback(name) for name in layer_names(plain)}
-        assert_compiled_matches_oracle(gradients(model, x, step), plain, feedback, x, MLP_UPSTREAM)
-
-
-def test_patching_does_not_load_the_compiler():
-    """Resetting compile caches needs torch._dynamo, whose import takes seconds: only where it is in use."""
-    code = "import sys, torch, feedbackhook; m = torch.nn.Linear(2, 2); feedbackhook.patch(m).remove(); "
-    code += "assert 'torch._dynamo' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
