@@ -50,8 +50,11 @@ class Layer:
 
     def weight(self) -> Tensor:
         """Today's W, as the module's forward would use it; where that forward derives it from the module's
-        weight (standardises it, say), W as the last forward used it."""
-        return weight_of(self.module, self.attribute) if self.derived is None else self.derived
+        weight (standardises it, say), W as the last forward used it. A sharded weight is gathered, for which
+        every rank must ask."""
+        weight = weight_of(self.module, self.attribute) if self.derived is None else self.derived
+        gather = getattr(weight, "full_tensor", None)  # torch.distributed's DTensor has it
+        return weight if gather is None else gather()
 
     def use(self, weight: Tensor) -> None:
         """Notes what the forward uses as W, if that is not what `weight_of` would find."""
