@@ -117,9 +117,11 @@ def _reroute(
     if not call.input.requires_grad or not bracket.enabled:
         output: Tensor = func(*args, **kwargs)
         if output.requires_grad and not compiling:
-            exact = call.input.requires_grad
-            output.register_hook(
-                lambda error_out: layer.arrived() if exact else layer.error_signal(None, error_out)
+            exact, shape = call.input.requires_grad, output.shape
+            # An in-place activation gives a view another node, which would leave the hook behind.
+            made = output if output._base is None else output._base
+            made.register_hook(
+                lambda error: layer.arrived() if exact else layer.error_signal(None, error.reshape(shape))
             )
         return output
     detached = call.input.detach()
