@@ -1,0 +1,169 @@
+"""How long a patched training step takes beside a plain one.
+
+Every contestant has its own copy of the model and its own optimizer. They take turns in one process, a step each,
+in an order that moves on by one each round, so that what disturbs the machine disturbs them alike. A contestant's
+figure is the median, over the rounds, of its time divided by the plain model's in the same round. "plain again"
+is a second plain model: how far its ratios spread is what such a measurement cannot tell apart.
+
+    python benchmarks/step_time.py --model timm/resnet18 --size 64 --batch 32 --threads 2
+    python benchmarks/step_time.py --model timm/resnet50 --size 224 --batch 256 --device cuda --dtype bfloat16
+
+Writes benchmarks/results/step_time/NAME.json, and draws the tables and the figure of all that lie there anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from common import Setting, build_model, case_name, write_result
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import track
+from tables import draw, print_step_time
+from torch import Tensor, nn
+
+import feedbackhook
+
+RULES = ("symmetric", "uSF", "NuSF", "frSF", "brSF", "RndF", "sign", "random")
+PEERS = ("usf", "frsf", "brsf", "fa")
+
+Step = Callable[[], None]
+
+
+def main(
+    model: str = "liao2016/mnist",
+    batch: int = 100,
+    size: int | None = None,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no",
+    threads: int = 2,
+    steps: int = 40,
+    warmup: int = 5,
+    rules: Sequence[str] = RULES,
+    peers: Sequence[str] = PEERS,
+    name: str | None = None,
+) -> None:
+    """Measures one case and draws the tables of all.
+
+    Args:
+        model: liao2016/mnist, or timm/NAME.
+        batch: images in a batch.
+        size: height and width in pixels; None is what the model was made for.
+        device: cpu, cuda or cuda:N.
+        dtype: bfloat16 is by autocast.
+        compile: the mode of torch.compile, or "no".
+        threads: of torch, on the CPU.
+        steps: rounds that count.
+        warmup: rounds before them.
+        rules: modes of feedbackhook.patch.
+        peers: modes of biotorch, in eager mode alone; none where it is not installed.
+        name: of the result; None makes one from the case.
+    """
+    torch.set_num_threads(threads)
+    setting = Setting(model, batch, size, device, dtype, compile, threads)
+    console = Console()
+    contestants = _contestants(setting, rules, _available(peers, setting, console))
+    times: dict[str, list[float]] = {label: [] for label in contestants}
+    labels = list(contestants)
+    for round_number in track(range(warmup + steps), case_name(setting), console=console, transient=True):
+        first = round_number % len(labels)
+        for label in labels[first:] + labels[:first]:
+            milliseconds = _timed(contestants[label], torch.device(device))
+            if round_number >= warmup:
+                times[label].append(milliseconds)
+    write_result("step_time", name or case_name(setting), setting, {"milliseconds": times})
+    print_step_time(console, name or case_name(setting))
+    draw()
+
+
+def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -> dict[str, Step]:
+    """A step of each, by its name."""
+    start, size = build_model(setting)
+    torch.manual_seed(0)
+    channels = 1 if setting.model.startswith("liao2016/") else 3
+    x = torch.randn(setting.batch, channels, size, size, device=setting.device)
+    y = torch.randint(0, 10, (setting.batch,), device=setting.device)
+
+    def fresh(rule: str | None = None) -> tuple[nn.Module, nn.Module]:
+        """A model, and what is called: itself, or its compiled form."""
+        model = copy.deepcopy(start)
+        if rule is not None:
+            feedbackhook.patch(model, rule)
+        return model, model if setting.compile == "no" else torch.compile(model, mode=setting.compile)
+
+    def training(model: nn.Module, called: nn.Module) -> Step:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+        return partial(_train, called, optimizer, x, y, setting)
+
+    removed, called = fresh("sign")
+    training(removed, called)()
+    feedbackhook.unpatch(removed)
+    contestants = {"plain": training(*fresh()), "plain again": training(*fresh())}
+    contestants |= {rule: training(*fresh(rule)) for rule in rules}
+    contestants["removed"] = training(removed, called)
+    for peer in peers:
+        from biotorch.module.biomodule import BioModule
+
+        converted = BioModule(copy.deepcopy(start), mode=peer).to(setting.device)
+        contestants[f"biotorch {peer}"] = training(converted, converted)
+    for label, rule in {"plain": None, "plain again": None, "sign": "sign"}.items():
+        contestants[f"no_grad {label}"] = partial(_look, fresh(rule)[1], x, setting)
+    return contestants
+
+
+def _available(peers: Sequence[str], setting: Setting, console: Console) -> Sequence[str]:
+    if not peers or setting.compile != "no":
+        return ()
+    try:
+        import biotorch  # noqa: F401
+    except ModuleNotFoundError:
+        console.print('biotorch is not installed (pip install -e ".[bench]"), so it is not compared')
+        return ()
+    return peers
+
+
+def _autocast(setting: Setting) -> Any:
+    if setting.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(setting.device).type, getattr(torch, setting.dtype))
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, setting: Setting) -> None:
+    optimizer.zero_grad()
+    with _autocast(setting):
+        loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def _look(model: nn.Module, x: Tensor, setting: Setting) -> None:
+    with _autocast(setting):
+        model(x)
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    """The milliseconds of one step."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1000
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
