@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.edge import FeedbackEdge, Layer, View
+from feedbackhook.edge import Layer, View, join
 from feedbackhook.guard import MATRIX_PRODUCTS, Guard, refuse_derived, refuse_product, warn_of_exact
 from feedbackhook.products import OPERATIONS, Call
 from feedbackhook.rules import redrawn_by_updates
@@ -65,13 +65,13 @@ class _Mode(TorchFunctionMode):
     def __init__(self, bracket: Bracket) -> None:
         super().__init__()
         self.bracket = bracket
-        self.running: list[nn.Module] = []
+        self.running: list[tuple[nn.Module, FrameType | None]] = []  # and who calls it; None while traced
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        if func not in _WATCHED or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if func in MATRIX_PRODUCTS and not torch.compiler.is_compiling():
             refuse_product(self.bracket, func, args)
@@ -82,7 +82,7 @@ class _Mode(TorchFunctionMode):
         if read is None:
             return func(*args, **kwargs)
         call = read(*args, **kwargs)
-        used = self.bracket.layer_of(call.weight, self.running[-1])
+        used = self.bracket.layer_of(call.weight, self.running[-1][0])
         if used is None:
             if not torch.compiler.is_compiling():
                 refuse_derived(self.bracket, func, call)
@@ -99,6 +99,9 @@ _attention = FunctionType(
 )
 """PyTorch's attention, which is one call to a function mode, without the question that hands it to the mode:
 run inside the mode again, it shows its projections."""
+
+
+_WATCHED = frozenset({*OPERATIONS, *MATRIX_PRODUCTS, F.multi_head_attention_forward})
 
 
 def _reroute(
@@ -126,10 +129,7 @@ def _reroute(
         return output
     detached = call.input.detach()
     output = func(detached, *args[1:], **kwargs) if args else func(**{**kwargs, "input": detached})
-    joined: Tensor = FeedbackEdge.apply(
-        output, call.input, used.weight.detach(), used.view, bracket, layer, call.product
-    )
-    return joined
+    return join(output, call.input, used.weight.detach(), used.view, bracket, layer, call)
 
 
 class Bracket:
@@ -234,7 +234,7 @@ class Bracket:
             )
         mode = self._mode()
         if not torch.compiler.is_compiling():
-            if mode is not None and not _is_running(mode.running[-1]):
+            if mode is not None and not _is_running(mode.running[-1][1]):
                 _leave(mode)  # left behind by an interrupt, of which no hook hears
                 mode = None
             if mode is None:
@@ -245,19 +245,25 @@ class Bracket:
             mode = self._traced_mode if torch.compiler.is_compiling() else _Mode(self)
             mode.running.clear()
             mode.__enter__()  # type: ignore[no-untyped-call]
-        mode.running.append(module)
+        mode.running.append((module, None if torch.compiler.is_compiling() else sys._getframe(1)))
 
     def _close(self, module: nn.Module, args: object, output: object) -> None:
         mode = self._mode()
-        if mode is None or module not in mode.running:
+        if mode is None or all(running is not module for running, _ in mode.running):
             return
-        while mode.running.pop() is not module:
+        while mode.running.pop()[0] is not module:
             pass  # a module inside it raised before its own hook could close it
         if not mode.running:
             _leave(mode)
 
     def _mode(self) -> _Mode | None:
         """This thread's mode of this bracket, while one of its modules is running."""
+        if not torch.compiler.is_compiling():
+            if not (depth := torch._C._len_torch_function_stack()):
+                return None
+            top = torch._C._get_function_stack_at(depth - 1)
+            if type(top) is _Mode and top.bracket is self:
+                return top  # the usual case, and quick
         for mode in _get_current_function_mode_stack():
             if isinstance(mode, _Mode) and mode.bracket is self:
                 return mode
@@ -323,13 +329,13 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _is_running(module: nn.Module) -> bool:
-    """Whether the module's forward is running below the call that has just begun, in this thread."""
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
-            return True
-    return False
+def _is_running(wanted: FrameType | None) -> bool:
+    """Whether the frame lies below the call that has just begun, in this thread. Of compiled code none is known,
+    which counts as running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is wanted
 
 
 def _forget_compiled_code() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from feedbackhook.feedback import Feedback
-from feedbackhook.products import Product
+from feedbackhook.products import Call
 from feedbackhook.targets import Target, weight_of
 
 if TYPE_CHECKING:
@@ -113,34 +113,54 @@ class FeedbackEdge(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         output: Tensor,
         input: Tensor,
         weight: Tensor,
         view: View | None,
         bracket: Bracket,
         layer: Layer,
-        product: Product,
+        call: Call,
     ) -> Tensor:
+        ctx.view, ctx.bracket, ctx.layer, ctx.product = view, bracket, layer, call.product
+        ctx.dtype = input.dtype
+        # The input only where PyTorch's own node keeps the very same, so that it takes no memory.
+        keep = call.wants_input and call.weight.requires_grad and input.dtype == output.dtype
+        ctx.save_for_backward(weight, input if keep else None)
         # Not `view_as`: an in-place activation on a view made inside a custom function raises.
         return output.detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, input, weight, ctx.view, ctx.bracket, ctx.layer, ctx.product = inputs
-        ctx.dtype = input.dtype
-        ctx.save_for_backward(weight)
-
-    @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight, input = ctx.saved_tensors
         layer: Layer = ctx.layer
         exact = ctx.bracket.exact
         feedback = weight if exact else layer.feedback(weight)
         if ctx.view is not None:
             feedback = ctx.view.of(feedback)
-        error_in = ctx.product(error_out, feedback.to(error_out.dtype)).to(ctx.dtype)
+        error_in = ctx.product(error_out, feedback.to(error_out.dtype), input).to(ctx.dtype)
         if not torch.compiler.is_compiling():
             layer.rerouted += not exact
             layer.error_signal(error_in, error_out)
         return error_out, error_in, None, None, None, None, None
+
+
+class TransformableEdge(FeedbackEdge):
+    """The same in the form that torch.func's transforms ask for, which takes far longer to call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        output: Tensor = inputs[0]
+        return output.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        FeedbackEdge.forward(ctx, *inputs)
+
+
+def join(*inputs: Any) -> Tensor:
+    """Applies the feedback edge to the inputs of `FeedbackEdge.forward`."""
+    transformed = torch._C._are_functorch_transforms_active()
+    joined: Tensor = (TransformableEdge if transformed else FeedbackEdge).apply(*inputs)
+    return joined

@@ -14,20 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Product = Callable[[Tensor, Tensor], Tensor]
-"""(delta, V) -> the error signal at the input, of the input's shape."""
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(delta, V, x or None) -> the error signal at the input, of the input's shape. Where x is at hand its shape and
+memory layout are read, never its values."""
 
 
 class Call(NamedTuple):
-    """One call of a torch function, read: its input, its weight and its product with V."""
+    """One call of a torch function, read: its input, its weight, its product with V, and whether that product is
+    faster with the input at hand."""
 
     input: Tensor
     weight: Tensor
     product: Product
+    wants_input: bool = False
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
-    return Call(input, weight, torch.matmul)  # delta V, over the last dimension
+    return Call(input, weight, _linear_product)
+
+
+def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
+    return torch.matmul(delta, feedback)  # delta V, over the last dimension
 
 
 def _conv(
@@ -48,7 +55,7 @@ def _conv(
         before = after = [0] * n if padding == "valid" else _each(padding, n)  # type: ignore[arg-type]
     geometry = _Geometry(_each(stride, n), before, dilation, False, [0] * n, groups)
     extra = [a - b for a, b in zip(after, before, strict=True)]
-    return Call(input, weight, partial(_conv_product, input.shape, geometry, extra))
+    return Call(input, weight, partial(_conv_product, input.shape, geometry, extra), not any(extra))
 
 
 def _conv_transpose(
@@ -65,7 +72,7 @@ def _conv_transpose(
     geometry = _Geometry(
         _each(stride, n), _each(padding, n), _each(dilation, n), True, _each(output_padding, n), groups
     )
-    return Call(input, weight, partial(_conv_product, input.shape, geometry, [0] * n))
+    return Call(input, weight, partial(_conv_product, input.shape, geometry, [0] * n), True)
 
 
 class _Geometry(NamedTuple):
@@ -80,7 +87,12 @@ class _Geometry(NamedTuple):
 
 
 def _conv_product(
-    shape: Sequence[int], geometry: _Geometry, extra: list[int], delta: Tensor, feedback: Tensor
+    shape: Sequence[int],
+    geometry: _Geometry,
+    extra: list[int],
+    delta: Tensor,
+    feedback: Tensor,
+    x: Tensor | None,
 ) -> Tensor:
     """The convolution's input gradient with V as its kernel.
 
@@ -90,9 +102,10 @@ def _conv_product(
     batched = len(shape) == feedback.dim()
     size = list(shape) if batched else [1, *shape]
     padded = size[:2] + [s + e for s, e in zip(size[2:], extra, strict=True)]
-    # The input gradient needs the input's shape alone, so one number stands for all of its entries.
-    stand_in = delta.new_empty(1).expand(padded)
     delta = delta if batched else delta.unsqueeze(0)
+    # The input gradient needs the input's shape and layout alone. The input itself is best; what has entries
+    # of its own, touched by nobody, comes next; one number expanded would be copied to full size.
+    stand_in = delta.new_empty(padded) if x is None else x if batched else x.unsqueeze(0)
     mask = [True, False, False]
     error: Tensor = torch.ops.aten.convolution_backward(delta, stand_in, feedback, None, *geometry, mask)[0]
     for dim, (wanted, found) in enumerate(zip(size, padded, strict=True)):
