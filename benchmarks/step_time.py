@@ -136,7 +136,9 @@ def _autocast(setting: Setting) -> Any:
     return torch.autocast(torch.device(setting.device).type, getattr(torch, setting.dtype))
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, setting: Setting) -> None:
+def _train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, setting: Setting
+) -> None:
     optimizer.zero_grad()
     with _autocast(setting):
         loss = F.cross_entropy(model(x), y)

@@ -1,6 +1,6 @@
 """The benchmarks' tables and figure, from all results that lie in benchmarks/results.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 from __future__ import annotations

@@ -330,8 +330,8 @@ def _ancestors(name: str) -> Iterator[str]:
 
 
 def _is_running(wanted: FrameType | None) -> bool:
-    """Whether the frame lies below the call that has just begun, in this thread. Of compiled code none is known,
-    which counts as running."""
+    """Whether the frame lies below the call that has just begun, in this thread. Of compiled code none is
+    known, which counts as running."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not wanted:
         frame = frame.f_back

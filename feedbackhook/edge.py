@@ -136,7 +136,7 @@ class FeedbackEdge(torch.autograd.Function):
         weight, input = ctx.saved_tensors
         layer: Layer = ctx.layer
         exact = ctx.bracket.exact
-        feedback = weight if exact else layer.feedback(weight)
+        feedback = weight if exact else layer.feedback.of(weight)
         if ctx.view is not None:
             feedback = ctx.view.of(feedback)
         error_in = ctx.product(error_out, feedback.to(error_out.dtype), input).to(ctx.dtype)

@@ -20,13 +20,25 @@ class Feedback:
         layer: the layer for which.
         seed: the patch's; with the layer's name and the draw count it decides the random parts.
         draws: how often the random parts have been drawn anew.
+        recompute: whether the random parts are drawn again for each use, and none are kept.
+        fused: whether one kernel that `torch.compile` makes draws them.
     """
 
-    def __init__(self, rule: Rule, layer: LayerInfo, seed: int, draws: int = 0) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        layer: LayerInfo,
+        seed: int,
+        draws: int = 0,
+        recompute: bool = False,
+        fused: bool = False,
+    ) -> None:
         self.rule = rule
         self.layer = layer
         self.seed = seed
         self.draws = draws
+        self.recompute = recompute
+        self.fused = fused
         self._count = torch.tensor(draws)  # the same number, for compiled code to read
         self._keys: dict[str, tuple[int, int]] = {}
         self._parts: dict[str, Tensor] | None = None
@@ -39,7 +51,10 @@ class Feedback:
         Raises:
             ValueError: the rule gives V another shape.
         """
-        weight = weight.detach()
+        return self.of(weight.detach())
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The same of a detached weight, where gradients are disabled already."""
         v = self.rule.feedback(weight, self.parts(weight))
         if v.shape != weight.shape:
             raise ValueError(
@@ -48,26 +63,32 @@ class Feedback:
             )
         return v
 
-    @torch.no_grad()
     def parts(self, weight: Tensor) -> Mapping[str, Tensor]:
         """The random parts for a weight of this shape, dtype and device: drawn where they are not at hand."""
-        if torch.compiler.is_compiling() and redrawn_by_updates(self.rule):
+        if torch.compiler.is_compiling() and (self.recompute or redrawn_by_updates(self.rule)):
             # Part of the graph, not a constant of it: each run of the compiled code draws by today's count.
             return self._draw(weight, self._count.to(weight.device))
+        if self.recompute:
+            return self._draw(weight, self.draws)
         wanted = (weight.shape, weight.dtype, weight.device)
         if self._parts is None or self._drawn_for != wanted:
             self._parts = self._draw(weight, self.draws)
             self._drawn_for = wanted
         return self._parts
 
+    @torch.no_grad()
     def _draw(self, weight: Tensor, count: int | Tensor) -> dict[str, Tensor]:
-        return self.rule.draw(weight, CounterRNG(self.seed, self.layer, count, self._keys))
+        return self.rule.draw(weight, CounterRNG(self.seed, self.layer, count, self.fused, self._keys))
 
     def redraw(self) -> None:
         """Moves to the next draw; it is made when V is next asked for."""
         self.draws += 1
         self._count.fill_(self.draws)
         self._parts = None
+
+    def like(self, rule: Rule, seed: int, draws: int) -> Feedback:
+        """Another of the same layer, which keeps and makes its parts in the same way."""
+        return Feedback(rule, self.layer, seed, draws, self.recompute, self.fused)
 
     def follow(self, rule: Rule) -> None:
         """Changes the rule. The draw count stays, so what both rules draw alike stays as it is."""

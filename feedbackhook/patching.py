@@ -49,6 +49,8 @@ def patch(
     include: Selection | None = None,
     exclude: Selection | None = None,
     seed: int = 0,
+    recompute: bool = False,
+    fused: bool = False,
     **options: Any,
 ) -> Patch:
     """Patches `model` in place: from now on its error signals go through feedback weights V instead of W.
@@ -67,6 +69,10 @@ def patch(
             holds full names, name suffixes or module types.
         exclude: layers to leave exact, in the same form; it wins over `include`.
         seed: with the layers' names it decides all random parts of V.
+        recompute: keep no random parts, which take as much memory as the weights, but draw them again for
+            each error signal. V is the same; the step takes longer, with `fused` hardly.
+        fused: draw by one kernel, which torch.compile makes when it is first needed (seconds; on CPUs it
+            needs a C++ compiler). V is the same; worth it where V is drawn often: brSF, `recompute`.
         options: the rule's own, such as `concordance=0.8`; none beside a mapping.
 
     Returns:
@@ -88,7 +94,7 @@ def patch(
     if patterns == []:
         raise ValueError("the mapping of modes is empty")
     targets = find_targets(model, include, exclude, patterns)
-    layers = _layers(_rules(mode, options, targets), int(seed))
+    layers = _layers(_rules(mode, options, targets), int(seed), recompute, fused)
     unique = list(dict.fromkeys(layer for _, layer in layers))
     _check([(layer.info, layer.feedback.rule) for layer in unique])
     for layer in unique:
@@ -247,7 +253,7 @@ class Patch:
             missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
             raise ValueError(f"the state lacks the layers {missing} and has the unknown layers {unknown}")
         restored = {
-            name: Feedback(make_rule(row["mode"], row["options"]), own[name].info, row["seed"], row["draws"])
+            name: own[name].feedback.like(make_rule(row["mode"], row["options"]), row["seed"], row["draws"])
             for name, row in saved.items()
         }
         for name, feedback in restored.items():
@@ -371,7 +377,9 @@ def _rules(
     return [(target, rules[target.info.name]) for target in targets]
 
 
-def _layers(rules: list[tuple[Target, Rule]], seed: int) -> list[tuple[Target, Layer]]:
+def _layers(
+    rules: list[tuple[Target, Rule]], seed: int, recompute: bool, fused: bool
+) -> list[tuple[Target, Layer]]:
     """A layer for each target; targets that hold one parameter as their weight share a layer.
 
     Raises:
@@ -383,7 +391,7 @@ def _layers(rules: list[tuple[Target, Rule]], seed: int) -> list[tuple[Target, L
         weight = target.module._parameters.get(target.attribute)
         layer = by_weight.get(id(weight)) if weight is not None else None
         if layer is None:
-            layer = Layer(target, Feedback(rule, target.info, seed))
+            layer = Layer(target, Feedback(rule, target.info, seed, 0, recompute, fused))
             if weight is not None:
                 by_weight[id(weight)] = layer
         elif layer.feedback.rule is rule:
@@ -397,7 +405,7 @@ def _layers(rules: list[tuple[Target, Rule]], seed: int) -> list[tuple[Target, L
 
 
 def _draw_now(layers: Iterable[Layer]) -> None:
-    """Draws the random parts, so that compiled code finds them as it found the old ones."""
+    """Draws the random parts, so that compiled code finds them, or their keys, as it found the old ones."""
     for layer in layers:
         layer.feedback.parts(layer.weight())
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(delta, V, x or None) -> the error signal at the input, of the input's shape. Where x is at hand its shape and
-memory layout are read, never its values."""
+"""(delta, V, x or None) -> the error signal at the input, of the input's shape. Where x is at hand its shape
+and memory layout are read, never its values."""
 
 
 class Call(NamedTuple):
-    """One call of a torch function, read: its input, its weight, its product with V, and whether that product is
-    faster with the input at hand."""
+    """One call of a torch function, read: its input, its weight, its product with V, and whether that product
+    is faster with the input at hand."""
 
     input: Tensor
     weight: Tensor
@@ -75,6 +75,9 @@ def _conv_transpose(
     return Call(input, weight, partial(_conv_product, input.shape, geometry, [0] * n), True)
 
 
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
+
 class _Geometry(NamedTuple):
     """The arguments of `aten.convolution_backward` from the stride on."""
 
@@ -101,15 +104,15 @@ def _conv_product(
     """
     batched = len(shape) == feedback.dim()
     size = list(shape) if batched else [1, *shape]
-    padded = size[:2] + [s + e for s, e in zip(size[2:], extra, strict=True)]
+    padded = size[:2] + [s + e for s, e in zip(size[2:], extra, strict=True)] if any(extra) else size
     delta = delta if batched else delta.unsqueeze(0)
     # The input gradient needs the input's shape and layout alone. The input itself is best; what has entries
     # of its own, touched by nobody, comes next; one number expanded would be copied to full size.
     stand_in = delta.new_empty(padded) if x is None else x if batched else x.unsqueeze(0)
     mask = [True, False, False]
-    error: Tensor = torch.ops.aten.convolution_backward(delta, stand_in, feedback, None, *geometry, mask)[0]
-    for dim, (wanted, found) in enumerate(zip(size, padded, strict=True)):
-        if wanted != found:
+    error: Tensor = _convolution_backward(delta, stand_in, feedback, None, *geometry, mask)[0]
+    if any(extra):
+        for dim, wanted in enumerate(size):
             error = error.narrow(dim, 0, wanted)
     return error if batched else error.squeeze(0)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -35,11 +37,13 @@ class CounterRNG:
         seed: the patch's seed.
         layer: the layer for which it draws; its name is part of the key.
         count: how often this layer has been redrawn; an int, or an int64 tensor of no dimensions.
+        fused: whether one kernel, which `torch.compile` makes, computes the same numbers.
     """
 
     seed: int
     layer: LayerInfo
     count: int | Tensor = 0
+    fused: bool = False
     # Keys by stream, as they were made: `torch.compile` cannot trace the making, but can the look-up.
     _made: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -48,10 +52,12 @@ class CounterRNG:
 
         `stream` names one of several independent draws for the same weight (magnitudes, signs).
         """
-        first, second = self._keys(stream)
-        bits = _hash(weight.numel(), first, second, weight.device)
-        steps = bits.bitwise_right_shift_(32 - _MANTISSA_BITS).bitwise_and_((1 << _MANTISSA_BITS) - 1)
-        return steps.to(torch.float32).add_(0.5).mul_(2.0**-_MANTISSA_BITS).view(weight.shape)
+        n, device, keys = weight.numel(), weight.device, self._keys(stream)
+        if not self.fused or torch.compiler.is_compiling():
+            return _uniform(n, *keys, device).view(weight.shape)
+        # Tensors, since numbers would be constants of the kernel, and another one be made for each.
+        first, second = (torch.tensor(_as_int32(key), dtype=torch.int32).to(device) for key in keys)
+        return _fused_uniform()(n, first, second, device).view(weight.shape)
 
     def normal(self, weight: Tensor, stream: str = "") -> Tensor:
         """Numbers from N(0, 1), float32, in the shape and on the device of `weight`, by the inverse of the
@@ -85,18 +91,36 @@ def _mix_(x: Tensor, scratch: Tensor) -> None:
             x.mul_(multiplier)
 
 
-def _hash(n: int, first: int, second: int | Tensor, device: torch.device) -> Tensor:
+def _uniform(n: int, first: int | Tensor, second: int | Tensor, device: torch.device) -> Tensor:
+    """n numbers from U(0, 1)."""
+    bits = _hash(n, first, second, device)
+    steps = bits.bitwise_right_shift_(32 - _MANTISSA_BITS).bitwise_and_((1 << _MANTISSA_BITS) - 1)
+    return steps.to(torch.float32).add_(0.5).mul_(2.0**-_MANTISSA_BITS)
+
+
+@cache
+def _fused_uniform() -> Callable[..., Tensor]:
+    return torch.compile(_uniform, dynamic=True, fullgraph=True)
+
+
+def _hash(n: int, first: int | Tensor, second: int | Tensor, device: torch.device) -> Tensor:
     """`mix(mix(index ^ first) ^ second)` for the indices 0 to n - 1, as the 32 bits of an int32 tensor."""
     bits = torch.arange(n, dtype=torch.int32, device=device)
-    block = n if torch.compiler.is_compiling() or device.type != "cpu" else _BLOCK
-    scratch = torch.empty(min(n, block), dtype=torch.int32, device=device)
     keys = _as_int32(first), _as_int32(second)
-    for start in range(0, n, max(block, 1)):
-        part = bits[start : start + block]
-        for key in keys:
-            part.bitwise_xor_(key)
-            _mix_(part, scratch[: len(part)])
+    if torch.compiler.is_compiling() or device.type != "cpu":
+        _scramble_(bits, keys, torch.empty_like(bits))
+        return bits
+    scratch = torch.empty(min(n, _BLOCK), dtype=torch.int32)
+    for start in range(0, n, _BLOCK):
+        part = bits[start : start + _BLOCK]
+        _scramble_(part, keys, scratch[: len(part)])
     return bits
+
+
+def _scramble_(bits: Tensor, keys: Iterable[int | Tensor], scratch: Tensor) -> None:
+    for key in keys:
+        bits.bitwise_xor_(key)
+        _mix_(bits, scratch)
 
 
 def _as_int32(key: int | Tensor) -> int | Tensor:

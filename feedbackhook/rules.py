@@ -208,16 +208,16 @@ class Sign:
         return parts
 
     def feedback(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        v = weight if self.magnitude == "weight" else torch.sign(weight)
+        # Each step in place: where weights are large, most of the time would go into new memory.
+        v = weight.clone() if self.magnitude == "weight" else torch.sign(weight)
         if "M o S" in parts:
-            v = v * parts["M o S"]
+            v.mul_(parts["M o S"])
         if self.scale == "norm":
             norm = _norm(v)
-            scale = torch.where(norm > 0, _norm(weight) / norm, norm)
-            return v * scale.to(v.dtype)
-        if self.scale == "fan_in":
-            return v * parts["scale"]
-        return v if self.scale is None else v * self.scale
+            v.mul_(torch.where(norm > 0, _norm(weight) / norm, norm).to(v.dtype))
+        elif self.scale is not None:
+            v.mul_(parts["scale"] if self.scale == "fan_in" else self.scale)
+        return v
 
 
 @register_rule("random")

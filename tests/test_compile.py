@@ -299,17 +299,20 @@ RULES = {
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("mode", RULES)
-def test_every_rule_over_optimizer_steps(mode, backend):
+@pytest.mark.parametrize(
+    ("mode", "backend", "recompute"),
+    [(mode, backend, False) for mode in RULES for backend in ("aot_eager", "inductor")]
+    + [("frSF", "inductor", True), ("RndF", "inductor", True)],
+)
+def test_every_rule_over_optimizer_steps(mode, backend, recompute):
     """brSF redraws after each step, and the compiled code is made once for all of them."""
     plain, x = mlp(), draw(3, 4)
     model, twin = copy.deepcopy(plain), eager_twin(plain, mode, **RULES[mode])
-    feedbackhook.patch(model, mode, **RULES[mode])
+    feedbackhook.patch(model, mode, recompute=recompute, **RULES[mode])
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (model, twin)]
     step = compiled_step(model, backend)
     # Inductor's inverse error function differs from the eager one by float32's rounding.
-    tolerance = 1e-6 if mode == "random" else 2e-9
+    tolerance = 1e-6 if mode == "random" or (mode == "RndF" and recompute) else 2e-9
     torch._dynamo.utils.counters.clear()
     for _ in range(4):
         assert_step_matches_oracle(step, model, twin, plain, x, tolerance)

@@ -55,6 +55,8 @@ class FeedbackConfig:
         include: layers to patch: a regular expression for the full name, or a list of names or suffixes.
         exclude: layers to leave exact, in the same form.
         seed: of the feedback weights; null: the protocol's.
+        recompute: keep no random parts, but draw them again for each error signal.
+        fused: draw by one kernel, which torch.compile makes.
     """
 
     mode: str | None = "sign"
@@ -62,6 +64,8 @@ class FeedbackConfig:
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
     seed: int | None = None
+    recompute: bool = False
+    fused: bool = False
 
 
 @dataclass

@@ -178,7 +178,14 @@ class _Run:
         if f.mode is not None:
             assert f.seed is not None
             self.patch = feedbackhook.patch(
-                self.model, f.mode, include=f.include, exclude=f.exclude, seed=f.seed, **f.options
+                self.model,
+                f.mode,
+                include=f.include,
+                exclude=f.exclude,
+                seed=f.seed,
+                recompute=f.recompute,
+                fused=f.fused,
+                **f.options,
             )
 
     def close(self) -> None:
