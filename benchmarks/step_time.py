@@ -1,9 +1,10 @@
 """How long a patched training step takes beside a plain one.
 
-Every contestant has its own copy of the model and its own optimizer. They take turns in one process, a step each,
-in an order that moves on by one each round, so that what disturbs the machine disturbs them alike. A contestant's
-figure is the median, over the rounds, of its time divided by the plain model's in the same round. "plain again"
-is a second plain model: how far its ratios spread is what such a measurement cannot tell apart.
+Every contestant has its own copy of the model and its own optimizer. They take turns in one process, a step
+each, in an order that moves on by one each round, so that what disturbs the machine disturbs them alike. A
+contestant's figure is the median over the rounds of its time divided by the plain model's in the same round.
+"plain again" is a second plain model: how far its ratios spread is what such a measurement cannot tell apart.
+On Linux freed memory stays with the process, since else page faults hit some contestants and not others.
 
     python benchmarks/step_time.py --model timm/resnet18 --size 64 --batch 32 --threads 2
     python benchmarks/step_time.py --model timm/resnet50 --size 224 --batch 256 --device cuda --dtype bfloat16
@@ -14,6 +15,8 @@ Writes benchmarks/results/step_time/NAME.json, and draws the tables and the figu
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,7 +34,19 @@ from torch import Tensor, nn
 
 import feedbackhook
 
-RULES = ("symmetric", "uSF", "NuSF", "frSF", "brSF", "RndF", "sign", "random")
+RULES: dict[str, dict[str, Any]] = {
+    "symmetric": {"mode": "symmetric"},
+    "uSF": {"mode": "uSF"},
+    "NuSF": {"mode": "NuSF"},
+    "frSF": {"mode": "frSF"},
+    "frSF recompute fused": {"mode": "frSF", "recompute": True, "fused": True},
+    "brSF": {"mode": "brSF"},
+    "brSF fused": {"mode": "brSF", "fused": True},
+    "RndF": {"mode": "RndF"},
+    "sign": {"mode": "sign"},
+    "random": {"mode": "random"},
+}
+"""The arguments of feedbackhook.patch by the contestant's name."""
 PEERS = ("usf", "frsf", "brsf", "fa")
 
 Step = Callable[[], None]
@@ -47,7 +62,7 @@ def main(
     threads: int = 2,
     steps: int = 40,
     warmup: int = 5,
-    rules: Sequence[str] = RULES,
+    rules: Sequence[str] = tuple(RULES),
     peers: Sequence[str] = PEERS,
     name: str | None = None,
 ) -> None:
@@ -63,11 +78,12 @@ def main(
         threads: of torch, on the CPU.
         steps: rounds that count.
         warmup: rounds before them.
-        rules: modes of feedbackhook.patch.
+        rules: names among those of RULES.
         peers: modes of biotorch, in eager mode alone; none where it is not installed.
         name: of the result; None makes one from the case.
     """
     torch.set_num_threads(threads)
+    _keep_freed_memory()
     setting = Setting(model, batch, size, device, dtype, compile, threads)
     console = Console()
     contestants = _contestants(setting, rules, _available(peers, setting, console))
@@ -96,7 +112,7 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
         """A model, and what is called: itself, or its compiled form."""
         model = copy.deepcopy(start)
         if rule is not None:
-            feedbackhook.patch(model, rule)
+            feedbackhook.patch(model, **RULES[rule])
         return model, model if setting.compile == "no" else torch.compile(model, mode=setting.compile)
 
     def training(model: nn.Module, called: nn.Module) -> Step:
@@ -117,6 +133,14 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
     for label, rule in {"plain": None, "plain again": None, "sign": "sign"}.items():
         contestants[f"no_grad {label}"] = partial(_look, fresh(rule)[1], x, setting)
     return contestants
+
+
+def _keep_freed_memory() -> None:
+    """glibc's mallopt: M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) as high as they go."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)
+        libc.mallopt(-1, (1 << 31) - 1)
 
 
 def _available(peers: Sequence[str], setting: Setting, console: Console) -> Sequence[str]:

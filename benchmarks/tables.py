@@ -1,17 +1,11 @@
-"""The benchmarks' tables and figure, from all results that lie in benchmarks/results.
+"""The benchmarks' tables, from all results that lie in benchmarks/results.
 
 python benchmarks/tables.py
 """
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from common import RESULTS, read_results
 from rich import box
 from rich.console import Console
@@ -32,8 +26,8 @@ def ratios() -> pd.DataFrame:
 
 
 def step_time() -> pd.DataFrame:
-    """A row for each case and contestant: rounds, the median of the milliseconds, and of the ratios the median
-    and the quartiles."""
+    """A row for each case and contestant: rounds, the median of the milliseconds, and of the ratios the
+    median and the quartiles."""
     grouped = ratios().groupby(["case", "contestant"], sort=False)
     table = pd.DataFrame(
         {
@@ -57,7 +51,7 @@ def print_step_time(console: Console, case: str) -> None:
 
 
 def draw() -> None:
-    """Writes results/step_time.csv and results/step_time.png."""
+    """Writes results/step_time.csv."""
     step_time().round(4).to_csv(RESULTS / "step_time.csv", index=False)
 
 

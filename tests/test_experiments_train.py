@@ -137,6 +137,8 @@ def test_config_yaml_says_all_that_the_run_was(config: RunConfig) -> None:
         "include": None,
         "exclude": None,
         "seed": 0,
+        "recompute": False,
+        "fused": False,
     }
     assert stored["protocol"]["milestones"] == [1, 1]
     assert stored["protocol"]["device"] in ("cpu", "cuda")
