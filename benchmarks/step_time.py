@@ -1,7 +1,8 @@
 """How long a patched training step takes beside a plain one.
 
 Every contestant has its own copy of the model and its own optimizer. They take turns in one process, a step
-each, in an order that moves on by one each round, so that what disturbs the machine disturbs them alike. A
+each, in an order drawn anew for each round, so that what disturbs the machine disturbs them alike, and none
+finds the caches as the same other one has left them. A
 contestant's figure is the median over the rounds of its time divided by the plain model's in the same round.
 "plain again" is a second plain model: how far its ratios spread is what such a measurement cannot tell apart.
 On Linux freed memory stays with the process, since else page faults hit some contestants and not others.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -88,10 +90,9 @@ def main(
     console = Console()
     contestants = _contestants(setting, rules, _available(peers, setting, console))
     times: dict[str, list[float]] = {label: [] for label in contestants}
-    labels = list(contestants)
+    order = random.Random(0)
     for round_number in track(range(warmup + steps), case_name(setting), console=console, transient=True):
-        first = round_number % len(labels)
-        for label in labels[first:] + labels[:first]:
+        for label in order.sample(list(contestants), len(contestants)):
             milliseconds = _timed(contestants[label], torch.device(device))
             if round_number >= warmup:
                 times[label].append(milliseconds)

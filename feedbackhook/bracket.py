@@ -70,16 +70,18 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in _WATCHED:
+            return func(*args, **kwargs) if kwargs else func(*args)  # most calls, and so the quickest way
         kwargs = kwargs or {}
-        if func not in _WATCHED or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if func in MATRIX_PRODUCTS and not torch.compiler.is_compiling():
-            refuse_product(self.bracket, func, args)
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _attention(*args, **kwargs)
         read = OPERATIONS.get(func)
         if read is None:
+            if func is F.multi_head_attention_forward:
+                with self:
+                    return _attention(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                refuse_product(self.bracket, func, args)
             return func(*args, **kwargs)
         call = read(*args, **kwargs)
         used = self.bracket.layer_of(call.weight, self.running[-1][0])
@@ -227,32 +229,48 @@ class Bracket:
         return layer if known is weight else None
 
     def _open(self, module: nn.Module, args: object) -> None:
+        mode = self._mode()
+        if mode is None and not torch.is_grad_enabled():
+            return  # no graph is built; a module inside that enables gradients opens a bracket of its own
+        if torch.compiler.is_compiling():
+            if mode is None:
+                # A mode that is on the stack where a traced graph breaks must be one that it did not make.
+                mode = self._traced_mode
+                mode.running.clear()
+                mode.__enter__()  # type: ignore[no-untyped-call]
+            mode.running.append((module, None))
+            return
+        caller = sys._getframe(1)
+        if mode is not None and not _is_running(mode.running[-1][1], caller):
+            _leave(mode)  # left behind by an interrupt, of which no hook hears
+            mode = None
+        if mode is None:
+            mode = self._outermost(module)
+        mode.running.append((module, caller))
+
+    def _outermost(self, module: nn.Module) -> _Mode:
+        """Begins a bracket with a module that no other hooked one has called."""
         if module.__dict__.get("_is_replica"):
             raise RuntimeError(
                 "a patched model cannot run under nn.DataParallel, whose replicas share one feedback; use "
                 "torch.nn.parallel.DistributedDataParallel"
             )
-        mode = self._mode()
-        if not torch.compiler.is_compiling():
-            if mode is not None and not _is_running(mode.running[-1][1]):
-                _leave(mode)  # left behind by an interrupt, of which no hook hears
-                mode = None
-            if mode is None:
-                self._check_tree()
-                self._resolve(module.__dict__[MARK].inside)
-        if mode is None:
-            # A mode that is on the stack where a traced graph breaks must be one that the graph did not make.
-            mode = self._traced_mode if torch.compiler.is_compiling() else _Mode(self)
-            mode.running.clear()
-            mode.__enter__()  # type: ignore[no-untyped-call]
-        mode.running.append((module, None if torch.compiler.is_compiling() else sys._getframe(1)))
+        self._check_tree()
+        self._resolve(module.__dict__[MARK].inside)
+        mode = _Mode(self)
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        return mode
 
     def _close(self, module: nn.Module, args: object, output: object) -> None:
         mode = self._mode()
-        if mode is None or all(running is not module for running, _ in mode.running):
+        if mode is None:
             return
-        while mode.running.pop()[0] is not module:
-            pass  # a module inside it raised before its own hook could close it
+        if mode.running[-1][0] is not module:
+            if all(running is not module for running, _ in mode.running):
+                return
+            while mode.running[-1][0] is not module:
+                mode.running.pop()  # a module inside it raised before its own hook could close it
+        mode.running.pop()
         if not mode.running:
             _leave(mode)
 
@@ -275,6 +293,8 @@ class Bracket:
             self._clock = register_optimizer_step_post_hook(_Clock(self))
             weakref.finalize(self, self._clock.remove)
         for layer in layers:
+            if self._is_resolved(layer):
+                continue
             today = list(layer.parameters())
             for weight in self._known_weights.get(layer, []):
                 if not any(weight is known for known in today):
@@ -287,6 +307,13 @@ class Bracket:
             for weight in today:
                 if weight.requires_grad and weight not in self._guards:
                     self._guards[weight] = weight.register_hook(Guard(self, layer))
+
+    def _is_resolved(self, layer: Layer) -> bool:
+        """Whether a layer's plain weight is the one that is known and guarded."""
+        plain = layer.plain_weight()
+        if plain is None or self.known(plain) is not layer:
+            return False
+        return plain in self._guards or not plain.requires_grad
 
     def _check_tree(self) -> None:
         """Raises if a patched module is no longer in the model; what took its place would be exact."""
@@ -329,10 +356,9 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _is_running(wanted: FrameType | None) -> bool:
-    """Whether the frame lies below the call that has just begun, in this thread. Of compiled code none is
-    known, which counts as running."""
-    frame: FrameType | None = sys._getframe(1)
+def _is_running(wanted: FrameType | None, frame: FrameType | None) -> bool:
+    """Whether the wanted frame is among those that led to `frame`. Of compiled code none is known, which
+    counts as running."""
     while frame is not None and frame is not wanted:
         frame = frame.f_back
     return frame is wanted

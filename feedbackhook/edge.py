@@ -86,8 +86,9 @@ class Layer:
     def error_signal(self, error_in: Tensor | None, error_out: Tensor) -> None:
         """Notes the same and tells the probes; `error_in` is None where nothing lies upstream."""
         self.arrived()
-        for tap in list(self.taps.values()):
-            tap(error_in, error_out)
+        if self.taps:
+            for tap in list(self.taps.values()):
+                tap(error_in, error_out)
 
     def was_bracketed(self) -> bool:
         """Whether the backward now running has reached a bracketed call of this weight, as far as can be
@@ -131,19 +132,31 @@ class FeedbackEdge(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
-        weight, input = ctx.saved_tensors
-        layer: Layer = ctx.layer
-        exact = ctx.bracket.exact
-        feedback = weight if exact else layer.feedback.of(weight)
-        if ctx.view is not None:
-            feedback = ctx.view.of(feedback)
-        error_in = ctx.product(error_out, feedback.to(error_out.dtype), input).to(ctx.dtype)
-        if not torch.compiler.is_compiling():
-            layer.rerouted += not exact
-            layer.error_signal(error_in, error_out)
-        return error_out, error_in, None, None, None, None, None
+        # With create_graph=True gradients are enabled, and a second derivative must raise.
+        return _send_back_once(ctx, error_out) if torch.is_grad_enabled() else _send_back(ctx, error_out)
+
+
+def _send_back(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
+    """The edge's backward: the error signal for the layer's own node, and V's product for the input."""
+    weight, input = ctx.saved_tensors
+    layer: Layer = ctx.layer
+    exact = ctx.bracket.exact
+    feedback = weight if exact else layer.feedback.of(weight)
+    if ctx.view is not None:
+        feedback = ctx.view.of(feedback)
+    if feedback.dtype != error_out.dtype:  # asked first, since `to` takes its time where nothing is to do
+        feedback = feedback.to(error_out.dtype)
+    error_in = ctx.product(error_out, feedback, input)
+    if error_in.dtype != ctx.dtype:
+        error_in = error_in.to(ctx.dtype)
+    if not torch.compiler.is_compiling():
+        layer.rerouted += not exact
+        layer.error_signal(error_in, error_out)
+    return error_out, error_in, None, None, None, None, None
+
+
+_send_back_once = once_differentiable(_send_back)
 
 
 class TransformableEdge(FeedbackEdge):

@@ -26,6 +26,7 @@ _IntOrTensor = TypeVar("_IntOrTensor", int, Tensor)
 _ROUNDS = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1))
 _MASK = 0xFFFFFFFF
 _BLOCK = 1 << 18  # numbers hashed at a time: two int32 buffers of 1 MiB stay in cache
+_TILE = 1 << 10  # numbers in a row of the fused kernel
 _MANTISSA_BITS = 23  # with half a step added, each value is exact in float32 and strictly inside (0, 1)
 
 
@@ -55,9 +56,10 @@ class CounterRNG:
         n, device, keys = weight.numel(), weight.device, self._keys(stream)
         if not self.fused or torch.compiler.is_compiling():
             return _uniform(n, *keys, device).view(weight.shape)
-        # Tensors, since numbers would be constants of the kernel, and another one be made for each.
-        first, second = (torch.tensor(_as_int32(key), dtype=torch.int32).to(device) for key in keys)
-        return _fused_uniform()(n, first, second, device).view(weight.shape)
+        # A tensor, since numbers would be constants of the kernel, and another one be made for each.
+        key_tensor = torch.tensor([_as_int32(key) for key in keys], dtype=torch.int32, device=device)
+        tiles = _fused_tiles()(-(-n // _TILE), key_tensor)
+        return cast(Tensor, tiles.view(-1)[:n].view(weight.shape))
 
     def normal(self, weight: Tensor, stream: str = "") -> Tensor:
         """Numbers from N(0, 1), float32, in the shape and on the device of `weight`, by the inverse of the
@@ -93,14 +95,27 @@ def _mix_(x: Tensor, scratch: Tensor) -> None:
 
 def _uniform(n: int, first: int | Tensor, second: int | Tensor, device: torch.device) -> Tensor:
     """n numbers from U(0, 1)."""
-    bits = _hash(n, first, second, device)
+    return _as_uniform_(_hash(n, first, second, device))
+
+
+def _uniform_tiles(rows: int, keys: Tensor) -> Tensor:
+    """The first rows * _TILE of the same numbers, as a matrix: a kernel for a length that it learns when it
+    runs would spend half its time on dividing by it."""
+    starts = torch.arange(rows, dtype=torch.int32, device=keys.device).mul_(_TILE)
+    bits = starts.unsqueeze(1) + torch.arange(_TILE, dtype=torch.int32, device=keys.device)
+    _scramble_(bits, (keys[0], keys[1]), torch.empty_like(bits))
+    return _as_uniform_(bits)
+
+
+def _as_uniform_(bits: Tensor) -> Tensor:
+    """The highest bits of int32 numbers as steps between 0 and 1; `bits` is used up."""
     steps = bits.bitwise_right_shift_(32 - _MANTISSA_BITS).bitwise_and_((1 << _MANTISSA_BITS) - 1)
     return steps.to(torch.float32).add_(0.5).mul_(2.0**-_MANTISSA_BITS)
 
 
 @cache
-def _fused_uniform() -> Callable[..., Tensor]:
-    return torch.compile(_uniform, dynamic=True, fullgraph=True)
+def _fused_tiles() -> Callable[..., Tensor]:
+    return torch.compile(_uniform_tiles, dynamic=True, fullgraph=True)
 
 
 def _hash(n: int, first: int | Tensor, second: int | Tensor, device: torch.device) -> Tensor:

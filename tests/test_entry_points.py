@@ -455,6 +455,59 @@ def test_a_forward_without_grad_keeps_its_bits_and_the_next_step_is_right():
     assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=MLP_UPSTREAM)
 
 
+class Enabling(nn.Module):
+    """Its forward builds a graph whether or not its caller does."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.functional = nn.Linear(4, 4), nn.Linear(4, 3), functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            hidden = torch.tanh(self.fc1(x))
+            return F.linear(hidden, self.fc2.weight) if self.functional else self.fc2(hidden)
+
+
+def without_grad(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def test_gradients_enabled_inside_a_forward_without():
+    plain, x = redrawn(Enabling(functional=False)), draw(3, 4)
+    model, feedback = patched_copy(plain)
+    got = gradients(model, x, without_grad)
+    assert_matches_oracle(got, plain, feedback, x, unlike=["input", "fc1.weight"])
+
+
+def test_gradients_enabled_inside_a_forward_without_and_a_weight_used_without_its_module():
+    """Such a forward opens no bracket, so the guard must speak."""
+    model, x = redrawn(Enabling(functional=True)), draw(3, 4)
+    feedbackhook.patch(model, "sign")
+    with pytest.raises(feedbackhook.ExactGradientError, match="'fc2'"):
+        gradients(model, x, without_grad)
+
+
+class Recursive(nn.Module):
+    """Calls itself without gradients, as a moving target does, before it uses a weight without its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, deeper: bool = True) -> Tensor:
+        if deeper:
+            with torch.no_grad():
+                self(x, deeper=False)
+        return F.linear(torch.tanh(self.fc1(x)), self.fc2.weight)
+
+
+def test_a_module_that_calls_itself_without_grad():
+    plain, x = redrawn(Recursive()), draw(3, 4)
+    model, feedback = patched_copy(plain)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input", "fc1.weight"])
+
+
 def test_a_weight_changed_between_forward_and_backward_is_an_error_as_in_backprop():
     for model in (mlp(), patched_copy(mlp())[0]):
         loss = probe(model(draw(3, 4)))
