@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import feedbackhook
 from feedbackhook.experiments.config import ModelConfig
 from feedbackhook.experiments.folder import provenance
 from feedbackhook.experiments.models import build, default_size
 
 RESULTS = Path(__file__).parent / "results"
+
+RULES: dict[str, dict[str, Any]] = {
+    "symmetric": {"mode": "symmetric"},
+    "uSF": {"mode": "uSF"},
+    "NuSF": {"mode": "NuSF"},
+    "frSF": {"mode": "frSF"},
+    "frSF recompute fused": {"mode": "frSF", "recompute": True, "fused": True},
+    "brSF": {"mode": "brSF"},
+    "brSF fused": {"mode": "brSF", "fused": True},
+    "RndF": {"mode": "RndF"},
+    "sign": {"mode": "sign"},
+    "random": {"mode": "random"},
+}
+"""The arguments of feedbackhook.patch by the contestant's name."""
+
+Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,38 @@ def build_model(setting: Setting, classes: int = 10) -> tuple[nn.Module, int]:
         options["img_size"] = size  # a vision transformer's positions depend on it
     model = build(ModelConfig(setting.model, options=options), classes, channels, (size, size))
     return model.to(setting.device), size
+
+
+def images(setting: Setting, size: int) -> tuple[Tensor, Tensor]:
+    """A batch of random images and classes."""
+    torch.manual_seed(0)
+    channels = 1 if setting.model.startswith("liao2016/") else 3
+    x = torch.randn(setting.batch, channels, size, size, device=setting.device)
+    return x, torch.randint(0, 10, (setting.batch,), device=setting.device)
+
+
+def fresh(start: nn.Module, setting: Setting, rule: str | None = None) -> tuple[nn.Module, nn.Module]:
+    """A copy of the model, patched if a rule is named, and what is called: itself, or its compiled form."""
+    model = copy.deepcopy(start)
+    if rule is not None:
+        feedbackhook.patch(model, **RULES[rule])
+    return model, model if setting.compile == "no" else torch.compile(model, mode=setting.compile)
+
+
+def autocast(setting: Setting) -> Any:
+    if setting.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(setting.device).type, getattr(torch, setting.dtype))
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, setting: Setting
+) -> None:
+    optimizer.zero_grad()
+    with autocast(setting):
+        loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
 
 
 def case_name(setting: Setting) -> str:

@@ -20,14 +20,23 @@ import ctypes
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from common import Setting, build_model, case_name, write_result
+from common import (
+    RULES,
+    Setting,
+    Step,
+    autocast,
+    build_model,
+    case_name,
+    fresh,
+    images,
+    train_step,
+    write_result,
+)
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import track
@@ -36,22 +45,7 @@ from torch import Tensor, nn
 
 import feedbackhook
 
-RULES: dict[str, dict[str, Any]] = {
-    "symmetric": {"mode": "symmetric"},
-    "uSF": {"mode": "uSF"},
-    "NuSF": {"mode": "NuSF"},
-    "frSF": {"mode": "frSF"},
-    "frSF recompute fused": {"mode": "frSF", "recompute": True, "fused": True},
-    "brSF": {"mode": "brSF"},
-    "brSF fused": {"mode": "brSF", "fused": True},
-    "RndF": {"mode": "RndF"},
-    "sign": {"mode": "sign"},
-    "random": {"mode": "random"},
-}
-"""The arguments of feedbackhook.patch by the contestant's name."""
 PEERS = ("usf", "frsf", "brsf", "fa")
-
-Step = Callable[[], None]
 
 
 def main(
@@ -104,27 +98,17 @@ def main(
 def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -> dict[str, Step]:
     """A step of each, by its name."""
     start, size = build_model(setting)
-    torch.manual_seed(0)
-    channels = 1 if setting.model.startswith("liao2016/") else 3
-    x = torch.randn(setting.batch, channels, size, size, device=setting.device)
-    y = torch.randint(0, 10, (setting.batch,), device=setting.device)
-
-    def fresh(rule: str | None = None) -> tuple[nn.Module, nn.Module]:
-        """A model, and what is called: itself, or its compiled form."""
-        model = copy.deepcopy(start)
-        if rule is not None:
-            feedbackhook.patch(model, **RULES[rule])
-        return model, model if setting.compile == "no" else torch.compile(model, mode=setting.compile)
+    x, y = images(setting, size)
 
     def training(model: nn.Module, called: nn.Module) -> Step:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-        return partial(_train, called, optimizer, x, y, setting)
+        return partial(train_step, called, optimizer, x, y, setting)
 
-    removed, called = fresh("sign")
+    removed, called = fresh(start, setting, "sign")
     training(removed, called)()
     feedbackhook.unpatch(removed)
-    contestants = {"plain": training(*fresh()), "plain again": training(*fresh())}
-    contestants |= {rule: training(*fresh(rule)) for rule in rules}
+    contestants = {"plain": training(*fresh(start, setting)), "plain again": training(*fresh(start, setting))}
+    contestants |= {rule: training(*fresh(start, setting, rule)) for rule in rules}
     contestants["removed"] = training(removed, called)
     for peer in peers:
         from biotorch.module.biomodule import BioModule
@@ -132,7 +116,7 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
         converted = BioModule(copy.deepcopy(start), mode=peer).to(setting.device)
         contestants[f"biotorch {peer}"] = training(converted, converted)
     for label, rule in {"plain": None, "plain again": None, "sign": "sign"}.items():
-        contestants[f"no_grad {label}"] = partial(_look, fresh(rule)[1], x, setting)
+        contestants[f"no_grad {label}"] = partial(_look, fresh(start, setting, rule)[1], x, setting)
     return contestants
 
 
@@ -155,25 +139,9 @@ def _available(peers: Sequence[str], setting: Setting, console: Console) -> Sequ
     return peers
 
 
-def _autocast(setting: Setting) -> Any:
-    if setting.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(torch.device(setting.device).type, getattr(torch, setting.dtype))
-
-
-def _train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, setting: Setting
-) -> None:
-    optimizer.zero_grad()
-    with _autocast(setting):
-        loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    optimizer.step()
-
-
 @torch.no_grad()
 def _look(model: nn.Module, x: Tensor, setting: Setting) -> None:
-    with _autocast(setting):
+    with autocast(setting):
         model(x)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' tables, from all results that lie in benchmarks/results.
+"""The benchmarks' tables and figure, from all results that lie in benchmarks/results.
 
 python benchmarks/tables.py
 """
@@ -6,7 +6,9 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import pandas as pd
+import seaborn as sns
 from common import RESULTS, read_results
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +24,7 @@ def ratios() -> pd.DataFrame:
             ratio = part.div(times[f"{prefix}plain"], axis="index")
             long = pd.DataFrame({"ms": part.T.stack(), "ratio": ratio.T.stack()})
             frames.append(long.rename_axis(["contestant", "round"]).reset_index().assign(case=case))
-    return pd.concat(frames)
+    return pd.concat(frames, ignore_index=True)
 
 
 def step_time() -> pd.DataFrame:
@@ -50,9 +52,79 @@ def print_step_time(console: Console, case: str) -> None:
     console.print(table)
 
 
+def memory() -> pd.DataFrame:
+    """A row for each case and contestant: bytes between steps and at a step's peak beyond these, both also as
+    what they exceed plain's by, in copies of the patched weights."""
+    frames = []
+    for case, result in read_results("memory"):
+        table = pd.DataFrame(result["bytes"]).T.rename_axis("contestant").reset_index()
+        plain = result["bytes"]["plain"]
+        for column in ("lasting", "peak"):
+            table[f"{column} beyond plain"] = (table[column] - plain[column]) / result["patched_weights"]
+        frames.append(table.assign(case=case))
+    columns = ["case", "contestant", "lasting", "peak", "lasting beyond plain", "peak beyond plain"]
+    return pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def print_memory(console: Console, case: str) -> None:
+    rows = memory()
+    headings = ("contestant", "lasting MB", "peak MB", "lasting beyond plain", "peak beyond plain")
+    table = Table(*headings, title=case, caption="beyond plain: in copies of the weights", box=box.SIMPLE)
+    for row in rows[rows["case"] == case].to_dict("records"):
+        megabytes = (f"{row[column] / 1e6:.1f}" for column in ("lasting", "peak"))
+        copies = (f"{row[f'{column} beyond plain']:.2f}" for column in ("lasting", "peak"))
+        table.add_row(row["contestant"], *megabytes, *copies)
+    console.print(table)
+
+
 def draw() -> None:
-    """Writes results/step_time.csv."""
+    """Writes results/step_time.csv, results/step_time.png and results/memory.csv."""
     step_time().round(4).to_csv(RESULTS / "step_time.csv", index=False)
+    _figure(ratios()).savefig(RESULTS / "step_time.png", dpi=120)
+    memory().round(4).to_csv(RESULTS / "memory.csv", index=False)
+
+
+def _figure(rounds: pd.DataFrame) -> Figure:
+    """A panel a case: each contestant's ratios to plain, median and middle half, on the second plain's."""
+    rounds = rounds[~rounds["contestant"].isin(["plain", "no_grad plain"])].copy()
+    rounds["kind"] = rounds["contestant"].map(_kind)
+    with sns.axes_style("whitegrid"):
+        grid = sns.catplot(
+            rounds,
+            kind="point",
+            x="ratio",
+            y="contestant",
+            hue="kind",
+            col="case",
+            col_wrap=2,
+            estimator="median",
+            errorbar=("pi", 50),
+            linestyle="none",
+            palette="colorblind",
+            markersize=5,
+            err_kws={"linewidth": 1.5},
+            height=5.5,
+            aspect=1.2,
+            sharex=False,
+            sharey=False,
+        )
+    for case, axes in grid.axes_dict.items():
+        noise = rounds.query("case == @case and contestant == 'plain again'")["ratio"].quantile([0.25, 0.75])
+        axes.axvspan(*noise, color="0.85", zorder=0)
+        axes.axvline(1, color="0.3", linewidth=1)
+        axes.set(xlabel="step time / plain step time (median, middle half)", ylabel="", title=case)
+    grid.legend.set_title("")
+    figure: Figure = grid.figure
+    return figure
+
+
+def _kind(contestant: str) -> str:
+    if contestant.startswith("biotorch"):
+        return "biotorch"
+    return "no patch acts" if contestant in _IDLE else "feedbackhook"
+
+
+_IDLE = ("plain again", "removed", "no_grad plain again", "no_grad sign")
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
@@ -53,6 +53,16 @@ class Use(NamedTuple):
     layer: Layer
     weight: Tensor
     view: View | None
+
+
+class Watcher(Protocol):
+    """What follows the optimizers' steps."""
+
+    def before_step(self, optimizer: Optimizer) -> None: ...
+
+    def after_step(self, optimizer: Optimizer) -> None: ...
+
+    def remove(self) -> None: ...
 
 
 class _Mode(TorchFunctionMode):
@@ -143,17 +153,22 @@ class Bracket:
     Attributes:
         enabled: where False, forwards build plain graphs, and the guard lets any gradient pass.
         exact: where True, backwards use W in the place of V.
+        observers: each is told, for every error signal that V sends on, the layer and the products of V and
+            of W with it.
+        watches: each is told when an optimizer that holds a patched weight is about to step, and when it has.
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self.layers = list(layers)
         self.enabled = True
         self.exact = False
+        self.observers: list[Callable[[Layer, Tensor, Tensor], None]] = []
+        self.watches: list[Watcher] = []
         self._by_weight: dict[int, tuple[Tensor, Layer]] = {}
         self._traced_mode = _Mode(self)
         self._hooks: list[RemovableHandle] = []
         self._guards: dict[Tensor, RemovableHandle] = {}
-        self._clock: RemovableHandle | None = None
+        self._clock: list[RemovableHandle] = []
         self._known_weights: dict[Layer, list[Tensor]] = {}
         self.judged: set[tuple[str, tuple[int, ...], int | None]] = set()
         self.roots: list[nn.Module] = []
@@ -189,14 +204,15 @@ class Bracket:
         """Takes away every hook, mark and guard, and a mode that an interrupted forward has left behind."""
         if (mode := self._mode()) is not None:
             _leave(mode)
-        handles = [*self._hooks, *self._guards.values(), *([self._clock] if self._clock else [])]
-        for handle in handles:
+        for watch in list(self.watches):
+            watch.remove()
+        for handle in (*self._hooks, *self._guards.values(), *self._clock):
             handle.remove()
         self._hooks.clear()
+        self._clock.clear()
         self._guards.clear()
         self._by_weight.clear()
         self._known_weights.clear()
-        self._clock = None
         for module in model.modules():
             mark = module.__dict__.get(MARK)
             if mark is not None and mark.bracket is self:
@@ -289,9 +305,13 @@ class Bracket:
 
     def _resolve(self, layers: list[Layer]) -> None:
         """Sees that today's parameters are known and guarded: copies and `assign=True` bring new ones."""
-        if self._clock is None:
-            self._clock = register_optimizer_step_post_hook(_Clock(self))
-            weakref.finalize(self, self._clock.remove)
+        if not self._clock:
+            self._clock = [
+                register_optimizer_step_pre_hook(_Clock(self, Bracket.before_step)),
+                register_optimizer_step_post_hook(_Clock(self, Bracket.after_step)),
+            ]
+            for handle in self._clock:
+                weakref.finalize(self, handle.remove)
         for layer in layers:
             if self._is_resolved(layer):
                 continue
@@ -329,23 +349,40 @@ class Bracket:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave behind what belongs to this process's parameters and optimizers."""
-        return {**self.__dict__, "_by_weight": {}, "_known_weights": {}, "_guards": {}, "_clock": None}
+        own: dict[str, Any] = {"_by_weight": {}, "_known_weights": {}, "_guards": {}, "_clock": []}
+        return {**self.__dict__, **own, "observers": [], "watches": []}
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step: the watches are told, if it holds a patched weight."""
+        if self.watches and self._held(optimizer):
+            for watch in list(self.watches):
+                watch.before_step(optimizer)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped: layers whose weight it holds and whose rule asks for it redraw."""
+        held = self._held(optimizer)
+        for layer in held:
+            if redrawn_by_updates(layer.feedback.rule):
+                layer.feedback.redraw()
+        if held:
+            for watch in list(self.watches):
+                watch.after_step(optimizer)
+
+    def _held(self, optimizer: Optimizer) -> list[Layer]:
+        """The layers whose weight the optimizer holds."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [layer for layer in self.layers if any(id(p) in held for p in layer.parameters())]
 
 
 class _Clock:
-    """The hook on every optimizer's step: layers whose weight it holds and whose rule asks for it redraw."""
+    """A hook on every optimizer's step, which does not keep the bracket alive."""
 
-    def __init__(self, bracket: Bracket) -> None:
-        self._bracket = weakref.ref(bracket)
+    def __init__(self, bracket: Bracket, tell: Callable[[Bracket, Optimizer], None]) -> None:
+        self._bracket, self._tell = weakref.ref(bracket), tell
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        bracket = self._bracket()
-        if bracket is None:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for layer in bracket.layers:
-            if redrawn_by_updates(layer.feedback.rule) and any(id(p) in held for p in layer.parameters()):
-                layer.feedback.redraw()
+        if (bracket := self._bracket()) is not None:
+            self._tell(bracket, optimizer)
 
 
 def _ancestors(name: str) -> Iterator[str]:

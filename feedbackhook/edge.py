@@ -31,6 +31,7 @@ class Layer:
         upstream: whether the input of any call required a gradient; None before the first call.
         derived: W as the last forward used it, where that is not the module's own weight.
         depth: its place, from 0, in the order of the forward's calls; None before the first call.
+        last_backward: the id of the last backward that reached a bracketed call; -1 before the first.
     """
 
     def __init__(self, target: Target, feedback: Feedback) -> None:
@@ -46,7 +47,7 @@ class Layer:
         self.taps: OrderedDict[int, Tap] = OrderedDict()
         self.derived: Tensor | None = None
         self.compiled = False  # whether a call was traced; then no Python runs in the backward
-        self._backward = -1  # the id of the last backward that reached a bracketed call
+        self.last_backward = -1
 
     def weight(self) -> Tensor:
         """Today's W, as the module's forward would use it; where that forward derives it from the module's
@@ -76,7 +77,7 @@ class Layer:
 
     def arrived(self) -> None:
         """Notes that the backward now running has reached a bracketed call."""
-        self._backward = torch._C._current_graph_task_id()
+        self.last_backward = torch._C._current_graph_task_id()
 
     def may_derive(self, weight: Tensor) -> bool:
         """Whether a weight used in the module's own forward is its parameter, or derived from parameters."""
@@ -93,7 +94,7 @@ class Layer:
     def was_bracketed(self) -> bool:
         """Whether the backward now running has reached a bracketed call of this weight, as far as can be
         told: a compiled backward tells nothing, so that a call that was traced must do."""
-        return self.compiled or self._backward == torch._C._current_graph_task_id()
+        return self.compiled or self.last_backward == torch._C._current_graph_task_id()
 
 
 class View(NamedTuple):
@@ -142,18 +143,27 @@ def _send_back(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
     weight, input = ctx.saved_tensors
     layer: Layer = ctx.layer
     exact = ctx.bracket.exact
-    feedback = weight if exact else layer.feedback.of(weight)
-    if ctx.view is not None:
-        feedback = ctx.view.of(feedback)
-    if feedback.dtype != error_out.dtype:  # asked first, since `to` takes its time where nothing is to do
-        feedback = feedback.to(error_out.dtype)
-    error_in = ctx.product(error_out, feedback, input)
+    eager = not torch.compiler.is_compiling()
+    error_in = _product(ctx, error_out, weight if exact else layer.feedback.of(weight), input)
+    if eager and ctx.bracket.observers and not exact:
+        by_weight = _product(ctx, error_out, weight, input)
+        for observe in ctx.bracket.observers:
+            observe(layer, error_in, by_weight)
     if error_in.dtype != ctx.dtype:
         error_in = error_in.to(ctx.dtype)
-    if not torch.compiler.is_compiling():
+    if eager:
         layer.rerouted += not exact
         layer.error_signal(error_in, error_out)
     return error_out, error_in, None, None, None, None, None
+
+
+def _product(ctx: Any, error_out: Tensor, whole: Tensor, input: Tensor | None) -> Tensor:
+    """That of the error signal with a weight: V or W, of which the call may have used a part."""
+    used = whole if ctx.view is None else ctx.view.of(whole)
+    if used.dtype != error_out.dtype:  # asked first, since `to` takes its time where nothing is to do
+        used = used.to(error_out.dtype)
+    error_in: Tensor = ctx.product(error_out, used, input)
+    return error_in
 
 
 _send_back_once = once_differentiable(_send_back)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +15,10 @@ from feedbackhook.edge import Layer, Tap
 from feedbackhook.feedback import Feedback
 from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
 from feedbackhook.targets import LayerInfo, Selection, Target, find_targets, patchable, select
+from feedbackhook.watch import Watch
+
+if TYPE_CHECKING:
+    from feedbackhook.recorder import Recorder
 
 
 class LayerRow(NamedTuple):
@@ -209,6 +213,29 @@ class Patch:
         handle = RemovableHandle(taps)
         taps[handle.id] = fn
         return handle
+
+    def watch(self, every: int, recorder: Recorder, *, step: int = 0, per_sample: bool = False) -> Watch:
+        """Measures inside the training that goes on: every `every`-th step of the optimizer that holds the
+        patched weights, the first included, puts into `recorder` what `feedbackhook.measure` gives but
+        `gradient_angle`, and the norms of weights and gradients and the learning rate. With gradient
+        accumulation a step is all backwards before it.
+
+        Rows have the number of steps done before and `recorder.epoch`, which you set. Training goes as it
+        would without. A watched step takes one more product of each error signal, with W.
+
+        Args:
+            every: steps from one that is watched to the next.
+            recorder: where the rows go.
+            step: how many steps have been done already, for a run that goes on.
+            per_sample: as in `feedbackhook.measure`.
+
+        Returns:
+            A handle whose `remove()` ends it, as that of the patch does.
+
+        Raises:
+            RuntimeError: at the watched step, where the model runs as compiled code, which shows nothing.
+        """
+        return Watch(self, every, recorder, step, per_sample)
 
     @property
     def layers(self) -> list[LayerRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
     import pyarrow
+    from torch import Tensor
 
 __all__ = ["COLUMNS", "Recorder", "read", "written_aside"]
 
@@ -21,30 +23,55 @@ COLUMNS = ("run", "step", "epoch", "layer", "depth", "metric", "value")
 class Recorder:
     """Writes the table of one run: ``run, step, epoch, layer, depth, metric, value``.
 
-    Rows wait in memory until :meth:`flush` (or the end of the ``with`` block) writes them as one more
-    ``metrics/part-00000.parquet`` of the run folder. A part is written aside, then renamed, so a killed
-    process leaves whole parts alone and loses the rows since the last flush. One recorder a folder:
-    the lock is the operating system's, so it ends with the process however that ends.
+    Rows wait in memory until the interval is over, or :meth:`flush` (or the end of the ``with`` block) writes
+    them, as one more ``metrics/part-00000.parquet`` of the run folder. A part is written aside, then renamed,
+    so a killed process leaves whole parts alone and loses the last interval's rows at most. One recorder a
+    folder: the lock is the operating system's, so it ends with the process however that ends. Of the
+    processes of a distributed run that of rank 0 writes; in the others every call does nothing.
 
     Args:
         folder: the run folder; made if it is missing.
         run: the run's name, by default the folder's.
+        interval: seconds after which the next row takes those that wait to disk.
+        tensorboard: also write each row as a scalar, and histograms of V, W and gradients at each step that
+            :meth:`feedbackhook.Patch.watch` watches, to ``tensorboard/`` in the run folder.
+
+    Attributes:
+        epoch: the epoch that runs, for the rows of :meth:`feedbackhook.Patch.watch`; set it in the loop.
 
     Raises:
         BlockingIOError: another recorder is at work in this folder.
-        ImportError: pyarrow is not installed.
+        ImportError: pyarrow, or for ``tensorboard`` that, is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, run: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        run: str | None = None,
+        interval: float = 30.0,
+        tensorboard: bool = False,
+    ) -> None:
         _pyarrow()
         folder = Path(folder).resolve()
         self.run = folder.name if run is None else run
+        self.epoch = 0
+        self._interval = interval
         self._parts = folder / "metrics"
-        self._parts.mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[str, int, int, str | None, int | None, str, float]] = []
-        self._lock: IO[str] | None = _lock(self._parts / ".lock")
+        self._written = time.monotonic()
+        self._closed = False
+        self._lock: IO[str] | None = None
+        self._board: Any = None
+        if _rank():
+            return
+        board = _summary_writer() if tensorboard else None
+        self._parts.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._parts / ".lock")
         for unfinished in self._parts.glob(".part-*"):
             unfinished.unlink()
+        if board is not None:
+            self._board = board(str(folder / "tensorboard"))
 
     def add(
         self,
@@ -59,9 +86,26 @@ class Recorder:
 
         ``layer`` and ``depth`` (0: nearest to the input) belong to metrics that are measured layer by layer.
         """
-        if self._lock is None:
+        if self._closed:
             raise ValueError("this recorder is closed")
+        if self._lock is None:
+            return
         self._rows.append((self.run, int(step), int(epoch), layer, depth, metric, float(value)))
+        if self._board is not None:
+            self._board.add_scalar(metric if layer is None else f"{metric}/{layer}", float(value), int(step))
+        if time.monotonic() - self._written >= self._interval:
+            self.flush()
+
+    @property
+    def histograms(self) -> bool:
+        """Whether :meth:`add_histogram` has somewhere to write to."""
+        return self._board is not None
+
+    def add_histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Add a histogram to TensorBoard; without it, nothing happens. A tensor that holds what is not
+        finite has none."""
+        if self._board is not None and bool(values.isfinite().all()):
+            self._board.add_histogram(name, values.float(), int(step))
 
     def flush(self) -> None:
         """Write the rows added since the last flush to disk, as one part file."""
@@ -70,12 +114,18 @@ class Recorder:
             table = _pyarrow().table(columns, schema=_schema())
             _write_part(table, self._parts / _part_name(len(_parts_of(self._parts))))
             self._rows.clear()
+        if self._board is not None:
+            self._board.flush()
+        self._written = time.monotonic()
 
     def drop_after(self, step: int) -> None:
         """Forget all rows of later steps than ``step``: a run that goes on from a checkpoint makes them anew.
 
         Parts are replaced one by one from the last backwards, so that being killed halfway does no harm.
+        What TensorBoard was given stays.
         """
+        if self._lock is None:
+            return
         self._rows = [row for row in self._rows if row[1] <= step]
         last = True
         for part in reversed(_parts_of(self._parts)):
@@ -89,12 +139,15 @@ class Recorder:
 
     def close(self) -> None:
         """Flush, and let go of the folder; closing twice is fine."""
+        self._closed = True
         if self._lock is not None:
             try:
                 self.flush()
             finally:
                 self._lock.close()
                 self._lock = None
+                if self._board is not None:
+                    self._board.close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -156,6 +209,25 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _rank() -> int:
+    """This process's rank among those of a distributed run; 0 where there is none."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))  # torchrun has set it, and the group is made later
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard=True needs TensorBoard: pip install 'feedbackhook[tensorboard]'"
+        ) from error
+    return SummaryWriter
 
 
 def _lock(path: Path) -> IO[str]:

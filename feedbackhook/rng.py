@@ -59,7 +59,7 @@ class CounterRNG:
         # A tensor, since numbers would be constants of the kernel, and another one be made for each.
         key_tensor = torch.tensor([_as_int32(key) for key in keys], dtype=torch.int32, device=device)
         tiles = _fused_tiles()(-(-n // _TILE), key_tensor)
-        return cast(Tensor, tiles.view(-1)[:n].view(weight.shape))
+        return tiles.view(-1)[:n].view(weight.shape)
 
     def normal(self, weight: Tensor, stream: str = "") -> Tensor:
         """Numbers from N(0, 1), float32, in the shape and on the device of `weight`, by the inverse of the

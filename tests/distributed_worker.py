@@ -280,6 +280,6 @@ def main(case: str, folder: str, jobs: Iterable[str]) -> None:
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], sys.argv[3:])
     # Gloo's threads may still hold a collective's tensors while the interpreter is torn down, and then the
-    # process aborts at times, with plain torch.distributed too (pytorch/pytorch#179291). Nothing is left to do.
+    # process aborts at times, with plain torch.distributed too (pytorch/pytorch#179291). Nothing is left.
     sys.stdout.flush()
     os._exit(0)

@@ -1,0 +1,112 @@
+"""How much memory a patched model keeps, and how much a training step takes at its peak, beside plain ones.
+
+"lasting" is what the tensors of model, optimizer and patch occupy between two steps, gradients set to None.
+"peak" is the most that a step has allocated beyond that at any moment. On a CPU both come from PyTorch's own
+bookkeeping of tensors, on a GPU from its caching allocator. V is made while an error signal passes and let go
+after it, so it shows in the peak alone.
+
+    python benchmarks/memory.py --model timm/resnet18 --size 64 --batch 32
+
+Writes benchmarks/results/memory/NAME.json, and draws the tables of all that lie there anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from common import RULES, Setting, Step, build_model, case_name, fresh, images, train_step, write_result
+from jsonargparse import auto_cli
+from rich.console import Console
+from tables import draw, print_memory
+from torch.profiler import ProfilerActivity, profile
+
+import feedbackhook
+
+
+def main(
+    model: str = "liao2016/mnist",
+    batch: int = 100,
+    size: int | None = None,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    rules: Sequence[str] = tuple(RULES),
+    name: str | None = None,
+) -> None:
+    """Measures one case and draws the tables of all.
+
+    Args:
+        model: liao2016/mnist, or timm/NAME.
+        batch: images in a batch.
+        size: height and width in pixels; None is what the model was made for.
+        device: cpu, cuda or cuda:N.
+        dtype: bfloat16 is by autocast.
+        rules: names among those of RULES.
+        name: of the result; None makes one from the case.
+    """
+    setting = Setting(model, batch, size, device, dtype)
+    figures = {label: _measured(setting, None if label == "plain" else label) for label in ("plain", *rules)}
+    patched = feedbackhook.patch(build_model(setting)[0], "sign")
+    weights = sum(patched.weight(row.name).nbytes for row in patched.layers)
+    name = name or case_name(setting)
+    write_result("memory", name, setting, {"patched_weights": weights, "bytes": figures})
+    draw()
+    print_memory(Console(), name)
+
+
+def _measured(setting: Setting, rule: str | None) -> dict[str, int]:
+    """Bytes between two steps, and at the peak of a step beyond these."""
+    before = _alive(setting.device)
+    start, size = build_model(setting)
+    model, called = fresh(start, setting, rule)
+    del start
+    step: Step = partial(
+        train_step,
+        called,
+        torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9),
+        *images(setting, size),
+        setting,
+    )
+    for _ in range(2):
+        step()
+    model.zero_grad()
+    lasting = _alive(setting.device) - before
+    peak = _peak(step, setting.device)
+    return {"lasting": lasting, "peak": peak}
+
+
+def _alive(device: str) -> int:
+    """Bytes in the storages of all tensors that are alive on the device."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    # By type, since isinstance would ask lazy modules among the objects for their class.
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _peak(step: Step, device: str) -> int:
+    """The most bytes that a step has allocated at one moment."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
