@@ -86,8 +86,8 @@ def _alive(device: str) -> int:
     gc.collect()
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
-    # By type, since isinstance would ask lazy modules among the objects for their class.
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    # By their very type: isinstance would ask lazy modules for their class, and the compiler's have no storage.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

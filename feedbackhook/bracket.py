@@ -28,7 +28,14 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.edge import Layer, View, join
-from feedbackhook.guard import MATRIX_PRODUCTS, Guard, refuse_derived, refuse_product, warn_of_exact
+from feedbackhook.guard import (
+    MATRIX_PRODUCTS,
+    Guard,
+    forget_compiled_code,
+    refuse_derived,
+    refuse_product,
+    warn_of_exact,
+)
 from feedbackhook.products import OPERATIONS, Call
 from feedbackhook.rules import redrawn_by_updates
 from feedbackhook.targets import Target
@@ -198,7 +205,7 @@ class Bracket:
                 module.register_forward_hook(self._close, always_call=True),
             ]
         self._resolve(self.layers)
-        _forget_compiled_code()
+        forget_compiled_code()
 
     def detach(self, model: nn.Module) -> None:
         """Takes away every hook, mark and guard, and a mode that an interrupted forward has left behind."""
@@ -217,7 +224,7 @@ class Bracket:
             mark = module.__dict__.get(MARK)
             if mark is not None and mark.bracket is self:
                 del module.__dict__[MARK]
-        _forget_compiled_code()
+        forget_compiled_code()
 
     def layer_of(self, weight: Tensor, running: nn.Module) -> Use | None:
         """The patched layer to which a weight in a call belongs; `running` is the innermost hooked module.
@@ -399,12 +406,6 @@ def _is_running(wanted: FrameType | None, frame: FrameType | None) -> bool:
     while frame is not None and frame is not wanted:
         frame = frame.f_back
     return frame is wanted
-
-
-def _forget_compiled_code() -> None:
-    """Code that `torch.compile` made before hooks came or went does not see the change; it is made anew."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def _leave(mode: TorchFunctionMode) -> None:

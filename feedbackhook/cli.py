@@ -1,4 +1,4 @@
-"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...]`` and ``inspect MODEL``."""
+"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...]``, ``inspect MODEL``, ``plot RUN``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -83,6 +83,17 @@ def _parser() -> ArgumentParser:
         "--json", action="store_true", help="print one JSON object in the place of the table"
     )
 
+    plot = ArgumentParser(
+        description="Draw every figure for which the table of a run, or of all runs in a folder, has values.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    plot.add_argument("run", type=str, help="a run folder, or a folder of such")
+    plot.add_argument("--output", type=str | None, help="where the figures go; null: RUN/figures")
+    plot.add_argument(
+        "--formats", type=list[Literal["png", "svg", "pdf"]], default=["png", "svg"], help="kinds of files"
+    )
+
     parser = ArgumentParser(
         prog="feedbackhook",
         description="Train networks whose error signals travel through feedback weights of your choice.",
@@ -92,6 +103,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", train, help="train a network and leave a run folder")
     commands.add_subcommand("inspect", inspect, help="show a model's layers and what a patch would do")
+    commands.add_subcommand("plot", plot, help="draw the figures of a run")
     return parser
 
 
@@ -135,6 +147,28 @@ def _inspect(given: Namespace) -> int:
         if not console.is_terminal:  # a file or a pipe has no width to which the table should be cut
             console.width = console.measure(table, options=console.options.update(width=10_000)).maximum
         console.print(table, *_totals(found), sep="\n")
+    return 0
+
+
+def _plot(given: Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.recorder import read
+    from feedbackhook.report.plots import draw_all
+
+    try:
+        table = read(given.run)
+        written, missing = draw_all(table, given.output or Path(given.run) / "figures", given.formats)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    console = Console(highlight=False, soft_wrap=True)
+    for path in written:
+        console.print(f"figure: {path}")
+    for name, reason in missing.items():
+        console.print(f"no {name}: {reason}")
     return 0
 
 
@@ -192,7 +226,7 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-_COMMANDS: dict[str, Callable[[Any], int]] = {"train": _train, "inspect": _inspect}
+_COMMANDS: dict[str, Callable[[Any], int]] = {"train": _train, "inspect": _inspect, "plot": _plot}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -57,13 +58,31 @@ class Guard:
         if bracket is None or layer is None or not bracket.enabled or bracket.exact:
             return
         if not layer.was_bracketed():
+            again = ""
+            if forget_compiled_code():
+                again = (
+                    ". If the model is compiled: code that was made for a model without a patch may have "
+                    "been used; it is forgotten now, so run the step again"
+                )
             raise ExactGradientError(
                 f"the weight of {layer.info.name!r} got a gradient from a call that the patch did not see: "
                 "it was used outside the forward of every patched module and their ancestors, in a function "
                 "that cannot be rerouted, or while the patch was disabled, so its error signal went through "
                 f"W. Ways out: exclude={[layer.info.name]} in feedbackhook.patch, or `with patch.exact():` "
-                "around a backward that is meant to be exact"
+                f"around a backward that is meant to be exact{again}"
             )
+
+
+def forget_compiled_code() -> bool:
+    """Lets `torch.compile` make its code anew, and see from now on whether a module has hooks: else code
+    that was made before hooks came or went would be used on, and that of a plain model for a patched one of
+    the same classes. True where the compiler is in use, and did not look at hooks before."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    blind: bool = torch._dynamo.config.skip_nnmodule_hook_guards
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
+    return blind
 
 
 def refuse_product(bracket: Bracket, func: Any, args: tuple[Any, ...]) -> None:

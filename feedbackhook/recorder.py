@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -118,19 +119,22 @@ class Recorder:
             self._board.flush()
         self._written = time.monotonic()
 
-    def drop_after(self, step: int) -> None:
-        """Forget all rows of later steps than ``step``: a run that goes on from a checkpoint makes them anew.
+    def drop_after(self, step: int, epoch: int | None = None) -> None:
+        """Forget all rows of later steps than ``step``, and of later epochs than ``epoch``: a run that goes
+        on from a checkpoint makes them anew.
 
         Parts are replaced one by one from the last backwards, so that being killed halfway does no harm.
         What TensorBoard was given stays.
         """
         if self._lock is None:
             return
-        self._rows = [row for row in self._rows if row[1] <= step]
+        newest = math.inf if epoch is None else epoch
+        self._rows = [row for row in self._rows if row[1] <= step and row[2] <= newest]
+        field = _pyarrow().compute.field
         last = True
         for part in reversed(_parts_of(self._parts)):
             table = _read_part(part)
-            kept = table.filter(_pyarrow().compute.field("step") <= step)
+            kept = table.filter((field("step") <= step) & (field("epoch") <= newest))
             last = last and not kept.num_rows
             if last:
                 part.unlink()

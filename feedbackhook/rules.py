@@ -27,7 +27,9 @@ class Rule(Protocol):
     """What a rule is: a frozen dataclass of its options with these two methods.
 
     A rule may also have a field `redraw` ("never", the default, or "update": new parts after each update of
-    W by an optimizer) and a method `check(layers)` that raises a ValueError before anything is attached.
+    W by an optimizer), a method `check(layers)` that raises a ValueError before anything is attached, and a
+    method `expected_angle(weight)`: the angle between V and this W, in degrees, that its definition lets
+    expect where the random parts know nothing of W, as at the start.
     """
 
     def draw(self, weight: Tensor, rng: CounterRNG) -> dict[str, Tensor]:
@@ -103,6 +105,13 @@ def describe(rule: Rule) -> str:
 def changed(rule: Rule, options: Mapping[str, Any]) -> Rule:
     """A copy of the rule with some options changed; errors as in `make_rule`."""
     return make_rule(rule_name(rule), {**rule_values(rule), **options})
+
+
+def expected_angle(rule: Rule, weight: Tensor) -> float | None:
+    """The angle between V and W, in degrees, that the rule's definition lets expect; None where it says
+    nothing of it."""
+    of = getattr(rule, "expected_angle", None)
+    return None if of is None else float(of(weight))
 
 
 def redrawn_by_updates(rule: Rule) -> bool:
@@ -219,6 +228,18 @@ class Sign:
             v.mul_(parts["scale"] if self.scale == "fan_in" else self.scale)
         return v
 
+    def expected_angle(self, weight: Tensor) -> float:
+        """By the means over the random parts, with c the concordance: the cosine is (2c - 1) times
+        E(M) / sqrt(E(M^2)) = sqrt(3)/2 for random magnitudes, times mean(|W|) / sqrt(mean(W^2)) unless M is
+        |W|. NaN where W is all zero."""
+        w = weight.detach().cpu().abs().double()
+        cosine = 2 * self.concordance - 1
+        if self.magnitude != "weight":
+            cosine *= float(w.mean() / w.square().mean().sqrt())
+        if self.magnitude == "random":
+            cosine *= math.sqrt(3) / 2
+        return math.degrees(math.acos(cosine)) if -1 <= cosine <= 1 else math.nan
+
 
 @register_rule("random")
 @dataclass(frozen=True)
@@ -244,6 +265,9 @@ class Random:
 
     def feedback(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         return parts["V"]
+
+    def expected_angle(self, weight: Tensor) -> float:
+        return 90.0
 
 
 @register_rule("tensor")

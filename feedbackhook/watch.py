@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from feedbackhook.alignment import ErrorAngles, Row, observed, weight_rows
+from feedbackhook.rules import expected_angle
 
 if TYPE_CHECKING:
     from feedbackhook.patching import Patch
@@ -61,6 +62,8 @@ class Watch:
             return  # another optimizer's step after the same backward
         rows = [*weight_rows(bracket), *self._errors.rows(bracket.layers), *self._norms()]
         rows += self._rates(optimizer)
+        if self.step == 0:
+            rows += self._expected()
         self._stop_looking()
         recorder = self._recorder
         for row in rows:
@@ -88,6 +91,13 @@ class Watch:
     def _stop_looking(self) -> None:
         self._looking.close()
         self._errors = None
+
+    def _expected(self) -> Iterator[Row]:
+        """The weight angles that the rules' definitions let expect at the start."""
+        for layer in self._patch._bracket.layers:
+            degrees = expected_angle(layer.feedback.rule, layer.weight())
+            if degrees is not None:
+                yield Row(layer.info.name, layer.depth, "expected_weight_angle", degrees)
 
     def _norms(self) -> Iterator[Row]:
         """Euclidean norms of weights and of their gradients as they lie in `.grad`: of each layer's, and of

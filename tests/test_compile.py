@@ -262,6 +262,47 @@ def test_a_compiled_rule_follows_todays_weights():
         assert_compiled_matches_oracle(gradients(model, x, step), plain, feedback, x, MLP_UPSTREAM)
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("order", ["plain first", "patched first"])
+def test_code_of_a_plain_model_is_not_used_for_a_patched_one_of_the_same_classes(order):
+    plain, x = mlp(), draw(3, 4)
+    model, feedback = patched_copy(plain)
+    steps = {net: compiled_step(net, "aot_eager") for net in (plain, model)}
+    for net in (plain, model) if order == "plain first" else (model, plain):
+        got = gradients(net, x, steps[net])
+        if net is plain:
+            assert_same_gradients(got, by_backprop(plain, x))
+        else:
+            assert_compiled_matches_oracle(got, plain, feedback, x, MLP_UPSTREAM)
+
+
+PATCHED_BEFORE_THE_COMPILER_IS_LOADED = """
+import copy, sys, torch, feedbackhook
+plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+model = copy.deepcopy(plain)
+feedbackhook.patch(model, "sign")
+eager = copy.deepcopy(model)
+assert "torch._dynamo" not in sys.modules
+x = torch.randn(3, 4)
+compiled = [torch.compile(net, backend="aot_eager") for net in (plain, model)]
+compiled[0](x).sum().backward()
+try:
+    compiled[1](x).sum().backward()
+except feedbackhook.ExactGradientError as error:
+    assert "run the step again" in str(error)
+    model.zero_grad()
+    compiled[1](x).sum().backward()
+eager(x).sum().backward()
+assert torch.allclose(model[0].weight.grad, eager[0].weight.grad, atol=1e-6)
+assert not torch.allclose(model[0].weight.grad, plain[0].weight.grad, atol=1e-3)
+"""
+
+
+def test_the_same_where_the_patch_came_before_the_compiler():
+    """Nothing of ours runs in between, so the guard speaks once, and the step after it is right."""
+    subprocess.run([sys.executable, "-c", PATCHED_BEFORE_THE_COMPILER_IS_LOADED], check=True)
+
+
 def test_patching_does_not_load_the_compiler():
     """Resetting compile caches needs torch._dynamo, whose import takes seconds: only where it is in use."""
     code = "import sys, torch, feedbackhook; m = torch.nn.Linear(2, 2); feedbackhook.patch(m).remove(); "

@@ -117,10 +117,18 @@ class RecordConfig:
     """What is recorded beside loss and error, which are recorded each epoch.
 
     Args:
-        every: epochs between two measurements of the layers (weight angle, sign agreement, norm ratio).
+        every: updates of the weights from one that is watched to the next: weight angle, error angle, sign
+            agreement and norm ratio of each layer, norms of weights and gradients, learning rate.
+        gradient_angle_every: updates from one measurement of the gradient angle to the next, which takes
+            two more backward passes; 0: none.
+        per_sample: also record the error angle of single samples, averaged over the mini-batch.
+        tensorboard: also write all of it to tensorboard/ in the run folder.
     """
 
-    every: int = 1
+    every: int = 50
+    gradient_angle_every: int = 0
+    per_sample: bool = False
+    tensorboard: bool = False
 
 
 @dataclass

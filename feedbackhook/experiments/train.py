@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,7 +90,7 @@ def train(
             run = _Run(config)
         try:
             with _one_clear_error():
-                recorder = Recorder(folder.path)
+                recorder = Recorder(folder.path, tensorboard=config.record.tensorboard)
             with recorder:
                 result = run.through(folder, recorder, progress or (lambda _: None))
         finally:
@@ -119,6 +118,7 @@ def resolve(config: RunConfig) -> RunConfig:
         ("protocol.threads", p.threads, 1),
         ("protocol.seed", p.seed, 0),
         ("record.every", config.record.every, 1),
+        ("record.gradient_angle_every", config.record.gradient_angle_every, 0),
         *(("protocol.milestones", milestone, 1) for milestone in p.milestones or ()),
     ):
         if value is not None and value < least:
@@ -208,6 +208,9 @@ class _Run:
             else:
                 self._go_on(checkpoint, folder, recorder)
                 folder.write_result(result)
+            if self.patch is not None:
+                record = self.config.record
+                self.patch.watch(record.every, recorder, step=self.step, per_sample=record.per_sample)
             while self.epoch < self.config.protocol.epochs:
                 self.epoch += 1
                 self._train_epoch(recorder, progress)
@@ -240,7 +243,7 @@ class _Run:
                 f"{' '.join(str(error).split())}): give another output"
             ) from error
         with _one_clear_error():
-            recorder.drop_after(self.step)
+            recorder.drop_after(self.step, self.epoch)
             last = int(read(folder.path)["step"].max())
         if last < self.step:
             raise ConfigError(
@@ -251,6 +254,7 @@ class _Run:
     def _train_epoch(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
         p, train_set = self.config.protocol, self.data.train
         batches = len(train_set.labels) // p.batch_size
+        recorder.epoch = self.epoch
         rate = float(self.schedule.get_last_lr()[0])
         total, wrong = 0.0, 0
         self.model.train()
@@ -260,6 +264,7 @@ class _Run:
             loss = F.cross_entropy(logits, y)
             value = _finite("train_loss", loss.item())
             self.optimizer.zero_grad()
+            self._measure_gradients(loss, recorder)
             loss.backward()
             self.optimizer.step()
             self.step += 1
@@ -268,15 +273,22 @@ class _Run:
             progress(Progress(self.epoch, p.epochs, batch, batches, total / batch))
         self.schedule.step()
         self.train_loss = total / batches
-        for metric, value in (
-            ("learning_rate", rate),
-            ("train_loss", self.train_loss),
-            ("train_error", 100 * wrong / (batches * p.batch_size)),
-        ):
-            recorder.add(self.step, self.epoch, metric, value)
+        if self.patch is None:  # else the watch records it
+            recorder.add(self.step, self.epoch, "learning_rate", rate)
+        recorder.add(self.step, self.epoch, "train_loss", self.train_loss)
+        recorder.add(self.step, self.epoch, "train_error", 100 * wrong / (batches * p.batch_size))
+
+    def _measure_gradients(self, loss: Tensor, recorder: Recorder) -> None:
+        """The angle between the gradients of this step and backprop's, where it is due."""
+        every = self.config.record.gradient_angle_every
+        if self.patch is None or not every or self.step % every:
+            return
+        for row in feedbackhook.measure(self.patch, loss):
+            if row.metric == "gradient_angle":
+                recorder.add(self.step, self.epoch, row.metric, row.value, row.layer, row.depth)
 
     def _evaluate(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
-        """Test loss and error, and how V compares with W in each layer."""
+        """Test loss and error, and after the last epoch how V compares with W in each layer."""
         p, result = self.config.protocol, self.result
         models.estimate_statistics(self.model, self._statistics_batches())
         loss, error = self._test()
@@ -286,7 +298,7 @@ class _Run:
         result.last_error = error
         if result.best_error is None or self.epoch == 1 or error < result.best_error:
             result.best_error, result.best_epoch = error, self.epoch
-        if self.patch is not None and (self.epoch % self.config.record.every == 0 or self.epoch == p.epochs):
+        if self.patch is not None and self.epoch == p.epochs:
             for row in feedbackhook.measure(self.patch):
                 recorder.add(self.step, self.epoch, row.metric, row.value, row.layer, row.depth)
         batches = len(self.data.train.labels) // p.batch_size
@@ -407,11 +419,4 @@ def _random_state(seed: int, device: str) -> Iterator[None]:
 
 def _draw(folder: RunFolder) -> None:
     """The figures of a run, from its table alone: those for which it has a finite value."""
-    table = read(folder.path)
-    figures = folder.path / "figures"
-    figures.mkdir(exist_ok=True)
-    finite = set(table.loc[np.isfinite(table["value"]), "metric"])
-    if finite & {"test_error", "train_error"}:
-        plots.error_against_epoch(table).savefig(figures / "error.png", dpi=150)
-    if "weight_angle" in finite:
-        plots.angles_against_epoch(table).savefig(figures / "weight_angle.png", dpi=150)
+    plots.draw_all(read(folder.path), folder.path / "figures")

@@ -1,13 +1,16 @@
 """Figures from the tidy table (see feedbackhook.recorder) and nothing else.
 
 Each function returns a matplotlib Figure of its own, without pyplot's global state, so that it draws with
-and without a display.
+and without a display. What is not a number in the table has no point in a figure; the figure says how many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +18,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-__all__ = ["angles_against_epoch", "error_against_epoch"]
+__all__ = [
+    "FIGURES",
+    "accuracy_and_angle",
+    "draw_all",
+    "error_against_epoch",
+    "layer_heat_map",
+    "layers_against_epoch",
+]
 
 _SIZE = (7.0, 4.2)  # inches
 _NAMED_LAYERS = 12  # more than these and a legend of names is no longer read
+_CELLS = 120  # so many columns of a heat map can be told apart
+
+QUANTITIES: dict[str, tuple[str, str]] = {
+    "weight_angle": ("Weight angle", "angle between V and W [°]"),
+    "error_angle": ("Error angle", "angle between V's and W's error signals [°]"),
+    "gradient_angle": ("Gradient angle", "angle between gradient and backprop's [°]"),
+    "norm_ratio": ("Norm ratio", "norm of V / norm of W"),
+    "sign_agreement": ("Sign agreement", "share of agreeing signs"),
+}
+"""Title and axis label, with unit, of each metric that is drawn layer by layer."""
 
 
 def error_against_epoch(table: DataFrame) -> Figure:
@@ -27,9 +47,9 @@ def error_against_epoch(table: DataFrame) -> Figure:
     Raises:
         ValueError: the table holds no error.
     """
-    rows = _rows(table, {"test_error": "test", "train_error": "training"})
+    rows, left_out = _rows(table, {"test_error": "test", "train_error": "training"})
     runs = list(rows["run"].unique())
-    with _axes() as (figure, axes, sns):
+    with _figure(left_out) as (figure, axes, sns):
         # ten colours that colour-blind readers tell apart; more runs than that are an ordered scale
         palette = sns.color_palette("colorblind" if len(runs) <= 10 else "viridis", len(runs))
         by_run = {"hue": "run", "hue_order": runs, "palette": palette}
@@ -49,24 +69,28 @@ def error_against_epoch(table: DataFrame) -> Figure:
     return figure
 
 
-def angles_against_epoch(table: DataFrame) -> Figure:
-    """Angle between V and W in degrees against epoch: a line a layer, coloured by its depth.
+def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
+    """A metric of `QUANTITIES` against epoch (against the step, where the table does not tell when epochs
+    end): a line a layer, coloured by its depth.
 
-    The dotted line at 90 degrees is where V says nothing about W. Of several runs the mean is drawn,
-    in a band of one standard deviation.
+    Dotted lines are what the values are read against: for angles 90 degrees, where the one says nothing about
+    the other, and for the weight angle also the mean over layers of the angle that the rule lets expect at
+    the start; 1 for ratios of norms; half for agreeing signs. Of several runs the mean is drawn, in a band of
+    one standard deviation.
 
     Raises:
-        ValueError: the table holds no weight angle.
+        ValueError: the table holds no such metric.
     """
-    rows = _rows(table, {"weight_angle": "weight_angle"})
+    rows, left_out = _rows(_layers(table), {metric: metric})
+    rows, clock = _timed(table, rows)
+    title, label = QUANTITIES[metric]
     layers = rows.sort_values("depth")["layer"].unique().tolist()
     named = len(layers) <= _NAMED_LAYERS
-    top = min(max(95.0, float(rows["value"].max()) + 5), 180.0)
-    with _axes() as (figure, axes, sns):
+    with _figure(left_out) as (figure, axes, sns):
         palette = sns.color_palette("viridis", len(layers))
         sns.lineplot(
             rows,
-            x="epoch",
+            x=clock,
             y="value",
             hue="layer",
             hue_order=layers,
@@ -75,9 +99,20 @@ def angles_against_epoch(table: DataFrame) -> Figure:
             legend=named,
             ax=axes,
         )
-        axes.axhline(90, linestyle=":", color="0.3")
-        axes.set(xlabel="epoch", ylabel="angle between V and W [°]", title="Weight angle against epoch")
-        axes.set(ylim=(0, top), yticks=range(0, int(top) + 1, 15))
+        axes.set(xlabel=clock, ylabel=label, title=f"{title} against {clock}")
+        for value, meaning in _references(table, metric):
+            axes.axhline(value, linestyle=":", color="0.3")
+            axes.annotate(
+                meaning,
+                (1, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(-3, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize="x-small",
+                color="0.3",
+            )
+        _scale(axes, metric, float(rows["value"].max()))
         if named:
             _legend_beside(axes, "layer, input to output")
         else:
@@ -85,28 +120,178 @@ def angles_against_epoch(table: DataFrame) -> Figure:
     return figure
 
 
-def _rows(table: DataFrame, metrics: dict[str, str]) -> DataFrame:
-    """The finite rows of these metrics, under the names that they have in the figure."""
+def layer_heat_map(table: DataFrame, metric: str = "error_angle") -> Figure:
+    """A metric of `QUANTITIES` as colour: a row a layer, the input at the top, a column a measured step. Of
+    several runs the mean is shown; many steps are thinned out evenly.
+
+    Raises:
+        ValueError: the table holds no such metric.
+    """
+    rows, left_out = _rows(_layers(table), {metric: metric})
+    title, label = QUANTITIES[metric]
+    cells = rows.pivot_table("value", ["depth", "layer"], "step", "mean", sort=True)
+    cells = cells.iloc[:, :: -(-cells.shape[1] // _CELLS)].droplevel("depth")
+    with _figure(left_out, size=(7.0, max(2.4, 0.22 * len(cells) + 1.2))) as (figure, axes, sns):
+        angle = metric.endswith("angle")
+        sns.heatmap(
+            cells,
+            ax=axes,
+            cmap="viridis_r" if angle else "viridis",
+            vmin=0 if angle else None,
+            vmax=max(90.0, float(cells.max(axis=None))) if angle else None,
+            cbar_kws={"label": label},
+            xticklabels=max(1, cells.shape[1] // 8),
+            yticklabels=1,
+        )
+        axes.set(xlabel="step", ylabel="", title=f"{title} by layer, input at the top")
+        axes.tick_params(axis="y", labelsize="x-small", rotation=0)
+        axes.tick_params(axis="x", rotation=0)
+        axes.grid(False)
+    return figure
+
+
+def accuracy_and_angle(table: DataFrame) -> Figure:
+    """Test accuracy above, and below it the mean over layers of the angle between gradients and backprop's,
+    in a band from the smallest to the largest layer's; a line a run.
+
+    Raises:
+        ValueError: the table holds no accuracy or no gradient angle.
+    """
+    accuracy, left_out = _rows(table, {"test_accuracy": "test_accuracy"})
+    angles, more_left_out = _rows(_layers(table), {"gradient_angle": "gradient_angle"})
+    runs = list(table["run"].unique())
+    with _figure(left_out + more_left_out, rows=2, size=(7.0, 5.6)) as (figure, axes, sns):
+        palette = sns.color_palette("colorblind" if len(runs) <= 10 else "viridis", len(runs))
+        by_run = {"x": "epoch", "y": "value", "hue": "run", "hue_order": runs, "palette": palette}
+        upper, lower = axes
+        sns.lineplot(_timed(table, accuracy)[0], ax=upper, errorbar=None, legend=len(runs) > 1, **by_run)
+        timed, clock = _timed(table, angles)
+        by_run["x"] = clock
+        sns.lineplot(timed, ax=lower, errorbar=("pi", 100), legend=False, **by_run)
+        lower.axhline(90, linestyle=":", color="0.3")
+        upper.set(xlabel="", ylabel="test accuracy [%]", title="Accuracy beside the mean gradient angle")
+        lower.set(xlabel=clock, ylabel=f"gradient angle [°]\nmean of {angles['layer'].nunique()} layers")
+        _scale(lower, "gradient_angle", float(angles["value"].max()))
+        if len(runs) > 1:
+            _legend_beside(upper)
+    return figure
+
+
+FIGURES: dict[str, Callable[[DataFrame], Figure]] = {
+    "error": error_against_epoch,
+    **{metric: partial(layers_against_epoch, metric=metric) for metric in QUANTITIES},
+    **{f"{metric}_map": partial(layer_heat_map, metric=metric) for metric in QUANTITIES if "angle" in metric},
+    "accuracy_and_angle": accuracy_and_angle,
+}
+"""Every figure of a run, by the name of its file."""
+
+
+def draw_all(
+    table: DataFrame, folder: str | os.PathLike[str], formats: Sequence[str] = ("png",), dpi: int = 150
+) -> tuple[list[Path], dict[str, str]]:
+    """Writes every figure for which the table has values.
+
+    Returns:
+        The files written, and why each of the other figures was not drawn.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    missing: dict[str, str] = {}
+    for name, draw in FIGURES.items():
+        try:
+            figure = draw(table)
+        except NothingToDraw as nothing:
+            missing[name] = str(nothing)
+            continue
+        for suffix in formats:
+            written.append(folder / f"{name}.{suffix}")
+            figure.savefig(written[-1], dpi=dpi)
+    return written, missing
+
+
+class NothingToDraw(ValueError):
+    """The table lacks the metric that a figure shows."""
+
+
+def _layers(table: DataFrame) -> DataFrame:
+    """The rows that belong to a layer."""
+    return table[table["layer"].notna()]
+
+
+def _rows(table: DataFrame, metrics: dict[str, str]) -> tuple[DataFrame, int]:
+    """The finite rows of these metrics, under the names that they have in the figure, and how many rows are
+    not finite."""
     import numpy as np
 
-    rows = table[table["metric"].isin(list(metrics)) & np.isfinite(table["value"])]
-    if rows.empty:
-        raise ValueError(f"the table holds no {' and no '.join(metrics)}")
-    return rows.assign(metric=rows["metric"].map(metrics))
+    rows = table[table["metric"].isin(list(metrics))]
+    finite = rows[np.isfinite(rows["value"])]
+    if finite.empty:
+        raise NothingToDraw(f"the table holds no {' and no '.join(metrics)}")
+    return finite.assign(metric=finite["metric"].map(metrics)), len(rows) - len(finite)
+
+
+def _timed(table: DataFrame, rows: DataFrame) -> tuple[DataFrame, str]:
+    """The rows with the name of the column in which time is: "epoch", counted in fractions between the steps
+    at which each run's table says that epochs ended, or "step" where a table does not say so."""
+    import numpy as np
+    import pandas as pd
+
+    ends = table[table["metric"] == "test_error"].sort_values("step")
+    parts = []
+    for run, part in rows.groupby("run", sort=False):
+        of_run = ends[ends["run"] == run].drop_duplicates("step")
+        if of_run.empty:
+            return rows, "step"
+        parts.append(part.assign(epoch=np.interp(part["step"], of_run["step"], of_run["epoch"])))
+    return pd.concat(parts), "epoch"
+
+
+def _references(table: DataFrame, metric: str) -> Iterator[tuple[float, str]]:
+    if metric.endswith("angle"):
+        yield 90.0, "unrelated"
+    if metric == "weight_angle":
+        expected = table.loc[table["metric"] == "expected_weight_angle", "value"].dropna()
+        if not expected.empty and abs(expected.mean() - 90) > 1:
+            yield float(expected.mean()), "expected at the start"
+    if metric == "norm_ratio":
+        yield 1.0, "as large as W"
+    if metric == "sign_agreement":
+        yield 0.5, "by chance"
+
+
+def _scale(axes: Axes, metric: str, highest: float) -> None:
+    if metric.endswith("angle"):
+        top = min(max(95.0, highest + 5), 180.0)
+        axes.set(ylim=(0, top), yticks=range(0, int(top) + 1, 15))
+    elif metric == "norm_ratio":
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.02)
 
 
 @contextmanager
-def _axes() -> Iterator[tuple[Figure, Axes, Any]]:
+def _figure(
+    left_out: int, rows: int = 1, size: tuple[float, float] = _SIZE
+) -> Iterator[tuple[Figure, Any, Any]]:
+    """A figure with its axes (of several rows, one above the other), and seaborn; the figure says how many
+    values were left out."""
     import seaborn as sns
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, sharex=True)
         yield figure, axes, sns
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0.01)
+        every: Iterable[Axes] = [axes] if rows == 1 else axes
+        for each in every:
+            if not each.collections or rows > 1 or each.lines:
+                each.xaxis.set_major_locator(MaxNLocator(integer=True))
+                each.margins(x=0.01)
+        if left_out:
+            words = "value that is" if left_out == 1 else "values that are"
+            figure.supxlabel(f"without {left_out} {words} not a number", fontsize="x-small", color="0.4")
 
 
 def _legend_beside(axes: Axes, title: str | None = None) -> None:
