@@ -86,11 +86,19 @@ def autocast(setting: Setting) -> Any:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, setting: Setting
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    setting: Setting,
+    look: Callable[[Tensor], object] | None = None,
 ) -> None:
+    """A step of training; `look` is shown the loss before its backward."""
     optimizer.zero_grad()
     with autocast(setting):
         loss = F.cross_entropy(model(x), y)
+    if look is not None:
+        look(loss)
     loss.backward()
     optimizer.step()
 

@@ -86,7 +86,7 @@ def _alive(device: str) -> int:
     gc.collect()
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
-    # By their very type: isinstance would ask lazy modules for their class, and the compiler's have no storage.
+    # By their very type: isinstance would ask lazy modules for their class, and the compiler's hold nothing.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
@@ -105,7 +105,9 @@ def _peak(step: Step, device: str) -> int:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    changes = [event["args"] for event in events if event.get("name") == "[memory]"]
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # what earlier profiles have seen allocated
+    return max(change["Total Allocated"] for change in changes) - before
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -45,6 +47,8 @@ from torch import Tensor, nn
 
 import feedbackhook
 
+MEASURED = "uSF"
+"""The rule under which measuring is timed."""
 PEERS = ("usf", "frsf", "brsf", "fa")
 
 
@@ -60,6 +64,7 @@ def main(
     warmup: int = 5,
     rules: Sequence[str] = tuple(RULES),
     peers: Sequence[str] = PEERS,
+    measures: bool = True,
     name: str | None = None,
 ) -> None:
     """Measures one case and draws the tables of all.
@@ -76,23 +81,36 @@ def main(
         warmup: rounds before them.
         rules: names among those of RULES.
         peers: modes of biotorch, in eager mode alone; none where it is not installed.
+        measures: also time steps that are measured or watched, in eager mode alone.
         name: of the result; None makes one from the case.
     """
     torch.set_num_threads(threads)
     _keep_freed_memory()
     setting = Setting(model, batch, size, device, dtype, compile, threads)
     console = Console()
-    contestants = _contestants(setting, rules, _available(peers, setting, console))
+    with TemporaryDirectory() as folder:
+        contestants = _contestants(setting, rules, _available(peers, setting, console))
+        if measures and compile == "no":
+            contestants |= _measuring(setting, Path(folder))
+        times = _take_turns(contestants, setting, warmup, steps, console)
+    name = name or case_name(setting)
+    write_result("step_time", name, setting, {"milliseconds": times})
+    print_step_time(console, name)
+    draw()
+
+
+def _take_turns(
+    contestants: dict[str, Step], setting: Setting, warmup: int, steps: int, console: Console
+) -> dict[str, list[float]]:
+    """The milliseconds of each contestant's steps."""
     times: dict[str, list[float]] = {label: [] for label in contestants}
     order = random.Random(0)
     for round_number in track(range(warmup + steps), case_name(setting), console=console, transient=True):
         for label in order.sample(list(contestants), len(contestants)):
-            milliseconds = _timed(contestants[label], torch.device(device))
+            milliseconds = _timed(contestants[label], torch.device(setting.device))
             if round_number >= warmup:
                 times[label].append(milliseconds)
-    write_result("step_time", name or case_name(setting), setting, {"milliseconds": times})
-    print_step_time(console, name or case_name(setting))
-    draw()
+    return times
 
 
 def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -> dict[str, Step]:
@@ -118,6 +136,24 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
     for label, rule in {"plain": None, "plain again": None, "sign": "sign"}.items():
         contestants[f"no_grad {label}"] = partial(_look, fresh(start, setting, rule)[1], x, setting)
     return contestants
+
+
+def _measuring(setting: Setting, folder: Path) -> dict[str, Step]:
+    """Steps under `MEASURED` that are watched, watched each 50th time, and measured on their graph."""
+    start, size = build_model(setting)
+
+    def step(every: int | None) -> Step:
+        model, called = fresh(start, setting, MEASURED)
+        patch = feedbackhook.get_patch(model)
+        assert patch is not None
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+        look = partial(feedbackhook.measure, patch) if every is None else None
+        if every is not None:
+            patch.watch(every, feedbackhook.Recorder(folder / str(every)))
+        return partial(train_step, called, optimizer, *images(setting, size), setting, look)
+
+    kinds = {"watched": 1, "watched each 50th": 50, "measured": None}
+    return {f"{MEASURED} {kind}": step(every) for kind, every in kinds.items()}
 
 
 def _keep_freed_memory() -> None:

@@ -15,21 +15,24 @@ from rich.table import Table
 
 
 def ratios() -> pd.DataFrame:
-    """A row for each contestant and round: case, contestant, milliseconds, ratio to plain in that round."""
+    """A row for each contestant and round: case, contestant, milliseconds, ratio to plain in that round, and
+    that of all rounds' time to plain's."""
     frames = []
     for case, result in read_results("step_time"):
         times = pd.DataFrame(result["milliseconds"])
         for prefix in ("", "no_grad "):
             part = times[[name for name in times if name.startswith("no_grad ") == bool(prefix)]]
             ratio = part.div(times[f"{prefix}plain"], axis="index")
+            total = part.sum() / part[f"{prefix}plain"].sum()
             long = pd.DataFrame({"ms": part.T.stack(), "ratio": ratio.T.stack()})
+            long["total"] = total.reindex(long.index.get_level_values(0)).to_numpy()
             frames.append(long.rename_axis(["contestant", "round"]).reset_index().assign(case=case))
     return pd.concat(frames, ignore_index=True)
 
 
 def step_time() -> pd.DataFrame:
-    """A row for each case and contestant: rounds, the median of the milliseconds, and of the ratios the
-    median and the quartiles."""
+    """A row for each case and contestant: rounds, the median of the milliseconds, of the ratios the median
+    and the quartiles, and all its rounds' time divided by all of plain's."""
     grouped = ratios().groupby(["case", "contestant"], sort=False)
     table = pd.DataFrame(
         {
@@ -38,6 +41,7 @@ def step_time() -> pd.DataFrame:
             "ratio": grouped["ratio"].median(),
             "from": grouped["ratio"].quantile(0.25),
             "to": grouped["ratio"].quantile(0.75),
+            "total": grouped["total"].first(),
         }
     )
     return table.reset_index()
@@ -45,10 +49,12 @@ def step_time() -> pd.DataFrame:
 
 def print_step_time(console: Console, case: str) -> None:
     rows = step_time()
-    table = Table("contestant", "median ms", "times plain", "middle half", title=case, box=box.SIMPLE)
+    headings = ("contestant", "median ms", "times plain", "middle half", "in total")
+    table = Table(*headings, title=case, box=box.SIMPLE)
     for row in rows[rows["case"] == case].to_dict("records"):
         spread = f"{row['from']:.3f} to {row['to']:.3f}"
-        table.add_row(row["contestant"], f"{row['ms']:.1f}", f"{row['ratio']:.3f}", spread)
+        times = (f"{row['ratio']:.3f}", spread, f"{row['total']:.3f}")
+        table.add_row(row["contestant"], f"{row['ms']:.1f}", *times)
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...]``, ``inspect MODEL``, ``plot RUN``."""
+"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...]``, ``inspect`` and ``plot``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from feedbackhook.feedback import Feedback
 from feedbackhook.products import Call
@@ -134,8 +133,18 @@ class FeedbackEdge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
-        # With create_graph=True gradients are enabled, and a second derivative must raise.
-        return _send_back_once(ctx, error_out) if torch.is_grad_enabled() else _send_back(ctx, error_out)
+        if not torch.is_grad_enabled():
+            return _send_back(ctx, error_out)
+        with torch.no_grad():  # the graph of this backward is wanted, but V's product is no derivative
+            _, error_in, *nothing = _send_back(ctx, error_out)
+        return error_out, _Last.apply(error_in, error_out), *nothing
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            "forward-mode derivatives do not pass a patched layer whose input requires a gradient: they meet "
+            "no error signal, so set patch.enabled = False for them"
+        )
 
 
 def _send_back(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,11 +175,35 @@ def _product(ctx: Any, error_out: Tensor, whole: Tensor, input: Tensor | None) -
     return error_in
 
 
-_send_back_once = once_differentiable(_send_back)
+class _Last(torch.autograd.Function):
+    """The identity on an error signal that V made, which has no derivative with regard to anything."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(error_in: Tensor, error_out: Tensor) -> Tensor:
+        return error_in.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise RuntimeError(
+            "a gradient was differentiated that went through feedback weights: V's product is no derivative "
+            "of the forward, so it has none itself; set patch.enabled = False before the forward"
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Last.backward(ctx, tangents[0])
 
 
 class TransformableEdge(FeedbackEdge):
     """The same in the form that torch.func's transforms ask for, which takes far longer to call."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:

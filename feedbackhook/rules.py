@@ -173,6 +173,9 @@ class Symmetric:
     def feedback(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         return weight
 
+    def expected_angle(self, weight: Tensor) -> float:
+        return 0.0
+
 
 @register_rule("sign")
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ an error; rank 0 prints the largest differences.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import sys
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import feedbackhook
-from feedbackhook import Patch, patch
+from feedbackhook import Patch, Recorder, patch, read
 
 RULES: dict[str, dict[str, Any]] = {
     "sign": {"mode": "sign", "concordance": 0.8, "seed": 3},
@@ -211,7 +213,7 @@ def train(case: str, rule_name: str, order: str, folder: str, net: type[CNN] = C
     assert [row.rerouted for row in rows] == [0, STEPS, STEPS, STEPS]
     assert [row.kind for row in rows] == [row.kind for row in lone.layers]
     assert [row.shape for row in rows] == [row.shape for row in lone.layers]
-    assert len(feedbackhook.measure(handle)) == 3 * len(LAYERS)
+    assert len(feedbackhook.measure(handle)) == 3 * (len(LAYERS) + 1)
     compare_measures(handle, lone)
     handle.remove()
     for optimizer in optimizers:
@@ -230,6 +232,45 @@ def compare_measures(handle: Patch, lone: Patch) -> None:
 def lent(case: str, rule_name: str, order: str, folder: str) -> None:
     """A weight that another module's forward uses is rerouted as in one process."""
     train(case, rule_name, order, folder, Lent)
+
+
+def watch(case: str, rule_name: str, order: str, folder: str) -> None:
+    """What is watched is what one process sees, but for error angles, which are of a rank's own samples; only
+    rank 0 writes. Measured on the graph, the gradients stay as they are, or sharded ones are refused."""
+    rule = RULES[rule_name]
+    model, handle, prefix = build(case, order, rule)
+    single = redrawn(CNN())
+    lone = patch(Wrapped(single) if prefix else single, **rule)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, single)]
+    folders = [os.path.join(folder, name) for name in ("many", "one")]
+    with Recorder(folders[0]) as many, Recorder(folders[1]) as one:
+        handle.watch(1, many)
+        lone.watch(1, one)
+        for _ in range(2):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss = loss_of(model, mine(BATCH))
+            if case == "ddp":
+                angles = [row for row in feedbackhook.measure(handle, loss) if row.metric == "gradient_angle"]
+                assert len(angles) == len(LAYERS) + 1
+                assert all(math.isfinite(row.value) for row in angles)
+            else:
+                with pytest.raises(RuntimeError, match="sharded"):
+                    feedbackhook.measure(handle, loss)
+            loss.backward()
+            loss_of(single, BATCH).backward()
+            compare("gradients", grads(model), grads(single))
+            for optimizer in optimizers:
+                optimizer.step()
+    dist.barrier()
+    columns = ["step", "layer", "depth", "metric"]
+    got, want = (read(folder).set_index(columns).sort_index()["value"] for folder in folders)
+    assert got.index.equals(want.index)
+    local = got.index.get_level_values("metric") == "error_angle"
+    assert (got[local].isna() == want[local].isna()).all()
+    difference = (got[~local] - want[~local]).abs().max()
+    largest["watched"] = float(difference)
+    assert difference < 1e-6, difference
 
 
 def checkpoint(case: str, rule_name: str, order: str, folder: str) -> None:
@@ -260,7 +301,7 @@ def checkpoint(case: str, rule_name: str, order: str, folder: str) -> None:
     compare("gradients after restoring", grads(again), grads(model))
 
 
-JOBS = {"train": train, "lent": lent, "checkpoint": checkpoint}
+JOBS = {"train": train, "lent": lent, "watch": watch, "checkpoint": checkpoint}
 
 
 def main(case: str, folder: str, jobs: Iterable[str]) -> None:

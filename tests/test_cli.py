@@ -60,7 +60,7 @@ def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture
     assert stored["protocol"]["batch_size"] == 300
     assert stored["model"]["name"] == "timm/test_resnet"
     table = read("here")
-    agreement = table[(table.metric == "sign_agreement") & (table.epoch == 0)]["value"]
+    agreement = table[(table.metric == "sign_agreement") & (table.step == 0)]["value"]
     assert agreement.iloc[-1] == pytest.approx(0.5, abs=0.1)
 
     # what a run leaves is a configuration, too
@@ -70,6 +70,27 @@ def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(["train", "here/config.yaml", "--resume"]) == 0
     assert "finished (1 epochs kept)" in capsys.readouterr().out
+
+
+def test_plot_draws_every_figure_and_says_which_it_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, "--output", "run", "--protocol.epochs", "1"]) == 0
+    capsys.readouterr()
+    assert main(["plot", "run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "figure: run/figures/error_angle.svg" in lines
+    assert "no gradient_angle: the table holds no gradient_angle" in lines
+    drawn = [Path(line.partition(": ")[2]) for line in lines if line.startswith("figure: ")]
+    assert all(path.stat().st_size > 5000 for path in drawn)
+    assert {path.suffix for path in drawn} == {".png", ".svg"}
+    assert main(["plot", "run", "--output", "elsewhere", "--formats", "[svg]"]) == 0
+    assert {path.suffix for path in Path("elsewhere").iterdir()} == {".svg"}
+
+
+def test_plot_of_what_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    assert main(["plot", "empty"]) == 2
+    assert "no table in" in capsys.readouterr().err
+    assert not any(Path("empty").iterdir())
 
 
 def test_an_interruption_says_how_to_go_on(

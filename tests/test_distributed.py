@@ -17,10 +17,14 @@ JOBS = {
     "ddp": [
         *(f"train-{rule}-{order}" for rule in ("sign", "brSF") for order in ("before", "inner", "after")),
         "lent-brSF-before",
+        "watch-brSF-before",
+        "watch-sign-after",
         "checkpoint-brSF-before",
     ],
     "fsdp": [
         *(f"train-{rule}-{order}" for rule in ("sign", "brSF") for order in ("before", "after")),
+        "watch-brSF-before",
+        "watch-sign-after",
         "checkpoint-sign-before",
         "checkpoint-brSF-after",
     ],

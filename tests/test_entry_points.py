@@ -435,15 +435,6 @@ def test_autograd_grad_of_the_input_alone():
     assert (got - by_backprop(plain, x).input).norm() > 1e-3 * got.norm()
 
 
-def test_a_gradient_of_the_gradient_is_refused():
-    """V's product is no derivative of the forward: a second derivative through it would mean nothing."""
-    model, _ = patched_copy(mlp())
-    leaf = draw(3, 4).requires_grad_()
-    (slope,) = torch.autograd.grad(probe(model(leaf)), leaf, create_graph=True)
-    with pytest.raises(RuntimeError):
-        slope.square().sum().backward()
-
-
 def test_a_forward_without_grad_keeps_its_bits_and_the_next_step_is_right():
     plain, x = mlp(), draw(3, 4)
     model, feedback = patched_copy(plain)
@@ -685,31 +676,6 @@ def test_fused_attention_is_the_oracle_or_raises_by_name():
     feedback = random_feedback(plain, ["fc", "attention.out_proj"])
     feedbackhook.patch(model, "tensor", include=list(feedback), feedback=feedback)
     assert_matches_oracle_or_names_a_layer(lambda: gradients(model, x), plain, feedback, x)
-
-
-def test_functional_call_with_other_parameters():
-    """`torch.func.functional_call` puts other tensors in the parameters' place for one forward."""
-    plain, x = mlp(), draw(3, 4)
-    model, feedback = patched_copy(plain)
-    others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    leaf = x.clone().requires_grad_()
-    output = torch.func.functional_call(model, others, (leaf,))
-    probe(output).backward()
-    got = Gradients(output.detach(), leaf.grad, {name: p.grad for name, p in others.items()})
-    assert_matches_oracle(got, plain, feedback, x, unlike=MLP_UPSTREAM)
-
-
-def test_torch_func_grad():
-    plain, x = mlp(), draw(3, 4)
-    model, feedback = patched_copy(plain)
-
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return probe(torch.func.functional_call(model, parameters, (x,)))
-
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    of_parameters, of_input = torch.func.grad(loss, argnums=(0, 1))(weights, x)
-    got = Gradients(plain(x).detach(), of_input, of_parameters)
-    assert_matches_oracle(got, plain, feedback, x, unlike=MLP_UPSTREAM)
 
 
 def test_parameters_replaced_after_patching():

@@ -31,6 +31,7 @@ from feedbackhook.experiments.config import (
 )
 from feedbackhook.experiments.train import Progress, resolve, train
 from feedbackhook.recorder import Recorder, read
+from feedbackhook.report.plots import FIGURES
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +95,13 @@ def test_a_run_leaves_its_folder(config: RunConfig) -> None:
         "status.json",
         "metrics/.lock",
         *(f"metrics/part-0000{i}.parquet" for i in range(5)),
-        "figures/error.png",
-        "figures/weight_angle.png",
+        *(f"figures/{name}.png" for name in FIGURES if not name.startswith(("gradient", "accuracy"))),
     }
     assert (result.status, result.epoch, result.step) == ("finished", 4, 12)
     assert status(config) == {k: v for k, v in vars(result).items() if k != "folder"}
-    assert result.figures == [folder / "figures" / "error.png", folder / "figures" / "weight_angle.png"]
+    assert [path.stem for path in result.figures] == sorted(
+        path.stem for path in (folder / "figures").iterdir()
+    )
 
     table = read(folder)
     assert set(table["run"]) == {"run"}
@@ -112,18 +114,56 @@ def test_a_run_leaves_its_folder(config: RunConfig) -> None:
     np.testing.assert_allclose(series(table, "learning_rate"), [2e-4, 2e-4, 2e-4, 2e-5])
     assert len(series(table, "train_loss")) == len(series(table, "train_error")) == 4
     layers = enumerate(["conv1", "conv2", "fc1", "fc2"])
-    expected = sorted((e, name, depth) for depth, name in layers for e in (0, 3, 4))
-    for metric in ("weight_angle", "sign_agreement", "norm_ratio"):
-        rows = table[table.metric == metric]
-        assert sorted(zip(rows["epoch"], rows["layer"], rows["depth"], strict=True)) == expected
+    # watched before the updates 0, 3, 6 and 9, which are the first of their epoch; V and W also at the end
+    watched = [(3 * e, e + 1, name, depth) for depth, name in layers for e in range(4)]
+    last = [(12, 4, name, depth) for _, _, name, depth in watched[::4]]
+    for metric, expected in (
+        ("error_angle", watched),
+        ("weight_norm", watched),
+        ("gradient_norm", watched),
+        *((metric, watched + last) for metric in ("weight_angle", "sign_agreement", "norm_ratio")),
+    ):
+        rows = table[(table.metric == metric) & table.layer.notna()]
+        found = sorted(zip(rows["step"], rows["epoch"], rows["layer"], rows["depth"], strict=True))
+        assert found == sorted(expected), metric
+    assert not table.duplicated(["step", "layer", "metric"]).any()
 
 
 def test_the_recorded_angles_are_those_of_the_definition(config: RunConfig) -> None:
     config.protocol.epochs = 1
     train(config)
-    first = read(str(config.output)).query("epoch == 0 and layer == 'fc1'").set_index("metric")["value"]
+    first = read(str(config.output)).query("step == 0 and layer == 'fc1'").set_index("metric")["value"]
     assert first["weight_angle"] == pytest.approx(41.41, abs=0.3)  # uniform W, Liao et al.'s M o sign(W)
+    assert first["expected_weight_angle"] == pytest.approx(first["weight_angle"], abs=0.3)
     assert first["sign_agreement"] == 1.0
+
+
+def test_gradient_angles_are_measured_where_asked_for_and_change_nothing(config: RunConfig) -> None:
+    config.record = RecordConfig(every=3)
+    plain = train(config)
+    config.record = RecordConfig(every=2, gradient_angle_every=4, per_sample=True)
+    measured = train(replace(config, output=f"{config.output}-measured"))
+    assert measured.last_error == plain.last_error
+    losses = [series(read(result.folder), "train_loss") for result in (plain, measured)]
+    assert losses[0] == losses[1]
+    table = read(measured.folder)
+    angles = table[table.metric == "gradient_angle"]
+    assert sorted(set(angles["step"])) == [0, 4, 8]
+    assert (angles[angles.layer == "fc2"]["value"] == 0).all()
+    assert (angles[angles.layer == "conv1"]["value"] > 1).all()
+    assert {"error_angle_per_sample", "error_angle_samples"} < set(table["metric"])
+    assert {path.stem for path in measured.figures} == set(FIGURES)
+
+
+def test_rows_of_an_epoch_that_was_not_kept_are_not_there_twice(config: RunConfig) -> None:
+    """The first watched step of the interrupted epoch has the number of the checkpoint's last."""
+    config.record.every = 1
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=at(2, 2, KeyboardInterrupt))
+    train(config, resume=True)
+    table = read(str(config.output))
+    assert not table.duplicated(["step", "layer", "metric"]).any()
+    assert sorted(set(table[table.metric == "error_angle"]["step"])) == list(range(12))
 
 
 def test_config_yaml_says_all_that_the_run_was(config: RunConfig) -> None:
@@ -361,6 +401,7 @@ def test_digits_are_learned_with_sign_concordant_feedback(tmp_path: Path) -> Non
         ({"protocol": ProtocolConfig(milestones=[0])}, "milestones must be 1 or more"),
         ({"protocol": ProtocolConfig(device="abacus")}, "device 'abacus' cannot be used"),
         ({"record": RecordConfig(every=0)}, "record.every"),
+        ({"record": RecordConfig(gradient_angle_every=-1)}, "record.gradient_angle_every"),
         ({"model": ModelConfig("timm/nothing")}, "no model named 'nothing'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -400,15 +441,18 @@ def test_a_run_without_any_angle_has_no_figure_of_it(options, tmp_path):
     config.feedback.mode, config.feedback.options, config.protocol.epochs = "random", options, 1
     result = train(config)
     assert result.status == "finished"
-    assert [path.name for path in result.figures] == ["error.png"]
+    drawn = {path.stem for path in result.figures}
+    assert "error" in drawn
+    assert not drawn & {"weight_angle", "error_angle", "weight_angle_map", "error_angle_map"}
 
 
 def test_resuming_a_finished_run_draws_missing_figures(tmp_path):
     config = RunConfig(output=str(tmp_path / "run"))
     config.protocol.epochs = 1
-    for path in train(config).figures:
+    figures = train(config).figures
+    for path in figures:
         path.unlink()
-    assert [path.name for path in train(config, resume=True).figures] == ["error.png", "weight_angle.png"]
+    assert train(config, resume=True).figures == figures
 
 
 def test_a_run_that_diverges_before_its_first_epoch_ends_with_its_table(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import feedbackhook
@@ -65,6 +66,20 @@ def test_the_mapping():
     assert not any(name.startswith(("layer4", "fc")) for name in rules)
 
 
+@pytest.mark.usefixtures("_small_timm")
+def test_the_watched_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(10):
+        folder = Path("cifar10/train") / str(number)
+        folder.mkdir(parents=True)
+        for image in range(13):
+            Image.effect_noise((32, 32), 50 + image).convert("RGB").save(folder / f"{image}.png")
+    exec(BLOCKS[4], {})
+    table = feedbackhook.read("runs/resnet18")
+    assert set(table["step"]) == {0}
+    assert {"error_angle", "gradient_norm", "learning_rate"} < set(table["metric"])
+
+
 @pytest.mark.usefixtures("_forget_new_rules")
 def test_the_rule_of_ones_own():
     model = nn.Linear(4, 4)
@@ -73,4 +88,4 @@ def test_the_rule_of_ones_own():
 
 
 def test_every_block_is_tried():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
 
+import feedbackhook
 from feedbackhook.recorder import COLUMNS, Recorder, read, written_aside
 
 
@@ -88,6 +90,63 @@ def test_rows_after_a_step_are_dropped_and_made_anew(tmp_path: Path) -> None:
     assert read(tmp_path)["epoch"].tolist() == [0, 0, 1, 1]
     fill(tmp_path, range(2, 4))
     assert read(tmp_path)["epoch"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_rows_of_a_later_epoch_are_dropped_at_the_same_step(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        recorder.add(5, 1, "loss", 1.0)
+        recorder.add(5, 2, "angle", 2.0)
+        recorder.flush()
+        recorder.add(5, 2, "norm", 3.0)
+        recorder.drop_after(5, epoch=1)
+    assert read(tmp_path)["metric"].tolist() == ["loss"]
+
+
+def test_rows_go_to_disk_when_the_interval_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("feedbackhook.recorder.time.monotonic", lambda: now)
+    with Recorder(tmp_path, interval=10) as recorder:
+        recorder.add(0, 0, "loss", 1.0)
+        now += 9
+        recorder.add(1, 0, "loss", 1.0)
+        assert not list(tmp_path.rglob("*.parquet"))
+        now += 1
+        recorder.add(2, 0, "loss", 1.0)
+        assert read(tmp_path)["step"].tolist() == [0, 1, 2]
+        recorder.add(3, 0, "loss", 1.0)
+        assert len(list(tmp_path.rglob("*.parquet"))) == 1
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with Recorder(tmp_path / "other") as recorder, Recorder(tmp_path / "other"):
+        recorder.add(0, 0, "loss", 1.0)
+        recorder.flush()
+        recorder.drop_after(-1)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="closed"):
+        recorder.add(1, 0, "loss", 1.0)
+    monkeypatch.setenv("RANK", "0")
+    with Recorder(tmp_path / "first") as recorder:
+        recorder.add(0, 0, "loss", 1.0)
+    assert len(read(tmp_path / "first")) == 1
+
+
+def test_tensorboard_gets_scalars_and_histograms(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path, tensorboard=True) as recorder:
+        feedbackhook.patch(model, "sign").watch(1, recorder)
+        model(torch.randn(5, 3)).sum().backward()
+        optimizer.step()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    table = read(tmp_path)
+    (scalar,) = events.Scalars("error_angle/2")
+    row = table[(table.metric == "error_angle") & (table.layer == "2")]
+    assert scalar.value == pytest.approx(row["value"].item())
+    assert {"V/2", "W/2", "gradient/2"} <= set(events.Tags()["histograms"])
 
 
 def test_a_part_is_cut_where_the_step_lies_within_it(tmp_path: Path) -> None:

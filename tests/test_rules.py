@@ -10,7 +10,7 @@ from torch import nn
 import feedbackhook
 from feedbackhook import LayerInfo
 from feedbackhook.feedback import Feedback
-from feedbackhook.rules import describe, make_rule, rule_name, rule_values
+from feedbackhook.rules import describe, expected_angle, make_rule, rule_name, rule_values
 
 N = 1200
 INFO = LayerInfo("fc", "Linear", (N, N), N)
@@ -237,3 +237,31 @@ def test_what_is_no_rule_is_refused():
         feedbackhook.register_rule("halved")(Halved)
     with pytest.raises(ValueError, match=r"'sign' is taken by feedbackhook.rules.Sign"):
         feedbackhook.register_rule("sign")(Second)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("uSF", {}),
+        ("NuSF", {}),
+        ("frSF", {}),
+        ("brSF", {"concordance": 0.75}),
+        ("sign", {"concordance": 0.3}),
+        ("sign", {"magnitude": "weight", "concordance": 0.8}),
+        ("random", {}),
+        ("symmetric", {}),
+    ],
+    ids=str,
+)
+def test_the_expected_angle_is_that_of_a_large_layer(request, distribution, mode, options):
+    layer = nn.Linear(N, N)
+    layer.weight.data = request.getfixturevalue(distribution).clone()
+    row = feedbackhook.measure(feedbackhook.patch(layer, mode, **options))[0]
+    assert expected_angle(make_rule(mode, options), layer.weight) == pytest.approx(row.value, abs=0.3)
+
+
+def test_a_rule_need_not_know_its_angle():
+    rule = make_rule("tensor", {"feedback": {}})
+    assert expected_angle(rule, torch.ones(2, 2)) is None
+    assert math.isnan(expected_angle(make_rule("uSF", {}), torch.zeros(2, 2)))
