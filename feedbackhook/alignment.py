@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from feedbackhook.patching import Patch
 
 _BLOCK = 1 << 17  # float64 numbers compared at a time on a CPU: three buffers of 1 MiB stay in cache
+_GPU_BLOCK = 1 << 24  # and on a GPU, where they are to take some hundred MiB at most
 
 
 class Row(NamedTuple):
@@ -68,7 +69,7 @@ class Sums(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> Sums:
         """Those of two tensors of one shape."""
-        return cls(*_sums(*_flat(a.detach(), b.detach())).tolist())
+        return cls(*_sums(*_flat(gathered(a.detach()), gathered(b.detach()))).tolist())
 
     @classmethod
     def total(cls, parts: Iterable[Sums]) -> Sums:
@@ -93,16 +94,17 @@ class Sums(NamedTuple):
 def measure(patch: Patch, loss: Tensor | None = None, *, per_sample: bool = False) -> list[Row]:
     """How the feedback of each layer, and of all together, compares with backprop on the graph of `loss`.
 
-    Call it before `loss.backward()`; it makes two gradient passes of its own. The graph, `.grad`, buffers,
-    random states, counts and probes are as if it had not been called. Without `loss` it gives what V and W
-    alone tell: `weight_angle`, `sign_agreement` and `norm_ratio`.
+    Call it before `loss.backward()`; it makes two gradient passes of its own. The graph, the parameters'
+    `.grad`, buffers, random states, counts and probes are as if it had not been called; hooks that you have
+    put on tensors of the graph, `retain_grad()` among them, see both passes. Without `loss` it gives what V
+    and W alone tell: `weight_angle`, `sign_agreement` and `norm_ratio`.
 
     Args:
         patch: the handle.
         loss: a scalar that a forward of the patched model has just given.
         per_sample: also gives `error_angle_per_sample`, the mean of the angles of single samples (along the
-            first dimension), and `error_angle_samples`, over how many; a sample without an error signal has
-            none.
+            first dimension of the layer's input; inside nn.MultiheadAttention that is the position), and
+            `error_angle_samples`, over how many; a sample without an error signal has none.
 
     Returns:
         Rows by layer in the order of `patch.layers`, then those of the whole network. A layer to which the
@@ -111,7 +113,8 @@ def measure(patch: Patch, loss: Tensor | None = None, *, per_sample: bool = Fals
 
     Raises:
         ValueError: `loss` is no scalar, or its graph holds no patched layer.
-        RuntimeError: the graph is used up, was made by compiled code, or holds a reentrant checkpoint.
+        RuntimeError: the graph is used up, was made by compiled code, or holds a reentrant checkpoint;
+            parameters are sharded; it is the first step of DistributedDataParallel with `static_graph=True`.
     """
     bracket = patch._bracket
     if loss is None:
@@ -128,8 +131,7 @@ def measure(patch: Patch, loss: Tensor | None = None, *, per_sample: bool = Fals
             "disabled, or by another model?"
         )
     gradients = {
-        layer: Sums.total(map(Sums.of, delivered[layer], exact[layer])) if delivered[layer] else Sums()
-        for layer in bracket.layers
+        layer: Sums.total([Sums(), *map(Sums.of, delivered[layer], exact[layer])]) for layer in bracket.layers
     }
     rows = [*weight_rows(bracket), *errors.rows(bracket.layers)]
     rows += [_row(layer, "gradient_angle", total.angle) for layer, total in gradients.items()]
@@ -151,29 +153,41 @@ def weight_rows(bracket: Bracket) -> Iterator[Row]:
 
 
 class ErrorAngles:
-    """What is seen of error signals while they pass the layers: V's and W's product with the same delta."""
+    """What is seen of error signals while they pass the layers: V's and W's product with the same delta.
 
-    def __init__(self, per_sample: bool = False) -> None:
+    Backwards count together as long as they accumulate: one that finds no gradient in any patched weight is
+    the first of its step, and what was seen before it belongs to a step that was given up.
+    """
+
+    def __init__(self, layers: Iterable[Layer], per_sample: bool = False) -> None:
         self.per_sample = per_sample
         self.seen: dict[Layer, list[Tensor]] = {}
         self._samples: dict[Layer, list[Tensor]] = {}
+        self._layers = list(layers)
+        self._backward = -1
 
     def observe(self, layer: Layer, by_v: Tensor, by_w: Tensor) -> None:
         """Notes one error signal: its products with V and with W, each of the input's shape."""
+        if self._backward != (now := torch._C._current_graph_task_id()):
+            self._backward = now
+            trained = [p for each in self._layers for p in each.parameters() if p.requires_grad]
+            if trained and all(p.grad is None for p in trained):
+                self.seen.clear()
+                self._samples.clear()
         self.seen.setdefault(layer, []).append(_sums(*_flat(by_v, by_w)))
         if self.per_sample:
             samples = len(by_v) if by_v.dim() >= len(layer.info.shape) else 1  # layers take single ones too
-            a, b = (x.to(_wide(x)).reshape(samples, -1) for x in (by_v, by_w))
-            sums = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], dim=1)
-            self._samples.setdefault(layer, []).append(_angles(sums))
+            a, b = (x.reshape(samples, x.numel() // max(1, samples)) for x in (by_v, by_w))
+            self._samples.setdefault(layer, []).append(_angles_of_rows(a, b))
 
     def rows(self, layers: Iterable[Layer]) -> Iterator[Row]:
         """The rows of each layer; what was not seen is NaN."""
         for layer in layers:
-            parts = (Sums(*part.tolist()) for part in self.seen.get(layer, []))
-            yield _row(layer, "error_angle", Sums.total([Sums(), *parts]).angle)
+            calls = (Sums(*part.tolist()) for part in self.seen.get(layer, []))
+            yield _row(layer, "error_angle", Sums.total([Sums(), *calls]).angle)
             if self.per_sample:
-                angles = torch.cat([torch.empty(0), *(part.cpu() for part in self._samples.get(layer, []))])
+                parts = [part.cpu() for part in self._samples.get(layer, [])]
+                angles = torch.cat([torch.empty(0, device="cpu"), *parts])
                 yield _row(layer, "error_angle_per_sample", angles.nanmean().item())
                 yield _row(layer, "error_angle_samples", float(angles.isfinite().sum()))
 
@@ -181,7 +195,7 @@ class ErrorAngles:
 @contextmanager
 def observed(bracket: Bracket, per_sample: bool = False) -> Iterator[ErrorAngles]:
     """Collects the error angles of the backwards within."""
-    errors = ErrorAngles(per_sample)
+    errors = ErrorAngles(bracket.layers, per_sample)
     bracket.observers.append(errors.observe)
     try:
         yield errors
@@ -193,13 +207,8 @@ def _check(bracket: Bracket, loss: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss must be a tensor of one number, not {shape}")
-    if not loss.requires_grad:
+    if loss.grad_fn is None:
         raise ValueError("loss has no graph: was it made without gradients, or detached?")
-    if any(layer.compiled for layer in bracket.layers):
-        raise RuntimeError(
-            "measure(patch, loss) cannot look inside compiled code; build the loss by the uncompiled model, "
-            "or call measure(patch) for what V and W alone tell"
-        )
     if any(hasattr(p, "full_tensor") for layer in bracket.layers for p in layer.parameters()):
         raise RuntimeError(
             "measure(patch, loss) does not work on sharded parameters, whose gradients only backward() puts "
@@ -232,14 +241,29 @@ def _gradients(loss: Tensor, parameters: dict[Layer, list[Tensor]]) -> dict[Laye
 
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors for which `loss.backward()` would gather gradients."""
+    """The tensors for which `loss.backward()` would gather gradients.
+
+    Raises:
+        RuntimeError: the graph holds what a pass of ours would not see, or would disturb.
+    """
     nodes, seen = [loss.grad_fn], {loss.grad_fn}
     while nodes:
-        node = nodes.pop()
+        node: Any = nodes.pop()
         if node is None:
             continue
-        if (leaf := getattr(node, "variable", None)) is not None:
-            yield leaf
+        if node.name() == "torch::autograd::AccumulateGrad":
+            yield node.variable
+        if node.name().startswith("CompiledFunction"):
+            raise RuntimeError(
+                "measure(patch, loss) cannot look inside compiled code; build the loss by the uncompiled "
+                "model, or call measure(patch) for what V and W alone tell"
+            )
+        ddp = node.ddp_weakref() if hasattr(node, "ddp_weakref") else None
+        if ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued:
+            raise RuntimeError(
+                "DistributedDataParallel with static_graph=True makes up its mind in the first backward, "
+                "which must be the training's own: call measure(patch, loss) from the second step on"
+            )
         for earlier, _ in node.next_functions:
             if earlier not in seen:
                 seen.add(earlier)
@@ -253,19 +277,26 @@ def _as_if_nothing_were(patch: Patch) -> Iterator[None]:
     bracket = patch._bracket
     kept = [(layer, vars(layer).copy()) for layer in bracket.layers]
     observers, bracket.observers = bracket.observers, []
-    buffers = [(buffer, buffer.clone()) for buffer in patch.model.buffers()]
+    buffers: dict[Tensor, Tensor] = {}
+
+    def keep(module: torch.nn.Module, args: object) -> None:
+        buffers.update({buffer: buffer.clone() for buffer in module.buffers() if buffer not in buffers})
+
     devices = {p.device for p in patch.model.parameters() if p.device.type == "cuda"}
+    recomputing = torch.nn.modules.module.register_module_forward_pre_hook(keep)
     try:
         with torch.random.fork_rng(devices=devices):
             for layer in bracket.layers:
                 layer.taps = type(layer.taps)()
             yield
     finally:
+        recomputing.remove()
         bracket.observers = observers
         for layer, before in kept:
             vars(layer).update(before)
-        for buffer, value in buffers:
-            buffer.data.copy_(value)  # by `data`, so that a graph which has saved the buffer goes on
+        for buffer, value in buffers.items():
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)  # by `data`, so that a graph which has saved the buffer goes on
 
 
 def _row(layer: Layer | None, metric: str, value: float) -> Row:
@@ -298,6 +329,13 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A sharded tensor (torch.distributed's DTensor) put together, for which every rank must ask."""
+    gather = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if gather is None else gather()
+    return whole.to_dense() if whole.is_sparse else whole
+
+
 def _wide(x: Tensor) -> torch.dtype:
     """The type in which sums are made: float64, but on Apple's GPUs, which lack it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
@@ -306,12 +344,26 @@ def _wide(x: Tensor) -> torch.dtype:
 def _sums(a: Tensor, b: Tensor) -> Tensor:
     """The five numbers of `Sums` for two flat tensors, on their device."""
     total = torch.zeros(5, dtype=_wide(a), device=a.device)
-    block = _BLOCK if a.device.type == "cpu" else max(1, a.numel())
+    block = _block(a)
     for start in range(0, a.numel(), block):
         x, y = (part[start : start + block].to(total.dtype) for part in (a, b))
         products = x * y
         total += torch.stack([x.dot(y), x.dot(x), y.dot(y), (products > 0).sum(), products.count_nonzero()])
     return total
+
+
+def _angles_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """The angle of each row of a with the same row of b, in degrees; NaN where one is all zero."""
+    sums = []
+    rows = max(1, _block(a) // max(1, a.shape[1]))
+    for start in range(0, len(a), rows):
+        x, y = (part[start : start + rows].to(_wide(a)) for part in (a, b))
+        sums.append(torch.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], dim=1))
+    return _angles(torch.cat(sums)) if sums else a.new_empty(0, dtype=_wide(a))
+
+
+def _block(x: Tensor) -> int:
+    return _BLOCK if x.device.type == "cpu" else _GPU_BLOCK
 
 
 def _angles(sums: Tensor) -> Tensor:

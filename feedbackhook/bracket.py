@@ -207,6 +207,11 @@ class Bracket:
         self._resolve(self.layers)
         forget_compiled_code()
 
+    @property
+    def attached(self) -> bool:
+        """Whether its hooks are on a model."""
+        return bool(self._hooks)
+
     def detach(self, model: nn.Module) -> None:
         """Takes away every hook, mark and guard, and a mode that an interrupted forward has left behind."""
         if (mode := self._mode()) is not None:

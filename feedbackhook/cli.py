@@ -266,5 +266,5 @@ def _summary(console: Console, result: RunResult) -> None:
         best = f"best {result.best_error:.2f}% (epoch {result.best_epoch})"
         console.print(f"test error: last {result.last_error:.2f}%, {best}")
     console.print(f"run folder: {result.folder}")
-    for figure in result.figures:
-        console.print(f"figure: {figure}")
+    if result.figures:
+        console.print(f"figures: {len(result.figures)} in {result.folder}/figures")

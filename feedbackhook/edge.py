@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from feedbackhook.feedback import Feedback
 from feedbackhook.products import Call
@@ -139,13 +140,6 @@ class FeedbackEdge(torch.autograd.Function):
             _, error_in, *nothing = _send_back(ctx, error_out)
         return error_out, _Last.apply(error_in, error_out), *nothing
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(
-            "forward-mode derivatives do not pass a patched layer whose input requires a gradient: they meet "
-            "no error signal, so set patch.enabled = False for them"
-        )
-
 
 def _send_back(ctx: Any, error_out: Tensor) -> tuple[Tensor | None, ...]:
     """The edge's backward: the error signal for the layer's own node, and V's product for the input."""
@@ -201,7 +195,8 @@ class _Last(torch.autograd.Function):
 
 
 class TransformableEdge(FeedbackEdge):
-    """The same in the form that torch.func's transforms ask for, which takes far longer to call."""
+    """The same in the form that torch.func's transforms and forward mode ask for, which takes far longer to
+    call (and which `torch.compile` does not trace)."""
 
     generate_vmap_rule = True
 
@@ -214,9 +209,16 @@ class TransformableEdge(FeedbackEdge):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         FeedbackEdge.forward(ctx, *inputs)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            "forward-mode derivatives do not pass a patched layer whose input requires a gradient: they meet "
+            "no error signal, so set patch.enabled = False for them"
+        )
+
 
 def join(*inputs: Any) -> Tensor:
     """Applies the feedback edge to the inputs of `FeedbackEdge.forward`."""
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     joined: Tensor = (TransformableEdge if transformed else FeedbackEdge).apply(*inputs)
     return joined

@@ -233,8 +233,13 @@ class Patch:
             A handle whose `remove()` ends it, as that of the patch does.
 
         Raises:
-            RuntimeError: at the watched step, where the model runs as compiled code, which shows nothing.
+            ValueError: `every` or `step` out of range.
+            RuntimeError: the patch is removed. Later, from the optimizer's step: where model or step run as
+                compiled code, which shows nothing; where the step runs its own backward (`step(closure)`) or
+                lies inside one; where two optimizers step after a backward each.
         """
+        if not self._bracket.attached:
+            raise RuntimeError("this patch is removed: there is nothing to watch")
         return Watch(self, every, recorder, step, per_sample)
 
     @property

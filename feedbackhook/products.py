@@ -34,7 +34,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
 
 
 def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
-    return torch.matmul(delta, feedback)  # delta V, over the last dimension
+    # delta V over the last dimension, as one product of matrices: `matmul` would make one for each sample of
+    # a delta that cannot be viewed as a matrix.
+    rows = torch.mm(delta.reshape(-1, delta.shape[-1]), feedback)
+    return rows.view(*delta.shape[:-1], feedback.shape[1])
 
 
 def _conv(

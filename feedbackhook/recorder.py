@@ -39,6 +39,8 @@ class Recorder:
 
     Attributes:
         epoch: the epoch that runs, for the rows of :meth:`feedbackhook.Patch.watch`; set it in the loop.
+        histograms: whether histograms are wanted; so on every rank, since what is sharded is gathered for
+            them.
 
     Raises:
         BlockingIOError: another recorder is at work in this folder.
@@ -64,6 +66,7 @@ class Recorder:
         self._closed = False
         self._lock: IO[str] | None = None
         self._board: Any = None
+        self.histograms = tensorboard
         if _rank():
             return
         board = _summary_writer() if tensorboard else None
@@ -94,17 +97,16 @@ class Recorder:
         self._rows.append((self.run, int(step), int(epoch), layer, depth, metric, float(value)))
         if self._board is not None:
             self._board.add_scalar(metric if layer is None else f"{metric}/{layer}", float(value), int(step))
-        if time.monotonic() - self._written >= self._interval:
-            self.flush()
+        self.flush_if_due()
 
-    @property
-    def histograms(self) -> bool:
-        """Whether :meth:`add_histogram` has somewhere to write to."""
-        return self._board is not None
+    def flush_if_due(self) -> None:
+        """Write the rows that wait, if the interval is over."""
+        if self._rows and time.monotonic() - self._written >= self._interval:
+            self.flush()
 
     def add_histogram(self, step: int, name: str, values: Tensor) -> None:
         """Add a histogram to TensorBoard; without it, nothing happens. A tensor that holds what is not
-        finite has none."""
+        finite has none. A sharded one must have been gathered."""
         if self._board is not None and bool(values.isfinite().all()):
             self._board.add_histogram(name, values.float(), int(step))
 
@@ -148,7 +150,7 @@ class Recorder:
             try:
                 self.flush()
             finally:
-                self._lock.close()
+                _unlock(self._lock)
                 self._lock = None
                 if self._board is not None:
                     self._board.close()
@@ -246,6 +248,14 @@ def _lock(path: Path) -> IO[str]:
             f"{path.parent.parent} is being written by another run: wait for it, or use another folder"
         ) from None
     return file
+
+
+def _unlock(file: IO[str]) -> None:
+    """Lets go of the lock, also where a process that was forked off (a data loader's) holds the file open."""
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
 
 
 def _part_name(number: int) -> str:

@@ -232,16 +232,19 @@ class Sign:
         return v
 
     def expected_angle(self, weight: Tensor) -> float:
-        """By the means over the random parts, with c the concordance: the cosine is (2c - 1) times
-        E(M) / sqrt(E(M^2)) = sqrt(3)/2 for random magnitudes, times mean(|W|) / sqrt(mean(W^2)) unless M is
-        |W|. NaN where W is all zero."""
+        """By the means over the random parts and the nonzero entries of W, with c the concordance: the
+        cosine is (2c - 1) times E(M) / sqrt(E(M^2)) = sqrt(3)/2 for random magnitudes, times
+        mean(|W|) / sqrt(mean(W^2)) unless M is |W|. NaN where V is all zero."""
         w = weight.detach().cpu().abs().double()
+        w = w[w != 0]
+        if not w.numel() or self.scale == 0:
+            return math.nan
         cosine = 2 * self.concordance - 1
         if self.magnitude != "weight":
             cosine *= float(w.mean() / w.square().mean().sqrt())
         if self.magnitude == "random":
             cosine *= math.sqrt(3) / 2
-        return math.degrees(math.acos(cosine)) if -1 <= cosine <= 1 else math.nan
+        return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 @register_rule("random")

@@ -243,7 +243,7 @@ def watch(case: str, rule_name: str, order: str, folder: str) -> None:
     lone = patch(Wrapped(single) if prefix else single, **rule)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, single)]
     folders = [os.path.join(folder, name) for name in ("many", "one")]
-    with Recorder(folders[0]) as many, Recorder(folders[1]) as one:
+    with Recorder(folders[0], tensorboard=True) as many, Recorder(folders[1]) as one:
         handle.watch(1, many)
         lone.watch(1, one)
         for _ in range(2):
@@ -271,6 +271,27 @@ def watch(case: str, rule_name: str, order: str, folder: str) -> None:
     difference = (got[~local] - want[~local]).abs().max()
     largest["watched"] = float(difference)
     assert difference < 1e-6, difference
+
+
+def static(case: str, rule_name: str, order: str, folder: str) -> None:
+    """A static graph is refused in its first step, whose backward must be the first, and measured later."""
+    inner = redrawn(CNN())
+    handle = patch(inner, **RULES[rule_name])
+    model = DistributedDataParallel(inner, static_graph=True)
+    single = redrawn(CNN())
+    patch(single, **RULES[rule_name])
+    for step in range(2):
+        for m in (model, single):
+            m.zero_grad()
+        loss = loss_of(model, mine(BATCH))
+        if step == 0:
+            with pytest.raises(RuntimeError, match="static_graph"):
+                feedbackhook.measure(handle, loss)
+        else:
+            feedbackhook.measure(handle, loss)
+        loss.backward()
+        loss_of(single, BATCH).backward()
+        compare("gradients of a static graph", grads(model), grads(single))
 
 
 def checkpoint(case: str, rule_name: str, order: str, folder: str) -> None:
@@ -301,7 +322,7 @@ def checkpoint(case: str, rule_name: str, order: str, folder: str) -> None:
     compare("gradients after restoring", grads(again), grads(model))
 
 
-JOBS = {"train": train, "lent": lent, "watch": watch, "checkpoint": checkpoint}
+JOBS = {"train": train, "lent": lent, "watch": watch, "static": static, "checkpoint": checkpoint}
 
 
 def main(case: str, folder: str, jobs: Iterable[str]) -> None:

@@ -348,6 +348,7 @@ MISUSES = {
     "no scalar": (lambda model, x: model(x), ValueError, r"not \(3, 3\)"),
     "no tensor": (lambda model, x: 1.5, ValueError, "not float"),
     "without gradients": (without_grad, ValueError, "no graph"),
+    "a leaf": (lambda model, x: torch.ones((), requires_grad=True), ValueError, "no graph"),
     "another model's": (lambda model, x: probe(mlp()(x)), ValueError, "no patched layer"),
     "reentrant checkpoint": (reentrant_loss, RuntimeError, "use_reentrant=False"),
 }
@@ -366,13 +367,46 @@ def test_a_loss_that_cannot_be_measured_is_an_error_that_says_why(make, error, m
     assert gradients(model, x).input is not None
 
 
-def test_a_compiled_model_is_refused_with_a_way_out():
+def test_a_compiled_graph_is_refused_and_the_ways_out_work():
     model, x = mlp(), draw(3, 4)
     patch = feedbackhook.patch(model, "sign")
     loss = probe(torch.compile(model, backend="aot_eager")(x))
-    with pytest.raises(RuntimeError, match=r"measure\(patch\)"):
+    with pytest.raises(RuntimeError, match=r"uncompiled model, or call measure\(patch\)"):
         feedbackhook.measure(patch, loss)
     assert {row.metric for row in feedbackhook.measure(patch)} == WEIGHT_METRICS
+
+
+class Buffers(nn.Module):
+    """A buffer whose entries share their memory, and a patched part in a whole with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = mlp(), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+        self.register_buffer("shared", torch.ones(1, dtype=torch.float64).expand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.head, self.body(x), use_reentrant=False) * self.shared
+
+
+@pytest.mark.parametrize("part", ["body", ""])
+def test_buffers_stay_as_they_are_wherever_they_lie(part):
+    model, x = Buffers(), draw(5, 4)
+    patch = feedbackhook.patch(model.get_submodule(part), "sign")
+    loss = probe(model(x))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    feedbackhook.measure(patch, loss)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    loss.backward()
+
+
+def test_an_empty_batch_has_no_angles_but_rows():
+    model = mlp()
+    rows = feedbackhook.measure(
+        feedbackhook.patch(model, "sign"), model(draw(0, 4).requires_grad_()).sum(), per_sample=True
+    )
+    assert all(math.isnan(value) for value in values(rows, "error_angle_per_sample").values())
+    assert set(values(rows, "error_angle_samples").values()) == {0}
 
 
 def test_depth_is_the_order_of_the_forward():

@@ -34,13 +34,13 @@ def test_train_says_how_it_went_and_where_all_lies(capsys: pytest.CaptureFixture
         "finished (2 epochs kept)",
         "test error",
         "run folder",
-        "figure",
-        "figure",
+        "figures",
     ]
     errors = read("runs/digits-sign-seed3").query("metric == 'test_error'")["value"].tolist()
     assert lines[1].startswith(f"test error: last {errors[2]:.2f}%, best {min(errors[1:]):.2f}%")
     assert lines[2] == "run folder: runs/digits-sign-seed3"
-    assert all(Path(line.partition(": ")[2]).exists() for line in lines[3:])
+    drawn = list(Path("runs/digits-sign-seed3/figures").iterdir())
+    assert lines[3] == f"figures: {len(drawn)} in runs/digits-sign-seed3/figures"
 
 
 def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture[str]) -> None:

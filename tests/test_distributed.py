@@ -19,6 +19,7 @@ JOBS = {
         "lent-brSF-before",
         "watch-brSF-before",
         "watch-sign-after",
+        "static-sign-before",
         "checkpoint-brSF-before",
     ],
     "fsdp": [

@@ -216,6 +216,21 @@ def test_two_recorders_on_one_folder_are_refused(tmp_path: Path) -> None:
     Recorder(tmp_path).close()
 
 
+def test_a_process_that_was_forked_off_does_not_keep_the_folder(tmp_path: Path) -> None:
+    """As a data loader's workers are, which may outlive the recorder."""
+    with Recorder(tmp_path) as recorder:
+        recorder.add(0, 0, "loss", 1.0)
+        child = os.fork()
+        if not child:
+            signal.pause()
+            os._exit(0)
+    try:
+        Recorder(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_rows_before_an_error_are_kept_and_the_folder_is_free(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
 

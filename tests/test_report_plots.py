@@ -141,7 +141,7 @@ def watched(
 def test_steps_are_placed_within_their_epoch(tmp_path: Path) -> None:
     axes = layers_against_epoch(watched(tmp_path), "error_angle").axes[0]
     xs, ys = lines(axes)[1]
-    assert xs == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
+    assert xs == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
     assert ys[:3] == pytest.approx([11, 11.1, 11.2])
     assert axes.get_xlabel() == "epoch"
 
@@ -187,10 +187,33 @@ def test_accuracy_stands_above_the_mean_angle_of_the_layers(tmp_path: Path) -> N
     upper, lower = accuracy_and_angle(watched(tmp_path)).axes
     assert lines(upper)[0] == ([0, 1, 2, 3], [50, 52, 54, 56])
     xs, ys = lines(lower)[0]
-    assert xs == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    assert xs == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
     assert ys[:2] == pytest.approx([21, 21.1])  # without the network's own row, 77
     assert "mean of 3 layers" in lower.get_ylabel()
     assert upper.get_ylabel() == "test accuracy [%]"
+
+
+def test_layers_of_unknown_depth_come_last_and_none_is_lost(tmp_path: Path) -> None:
+    rows = watched(tmp_path, layers=4)
+    rows.loc[rows["layer"] == "layer1", "depth"] = pandas.NA
+    labels = [label.get_text() for label in layer_heat_map(rows, "error_angle").axes[0].get_yticklabels()]
+    assert labels == ["layer0", "layer2", "layer3", "layer1"]
+    rows["depth"] = pandas.NA
+    assert len(layer_heat_map(rows, "error_angle").axes[0].get_yticklabels()) == 4
+    assert len(legend(layers_against_epoch(rows, "error_angle").axes[0])) == 4
+
+
+def test_an_epoch_that_has_not_ended_goes_on_at_the_pace_of_the_last(tmp_path: Path) -> None:
+    rows = watched(tmp_path)
+    rows = rows[~(rows["metric"].str.startswith("test") & (rows["step"] > 4))]
+    assert lines(layers_against_epoch(rows, "error_angle").axes[0])[0][0] == [step / 2 for step in range(8)]
+
+
+def test_accuracy_and_angle_share_one_clock(tmp_path: Path) -> None:
+    rows = watched(tmp_path)
+    upper, lower = accuracy_and_angle(rows[rows["metric"] != "test_error"]).axes
+    assert lines(upper)[0][0] == [0, 1, 2, 3]
+    assert lines(lower)[0][0][:3] == [0, 0.5, 1]
 
 
 def test_all_figures_are_drawn_and_what_is_missing_is_named(tmp_path: Path) -> None:

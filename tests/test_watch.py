@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_what_is_watched_is_what_measure_gives(tmp_path):
             step(model, optimizer, x)
     got = recorded(tmp_path / "run")
     assert {key[0] for key in got} == {0, 2, 4}
-    assert {key[2] for key in got} == {*WATCHED, "learning_rate"}
+    assert {key[2] for key in got} == {*WATCHED, "learning_rate", "expected_weight_angle"}
     for key, value in want.items():
         assert got[key] == pytest.approx(value, rel=1e-12, nan_ok=True), key
     depth = read(tmp_path / "run").dropna(subset=["layer"]).groupby("layer")["depth"].unique()
@@ -120,9 +121,10 @@ def test_the_epoch_is_the_recorders_and_the_step_goes_on(tmp_path):
     assert set(zip(table["step"], table["epoch"], strict=True)) == {(9, 5)}
 
 
-def test_two_optimizers_are_one_step(tmp_path):
+def test_two_optimizers_are_one_step_and_each_has_its_rate(tmp_path):
     model, x = mlp(), draw(3, 4)
-    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[:2], model[2:])]
+    rates = {0.1: model[:2], 0.2: model[2:]}
+    optimizers = [torch.optim.SGD(part.parameters(), lr=rate) for rate, part in rates.items()]
     with Recorder(tmp_path / "run") as recorder:
         feedbackhook.patch(model, "sign").watch(1, recorder)
         for _ in range(3):
@@ -130,7 +132,140 @@ def test_two_optimizers_are_one_step(tmp_path):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    assert {key[0] for key in recorded(tmp_path / "run")} == {0, 1, 2}
+    got = recorded(tmp_path / "run")
+    assert {key[0] for key in got} == {0, 1, 2}
+    assert all(math.isfinite(got[step, "4", "error_angle"]) for step in range(3))
+    assert {(key[1], value) for key, value in got.items() if key[2] == "learning_rate"} == {
+        ("0", 0.1),
+        ("2", 0.2),
+        ("4", 0.2),
+    }
+
+
+def test_an_optimizer_that_takes_the_place_of_another_goes_on(tmp_path):
+    model, x = mlp(), draw(3, 4)
+    with Recorder(tmp_path / "run") as recorder:
+        watch = feedbackhook.patch(model, "sign").watch(1, recorder)
+        old = torch.optim.SGD(model.parameters(), lr=0.1)
+        new = torch.optim.Adam(model.parameters(), lr=0.01)
+        for optimizer in (old, old, new, new):
+            step(model, optimizer, x)
+        assert watch.step == 4
+    assert {key[0] for key in recorded(tmp_path / "run")} == {0, 1, 2, 3}
+
+
+def test_two_optimizers_with_a_backward_each_are_refused(tmp_path):
+    model, x = mlp(), draw(3, 4)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[:2], model[2:])]
+    with Recorder(tmp_path / "run") as recorder:
+        feedbackhook.patch(model, "sign").watch(1, recorder)
+        for optimizer in optimizers:
+            step(model, optimizer, x)
+        with pytest.raises(RuntimeError, match="a backward each"):
+            step(model, optimizers[0], x)
+
+
+def test_a_step_with_its_backward_inside_is_refused(tmp_path):
+    model, x = mlp(), draw(3, 4)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = probe(model(x))
+        loss.backward()
+        return loss
+
+    with Recorder(tmp_path / "run") as recorder:
+        feedbackhook.patch(model, "sign").watch(1, recorder)
+        with pytest.raises(RuntimeError, match="closure"):
+            optimizer.step(closure)
+        optimizer.step(closure)  # the watch has ended
+
+
+def test_a_step_inside_the_backward_is_refused(tmp_path):
+    model, x = mlp(), draw(3, 4)
+    optimizer = torch.optim.SGD([model[4].weight], lr=0.1)
+    model[4].weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with Recorder(tmp_path / "run") as recorder:
+        feedbackhook.patch(model, "sign").watch(1, recorder)
+        with pytest.raises(RuntimeError, match="inside the backward"):
+            probe(model(x)).backward()
+
+
+def test_a_backward_that_was_given_up_is_not_counted(tmp_path):
+    """As where a GradScaler finds an infinite gradient and skips the step."""
+    model, x = mlp(), draw(3, 4)
+    patch = feedbackhook.patch(model, "sign")
+    want = {
+        row.layer: row.value
+        for row in feedbackhook.measure(patch, probe(model(x)))
+        if row.metric == "error_angle"
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path / "run") as recorder:
+        patch.watch(1, recorder)
+        for factor in (math.inf, 100.0):
+            (probe(model(x.flip(0))) * factor).backward()
+            optimizer.zero_grad()
+        step(model, optimizer, x)
+    got = recorded(tmp_path / "run")
+    for layer, value in want.items():
+        assert got[0, layer, "error_angle"] == pytest.approx(value, nan_ok=True)
+
+
+def test_norms_of_half_precision_do_not_overflow(tmp_path):
+    model, x = mlp().half(), draw(3, 4).half()
+    with Recorder(tmp_path / "run") as recorder:
+        feedbackhook.patch(model, "sign").watch(1, recorder)
+        model(x).sum().backward()
+        for parameter in model.parameters():
+            parameter.grad.fill_(30000)
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert recorded(tmp_path / "run")[0, "4", "gradient_norm"] == pytest.approx(30000 * 15**0.5, rel=1e-3)
+
+
+def test_gradients_that_the_optimizer_unscales_are_unscaled(tmp_path):
+    """As GradScaler leaves it to a fused optimizer."""
+    model, x = mlp(), draw(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    with Recorder(tmp_path / "run") as recorder:
+        feedbackhook.patch(model, "sign").watch(1, recorder)
+        probe(model(x)).backward()
+        want = model[4].weight.grad.norm().item()
+        for parameter in model.parameters():
+            parameter.grad *= 512
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(512.0), torch.tensor(0.0)
+        optimizer.step()
+    assert recorded(tmp_path / "run")[0, "4", "gradient_norm"] == pytest.approx(want)
+
+
+def test_an_optimizer_without_a_rate_has_none(tmp_path):
+    model, x = mlp(), draw(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path / "run") as recorder:
+        feedbackhook.patch(model, "sign").watch(1, recorder)
+        probe(model(x)).backward()
+        optimizer.param_groups[0]["lr"] = None  # as Adafactor's is, which finds its own
+        feedbackhook.get_patch(model)._bracket.before_step(optimizer)
+    assert math.isnan(recorded(tmp_path / "run")[0, None, "learning_rate"])
+
+
+def test_rows_reach_the_disk_when_the_interval_is_over_though_no_step_is_watched(tmp_path):
+    model, x = mlp(), draw(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path / "run", interval=0.05) as recorder:
+        feedbackhook.patch(model, "sign").watch(1000, recorder)
+        step(model, optimizer, x)
+        time.sleep(0.06)
+        step(model, optimizer, x)
+        assert recorded(tmp_path / "run").keys() >= {(0, "4", "error_angle"), (0, None, "learning_rate")}
+
+
+def test_a_removed_patch_cannot_be_watched(tmp_path):
+    patch = feedbackhook.patch(mlp(), "sign")
+    patch.remove()
+    with Recorder(tmp_path / "run") as recorder, pytest.raises(RuntimeError, match="removed"):
+        patch.watch(1, recorder)
 
 
 def test_an_optimizer_that_holds_no_patched_weight_is_no_step(tmp_path):

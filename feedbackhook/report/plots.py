@@ -162,11 +162,10 @@ def accuracy_and_angle(table: DataFrame) -> Figure:
     runs = list(table["run"].unique())
     with _figure(left_out + more_left_out, rows=2, size=(7.0, 5.6)) as (figure, axes, sns):
         palette = sns.color_palette("colorblind" if len(runs) <= 10 else "viridis", len(runs))
-        by_run = {"x": "epoch", "y": "value", "hue": "run", "hue_order": runs, "palette": palette}
         upper, lower = axes
-        sns.lineplot(_timed(table, accuracy)[0], ax=upper, errorbar=None, legend=len(runs) > 1, **by_run)
         timed, clock = _timed(table, angles)
-        by_run["x"] = clock
+        by_run = {"x": clock, "y": "value", "hue": "run", "hue_order": runs, "palette": palette}
+        sns.lineplot(_timed(table, accuracy)[0], ax=upper, errorbar=None, legend=len(runs) > 1, **by_run)
         sns.lineplot(timed, ax=lower, errorbar=("pi", 100), legend=False, **by_run)
         lower.axhline(90, linestyle=":", color="0.3")
         upper.set(xlabel="", ylabel="test accuracy [%]", title="Accuracy beside the mean gradient angle")
@@ -215,8 +214,14 @@ class NothingToDraw(ValueError):
 
 
 def _layers(table: DataFrame) -> DataFrame:
-    """The rows that belong to a layer."""
-    return table[table["layer"].notna()]
+    """The rows that belong to a layer; a layer of which no row tells the depth comes after those that have
+    one, in the order of the rows."""
+    rows = table[table["layer"].notna()]
+    depth = rows.groupby("layer", sort=False)["depth"].min()
+    unknown = depth[depth.isna()].index
+    first = 0 if depth.isna().all() else int(depth.max()) + 1
+    places = {**depth.dropna().to_dict(), **{name: first + place for place, name in enumerate(unknown)}}
+    return rows.assign(depth=rows["layer"].map(places).astype(int))
 
 
 def _rows(table: DataFrame, metrics: dict[str, str]) -> tuple[DataFrame, int]:
@@ -233,17 +238,21 @@ def _rows(table: DataFrame, metrics: dict[str, str]) -> tuple[DataFrame, int]:
 
 def _timed(table: DataFrame, rows: DataFrame) -> tuple[DataFrame, str]:
     """The rows with the name of the column in which time is: "epoch", counted in fractions between the steps
-    at which each run's table says that epochs ended, or "step" where a table does not say so."""
+    at which each run's table says that epochs ended (and on, at the last one's pace, for one that has not),
+    or "step" where a table does not tell the length of an epoch."""
     import numpy as np
     import pandas as pd
 
-    ends = table[table["metric"] == "test_error"].sort_values("step")
+    ends = table[table["metric"].isin(["test_error", "test_accuracy"])].sort_values("step")
     parts = []
     for run, part in rows.groupby("run", sort=False):
         of_run = ends[ends["run"] == run].drop_duplicates("step")
-        if of_run.empty:
+        if len(of_run) < 2:
             return rows, "step"
-        parts.append(part.assign(epoch=np.interp(part["step"], of_run["step"], of_run["epoch"])))
+        step, epoch = of_run["step"].to_numpy(float), of_run["epoch"].to_numpy(float)
+        pace = (epoch[-1] - epoch[-2]) / (step[-1] - step[-2])
+        after = np.maximum(part["step"] - step[-1], 0) * pace
+        parts.append(part.assign(epoch=np.interp(part["step"], step, epoch) + after))
     return pd.concat(parts), "epoch"
 
 
