@@ -69,7 +69,7 @@ def memory() -> pd.DataFrame:
             table[f"{column} beyond plain"] = (table[column] - plain[column]) / result["patched_weights"]
         frames.append(table.assign(case=case))
     columns = ["case", "contestant", "lasting", "peak", "lasting beyond plain", "peak beyond plain"]
-    return pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
+    return pd.concat(frames)[columns]
 
 
 def print_memory(console: Console, case: str) -> None:
@@ -84,10 +84,13 @@ def print_memory(console: Console, case: str) -> None:
 
 
 def draw() -> None:
-    """Writes results/step_time.csv, results/step_time.png and results/memory.csv."""
-    step_time().round(4).to_csv(RESULTS / "step_time.csv", index=False)
-    _figure(ratios()).savefig(RESULTS / "step_time.png", dpi=120)
-    memory().round(4).to_csv(RESULTS / "memory.csv", index=False)
+    """Writes results/step_time.csv, results/step_time.png and results/memory.csv, as far as there are
+    results."""
+    if (RESULTS / "step_time").exists():
+        step_time().round(4).to_csv(RESULTS / "step_time.csv", index=False)
+        _figure(ratios()).savefig(RESULTS / "step_time.png", dpi=120)
+    if (RESULTS / "memory").exists():
+        memory().round(4).to_csv(RESULTS / "memory.csv", index=False)
 
 
 def _figure(rounds: pd.DataFrame) -> Figure:
@@ -102,7 +105,7 @@ def _figure(rounds: pd.DataFrame) -> Figure:
             y="contestant",
             hue="kind",
             col="case",
-            col_wrap=2,
+            col_wrap=3,
             estimator="median",
             errorbar=("pi", 50),
             linestyle="none",

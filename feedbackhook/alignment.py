@@ -69,7 +69,7 @@ class Sums(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> Sums:
         """Those of two tensors of one shape."""
-        return cls(*_sums(*_flat(gathered(a.detach()), gathered(b.detach()))).tolist())
+        return cls(*_sums(*_flat(gathered(a.detach()), gathered(b.detach())), signs=True).tolist())
 
     @classmethod
     def total(cls, parts: Iterable[Sums]) -> Sums:
@@ -174,7 +174,7 @@ class ErrorAngles:
             if trained and all(p.grad is None for p in trained):
                 self.seen.clear()
                 self._samples.clear()
-        self.seen.setdefault(layer, []).append(_sums(*_flat(by_v, by_w)))
+        self.seen.setdefault(layer, []).append(_sums(*_flat(by_v, by_w), signs=False))
         if self.per_sample:
             samples = len(by_v) if by_v.dim() >= len(layer.info.shape) else 1  # layers take single ones too
             a, b = (x.reshape(samples, x.numel() // max(1, samples)) for x in (by_v, by_w))
@@ -341,14 +341,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """The five numbers of `Sums` for two flat tensors, on their device."""
+def _sums(a: Tensor, b: Tensor, signs: bool) -> Tensor:
+    """The numbers of `Sums` for two flat tensors, on their device; without `signs` the last two are zero."""
     total = torch.zeros(5, dtype=_wide(a), device=a.device)
     block = _block(a)
     for start in range(0, a.numel(), block):
         x, y = (part[start : start + block].to(total.dtype) for part in (a, b))
-        products = x * y
-        total += torch.stack([x.dot(y), x.dot(x), y.dot(y), (products > 0).sum(), products.count_nonzero()])
+        total[:3] += torch.stack([x.dot(y), x.dot(x), y.dot(y)])
+        if signs:
+            agreed = (x * y).sign_()  # 1, -1, or 0 where one is zero: quicker than comparing
+            nonzero = agreed.dot(agreed)
+            total[3:] += torch.stack([(agreed.sum() + nonzero) / 2, nonzero])
     return total
 
 

@@ -7,6 +7,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from rich.console import Console
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -91,3 +92,26 @@ def test_the_example_configuration_is_valid(tmp_path):
     result = RunFolder(output).result()
     assert result is not None
     assert result.status == "finished"
+
+
+def test_alignment_trains_and_tells_when_the_angle_falls(tmp_path, capsys):
+    alignment = load(RECIPES / "liao2016" / "alignment.py")
+    alignment.main(data="digits", epochs=2, seeds=2, threads=1, bound=120.0, output=tmp_path)
+    out = capsys.readouterr().out
+    assert "step 0, epoch 1" in out
+    runs = pd.read_csv(tmp_path / "alignment.csv")
+    assert list(runs["run"]) == ["seed0", "seed1"]
+    assert runs["first_angle"].between(85, 95).all()
+    assert set(pd.read_csv(tmp_path / "angles.csv")["metric"]) == {"error_angle", "weight_angle"}
+    assert plt.imread(tmp_path / "error_angle.png").std() > 0.01
+
+    never = alignment.summarise(alignment.read(tmp_path), bound=1.0)
+    assert never["step_below"].isna().all()
+    assert "never" in capture_table(alignment._shown(never, 1.0))
+
+
+def capture_table(table):
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

@@ -10,6 +10,7 @@ import torch
 from oracle import gradients, probe
 from problems import draw, mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import feedbackhook
 from feedbackhook.recorder import Recorder, read
@@ -105,6 +106,22 @@ def test_accumulated_backwards_are_one_step_over_all_of_them(tmp_path):
     for key, value in whole.items():
         assert parts[key] == pytest.approx(value, abs=1e-5, nan_ok=True), key
     assert patch.layers[1].calls == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_forward_is_watched_as_any_other(tmp_path, reentrant):
+    x = draw(3, 4).requires_grad_()
+    for name in ("plain", "checkpointed"):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Recorder(tmp_path / name) as recorder:
+            feedbackhook.patch(model, "frSF").watch(1, recorder)
+            output = model(x) if name == "plain" else checkpoint(model, x, use_reentrant=reentrant)
+            probe(output).backward()
+            optimizer.step()
+    plain, checkpointed = recorded(tmp_path / "plain"), recorded(tmp_path / "checkpointed")
+    assert math.isfinite(plain[0, "0", "error_angle"])
+    assert checkpointed == pytest.approx(plain)
 
 
 def test_the_epoch_is_the_recorders_and_the_step_goes_on(tmp_path):
