@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, FunctionType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ from feedbackhook.products import OPERATIONS, Call
 from feedbackhook.rules import redrawn_by_updates
 from feedbackhook.targets import Target
 
+if TYPE_CHECKING:
+    from feedbackhook.watch import Watch
+
 MARK = "_feedbackhook"
 """The one attribute that is set on modules: on each that is patched and on each of their ancestors."""
 
@@ -60,16 +63,6 @@ class Use(NamedTuple):
     layer: Layer
     weight: Tensor
     view: View | None
-
-
-class Watcher(Protocol):
-    """What follows the optimizers' steps."""
-
-    def before_step(self, optimizer: Optimizer) -> None: ...
-
-    def after_step(self, optimizer: Optimizer) -> None: ...
-
-    def remove(self) -> None: ...
 
 
 class _Mode(TorchFunctionMode):
@@ -170,7 +163,7 @@ class Bracket:
         self.enabled = True
         self.exact = False
         self.observers: list[Callable[[Layer, Tensor, Tensor], None]] = []
-        self.watches: list[Watcher] = []
+        self.watches: list[Watch] = []
         self._by_weight: dict[int, tuple[Tensor, Layer]] = {}
         self._traced_mode = _Mode(self)
         self._hooks: list[RemovableHandle] = []
