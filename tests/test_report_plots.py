@@ -93,6 +93,9 @@ def test_many_layers_have_a_scale_of_depth_in_place_of_names(tmp_path: Path) -> 
     axes, bar = figure.axes
     assert legend(axes) == []
     assert "depth" in bar.get_ylabel()
+    assert bar.get_ylim() == (-0.5, 19.5)
+    rows = table(tmp_path / "without the first", layers=20)
+    assert angles_against_epoch(rows[rows.layer != "layer0"]).axes[1].get_ylim() == (0.5, 19.5)
     assert len({line.get_color() for line in axes.lines if len(line.get_xdata()) == 4}) == 20
 
 

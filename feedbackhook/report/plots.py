@@ -33,8 +33,8 @@ _CELLS = 120  # so many columns of a heat map can be told apart
 
 QUANTITIES: dict[str, tuple[str, str]] = {
     "weight_angle": ("Weight angle", "angle between V and W [°]"),
-    "error_angle": ("Error angle", "angle between V's and W's error signals [°]"),
-    "gradient_angle": ("Gradient angle", "angle between gradient and backprop's [°]"),
+    "error_angle": ("Error angle", "angle of V's to W's error signal [°]"),
+    "gradient_angle": ("Gradient angle", "angle to backprop's gradient [°]"),
     "norm_ratio": ("Norm ratio", "norm of V / norm of W"),
     "sign_agreement": ("Sign agreement", "share of agreeing signs"),
 }
@@ -111,12 +111,14 @@ def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
                 ha="right",
                 fontsize="x-small",
                 color="0.3",
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+                zorder=10,
             )
         _scale(axes, metric, float(rows["value"].max()))
         if named:
             _legend_beside(axes, "layer, input to output")
         else:
-            _depth_bar(figure, axes, palette)
+            _depth_bar(figure, axes, palette, int(rows["depth"].min()))
     return figure
 
 
@@ -272,7 +274,7 @@ def _references(table: DataFrame, metric: str) -> Iterator[tuple[float, str]]:
 def _scale(axes: Axes, metric: str, highest: float) -> None:
     if metric.endswith("angle"):
         top = min(max(95.0, highest + 5), 180.0)
-        axes.set(ylim=(0, top), yticks=range(0, int(top) + 1, 15))
+        axes.set(ylim=(-2, top), yticks=range(0, int(top) + 1, 15))  # so that a line at 0 is seen
     elif metric == "norm_ratio":
         axes.set_yscale("log")
     else:
@@ -307,11 +309,12 @@ def _legend_beside(axes: Axes, title: str | None = None) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=title)
 
 
-def _depth_bar(figure: Figure, axes: Axes, colours: list[tuple[float, float, float]]) -> None:
+def _depth_bar(figure: Figure, axes: Axes, colours: list[tuple[float, float, float]], first: int) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.ticker import MaxNLocator
 
-    scale = ScalarMappable(Normalize(-0.5, len(colours) - 0.5), ListedColormap(colours))
+    ends = Normalize(first - 0.5, first + len(colours) - 0.5)
+    scale = ScalarMappable(ends, ListedColormap(colours))
     ticks = MaxNLocator(integer=True)
     figure.colorbar(scale, ax=axes, label="depth of the layer, 0 at the input", ticks=ticks)
