@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from feedbackhook.experiments.batch_norm import PaperBatchNorm, estimate_statistics
 from feedbackhook.experiments.config import ConfigError, ModelConfig
-from feedbackhook.experiments.models import PaperBatchNorm, build, estimate_statistics, liao2016_mnist
+from feedbackhook.experiments.models import build
+from feedbackhook.experiments.networks import NETWORKS, build_network
 
 WITHOUT_BN = 431_080
 
@@ -39,6 +41,96 @@ def test_the_mnist_network_has_the_layers_of_table_1(batch_norm: str, count: int
     block = [nn.ReLU] if batch_norm == "none" else [PaperBatchNorm, nn.ReLU]
     conv = [nn.Conv2d, *block, nn.MaxPool2d]
     assert order == [*conv, *conv, nn.Linear, *block, nn.Linear]
+
+
+# Table 1: what each layer gives, and its weights and biases: kernel * kernel * maps in * maps out + maps out
+TABLE_1 = {
+    "liao2016/mnist": (10, 1, 431_080, {"pool1": (20, 12, 12), "pool2": (50, 4, 4), "fc1": (500,)}),
+    "liao2016/cifar": (
+        100,
+        3,
+        2_432 + 51_264 + 102_464 + 131_200 + 12_900,
+        {
+            "conv1": (32, 32, 32),
+            "pool1": (32, 16, 16),
+            "conv2": (64, 16, 16),
+            "pool2": (64, 8, 8),
+            "conv3": (64, 8, 8),
+            "pool3": (64, 4, 4),
+            "fc1": (128,),
+            "fc2": (100,),
+        },
+    ),
+    "liao2016/svhn": (
+        10,
+        3,
+        1_520 + 502_272 + 327_720 + 410,
+        {
+            "conv1": (20, 28, 28),
+            "pool1": (20, 14, 14),
+            "conv2": (512, 8, 8),
+            "pool2": (512, 4, 4),
+            "fc1": (40,),
+            "fc2": (10,),
+        },
+    ),
+    "liao2016/images": (
+        102,
+        3,
+        11_712 + 153_728 + 18_433 * 306 + 307 * 204 + 205 * 102,
+        {
+            "conv1": (48, 56, 56),
+            "pool1": (48, 28, 28),
+            "conv2": (128, 24, 24),
+            "pool2": (128, 12, 12),
+            "fc1": (306,),
+            "fc2": (204,),
+            "fc3": (102,),
+        },
+    ),
+    "liao2016/timit": (
+        80,
+        1,
+        1_846 * 512 + 513 * 256 + 257 * 80,
+        {"fc1": (512,), "fc2": (256,), "fc3": (80,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+@pytest.mark.parametrize("batch_norm", ["none", "paper"])
+def test_every_network_has_the_layers_of_table_1(name: str, batch_norm: str) -> None:
+    classes, channels, count, expected = TABLE_1[name]
+    shape = NETWORKS[name].input
+    model = build(ModelConfig(name, batch_norm=batch_norm), classes, channels, shape[1:] or (1, 1845))  # type: ignore
+    shapes = {}
+    for layer, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, y, layer=layer: shapes.update({layer: tuple(y.shape[1:])}))
+    model(torch.zeros(2, *shape))
+    assert {layer: shapes[layer] for layer in expected} == expected
+    assert shapes[""] == (classes,)
+    assert parameters(model) == count
+
+
+def test_narrow_problems_have_at_least_256_units() -> None:
+    assert build_network("liao2016/images", 17, 3).fc1.out_features == 256
+
+
+def test_an_average_takes_no_notice_of_padding() -> None:
+    pool = build_network("liao2016/cifar", 10, 3).pool2
+    assert pool(torch.ones(1, 1, 16, 16)).eq(1).all()
+
+
+def test_a_torchvision_model_takes_the_place() -> None:
+    model = build(ModelConfig("torchvision/resnet18"), 7, 3, (64, 64))
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    for config, message in (
+        (ModelConfig("torchvision/resnet19"), "resnet18"),
+        (ModelConfig("torchvision/resnet18", batch_norm="paper"), "brings its own"),
+        (ModelConfig("torchvision/resnet18", options={"depth": 3}), "depth"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(config, 7, 3, (64, 64))
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["paper", "affine"])
@@ -82,7 +174,7 @@ def test_the_test_statistics_are_a_moving_average_of_mean_and_standard_deviation
 
 def test_on_one_mini_batch_evaluation_equals_training() -> None:
     torch.manual_seed(0)
-    model = liao2016_mnist(batch_norm="paper")
+    model = build_network("liao2016/mnist", 10, 1, "paper")
     x = torch.randn(20, 1, 28, 28)
     estimate_statistics(model, [x])
     torch.testing.assert_close(model.eval()(x), model.train()(x), rtol=1e-4, atol=1e-4)
@@ -135,7 +227,7 @@ def test_a_timm_model_is_built_for_the_data() -> None:
         (ModelConfig(), 8, "takes images of 28x28, not 8x8: set data.size to 28"),
         (ModelConfig(options={"width": 2}), 28, r"has no model.options; it was given \['width'\]"),
         (ModelConfig("timm/resnet81"), 28, "no model named 'resnet81'; near it: resnet"),
-        (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "a timm model brings its own"),
+        (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "brings its own"),
         (ModelConfig("timm/resnet18", options={"wings": 2}), 28, "timm/resnet18 with model.options.*wings"),
         (ModelConfig("timm/vit_tiny_patch16_224"), 28, "cannot take images of 28x28 with 1 channels"),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Frozen = Literal["Top", "Bottom"]
+
 
 class ConfigError(ValueError):
     """A run cannot start as it is configured; the message says what to change."""
@@ -34,14 +36,17 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: `liao2016/mnist`, the paper's network for MNIST, or `timm/NAME` for any timm model.
+        name: one of the paper's networks, `liao2016/mnist`, `liao2016/cifar`, `liao2016/svhn`,
+            `liao2016/timit`, `liao2016/images` (its Table 1), or `timm/NAME` or `torchvision/NAME`.
         batch_norm: for the paper's networks, before each hidden ReLU: `none`; `paper`, which has no
-            learnable scale and shift; `affine`, which has them. A timm model brings its own.
-        options: keyword arguments of `timm.create_model`, such as `pretrained`.
+            learnable scale and shift; `affine`, which has them. Other models bring their own.
+        frozen: `Bottom` leaves the last layer as it was drawn, `Top` trains it alone; null trains all.
+        options: keyword arguments of `timm.create_model` or of torchvision's builder, such as `pretrained`.
     """
 
     name: str = "liao2016/mnist"
     batch_norm: Literal["none", "paper", "affine"] = "none"
+    frozen: Frozen | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -136,6 +141,9 @@ class RunConfig:
     """One run.
 
     Args:
+        condition: one of the paper's, such as `SGD`, `uSF+BN+BM`, `brSF+BN+BM concordance=0.75` or
+            `RndF Bottom`; it decides mode and options of the feedback, normalisation, frozen part, name and
+            setting of the optimizer. null: these are as given.
         data: the images
         model: the network
         feedback: the feedback weights
@@ -146,6 +154,7 @@ class RunConfig:
         provenance: versions, machine and command, filled in by the run; what is given here has no effect.
     """
 
+    condition: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)

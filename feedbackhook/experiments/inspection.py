@@ -91,7 +91,7 @@ def inspect(config: InspectConfig) -> Inspection:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = models.build(
-            ModelConfig(name), 10 if name == models.LIAO_MNIST else 1000, channels, (height, width)
+            ModelConfig(name), 10 if name.startswith("liao2016/") else 1000, channels, (height, width)
         )
     try:
         with feedbackhook.patch(model, "symmetric") as patch:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import feedbackhook
 from feedbackhook.experiments import data, models
+from feedbackhook.experiments.batch_norm import estimate_statistics
+from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, OptimizerConfig, RunConfig
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
 from feedbackhook.optim import BatchManhattan
@@ -100,9 +102,10 @@ def train(
 
 
 def default_output(config: RunConfig) -> str:
-    """runs/DATA-MODE-seedSEED."""
+    """runs/DATA-MODE-seedSEED, or the condition in the place of the mode."""
     name = config.data.name.rstrip("/").replace(":", "/").rpartition("/")[2]
-    return f"runs/{name}-{config.feedback.mode or 'backprop'}-seed{config.protocol.seed}"
+    what = config.condition or config.feedback.mode or "backprop"
+    return f"runs/{name}-{what.replace(' ', '-')}-seed{config.protocol.seed}"
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -111,6 +114,8 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: a number is out of its range, or the device is not there.
     """
+    if config.condition is not None:
+        config = Condition.parse(config.condition).configure(config)
     p = config.protocol
     for name, value, least in (
         ("protocol.epochs", p.epochs, 1),
@@ -168,7 +173,8 @@ class _Run:
         model = models.build(config.model, self.data.classes, channels, (height, width))
         # channels last: the same numbers but for rounding, and twice as fast on a CPU
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = _optimizer(config.optimizer, self.model.parameters())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(config.optimizer, trained)
         assert p.milestones is not None
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, p.milestones, p.rate_factor)
         self.order = torch.Generator().manual_seed(p.seed)
@@ -290,7 +296,7 @@ class _Run:
     def _evaluate(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
         """Test loss and error, and after the last epoch how V compares with W in each layer."""
         p, result = self.config.protocol, self.result
-        models.estimate_statistics(self.model, self._statistics_batches())
+        estimate_statistics(self.model, self._statistics_batches())
         loss, error = self._test()
         recorder.add(self.step, self.epoch, "test_loss", _finite("test_loss", loss))
         recorder.add(self.step, self.epoch, "test_error", error)

@@ -1,0 +1,98 @@
+"""Batch normalisation as in Liao, Leibo and Poggio 2016, and its statistics for evaluation.
+
+Shapes: N images, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PaperBatchNorm(nn.Module):
+    """Batch normalisation as in Liao, Leibo and Poggio 2016: no learnable scale and shift unless asked for.
+
+    In training, (x - mean) / std with the mini-batch's own mean and std, per channel over batch and pixels.
+    In evaluation, with the averages that :func:`estimate_statistics` took last (before that, 0 and 1). The
+    paper leaves open whether the variance is biased; here std = sqrt(biased variance + eps) in both, as
+    training normalises by it. The backward pass is PyTorch's own, through mean and std.
+
+    Args:
+        channels: C of the input, shape (N, C) or (N, C, H, W).
+        affine: a learnable scale and shift by channel (the paper's columns BN and BN+BM).
+        eps: added to the variance.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, affine: bool = False, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.channels, self.eps = channels, eps
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) to the same shape."""
+        if self.training:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        return F.batch_norm(x, self.mean, self.std.square(), self.weight, self.bias, eps=0.0)
+
+    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of a mini-batch (N, C, ...), each of shape (C,)."""
+        mean, unbiased = torch.zeros_like(self.mean), torch.zeros_like(self.std)
+        # a momentum of 1 fills in the mini-batch's own; several times as fast as torch.var_mean
+        F.batch_norm(x, mean, unbiased, training=True, momentum=1.0)
+        count = x.numel() // self.channels
+        return mean, (unbiased * ((count - 1) / count) + self.eps).sqrt()
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, affine={self.weight is not None}, eps={self.eps}"
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Iterable[Tensor], alpha: float = 0.05) -> None:
+    """Take the statistics for evaluation of every :class:`PaperBatchNorm` in ``model``, in place.
+
+    Exponential moving average of each mini-batch's mean and std, average <- (1 - alpha) average +
+    alpha batch (Liao et al. 2016: alpha = 0.05, 20 mini-batches, after each epoch). Where the average
+    starts is not stated in the paper; here it starts anew at each call, with the first mini-batch.
+    All other layers run as in evaluation, so dropout draws nothing. A model without PaperBatchNorm is
+    left alone and the batches are not drawn.
+
+    Args:
+        model: left in the mode (training or evaluation) in which it came, module by module.
+        batches: inputs of the training set.
+        alpha: the weight of the newest mini-batch, 0 to 1.
+    """
+    norms = [m for m in model.modules() if isinstance(m, PaperBatchNorm)]
+    if not norms:
+        return
+    averages: dict[PaperBatchNorm, tuple[Tensor, Tensor]] = {}
+
+    def update(norm: PaperBatchNorm, inputs: tuple[Tensor]) -> None:
+        batch = norm.batch_statistics(inputs[0])
+        old = averages.get(norm, batch)
+        averages[norm] = (old[0].lerp(batch[0], alpha), old[1].lerp(batch[1], alpha))
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [norm.register_forward_pre_hook(update) for norm in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+        for x in batches:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    for norm, (mean, std) in averages.items():
+        norm.mean.copy_(mean)
+        norm.std.copy_(std)

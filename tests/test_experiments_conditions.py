@@ -1,0 +1,128 @@
+"""The grammar of conditions, and what each makes of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from feedbackhook.experiments.conditions import Condition
+from feedbackhook.experiments.config import (
+    ConfigError,
+    FeedbackConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProtocolConfig,
+    RunConfig,
+)
+from feedbackhook.experiments.train import resolve, train
+from feedbackhook.recorder import read
+
+PAPER = [
+    *("SGD", "BM", "BN", "BN+BM", "uSF", "NuSF", "uSF+BM", "uSF+BN", "uSF+BN+BM"),
+    *("brSF+BN+BM", "frSF+BN+BM", "RndF", "RndF+BN", "RndF+BM", "RndF+BN+BM"),
+    *(f"brSF+BN+BM concordance={c}" for c in ("0", "0.25", "0.5", "0.75", "1")),
+    *(f"frSF+BN+BM concordance={c}" for c in ("0", "0.25", "0.5", "0.75", "1")),
+    *(f"{name} Bottom" for name in ("SGD", "RndF", "RndF+BN+BM", "uSF+BN+BM")),
+    *(f"{name} Top" for name in ("SGD", "RndF", "RndF+BN+BM", "uSF+BN+BM")),
+    *(f"{prefix}BM{setting}" for prefix in ("", "uSF+BN+") for setting in (1, 2, 3)),
+]
+"""All conditions of Liao et al. 2016, Tables 2 to 5; "uSF+BN" and "SGD" stand in two of them."""
+
+
+def test_the_paper_has_39_names():
+    assert len(PAPER) == len(set(PAPER)) == 39
+
+
+@pytest.mark.parametrize("name", [*PAPER, "NuSF+BN+BM2 Top", "frSF concordance=0.3 Bottom", "brSF+BM0"])
+def test_a_name_is_parsed_and_written_again(name):
+    assert Condition.parse(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "decided"),
+    [
+        ("SGD", (None, {}, "none", None, "sgd", 1)),
+        ("BM", (None, {}, "none", None, "batch_manhattan", 1)),
+        ("BN", (None, {}, "affine", None, "sgd", 1)),
+        ("BN+BM", (None, {}, "affine", None, "batch_manhattan", 1)),
+        ("NuSF", ("NuSF", {}, "none", None, "sgd", 1)),
+        ("uSF+BN", ("uSF", {}, "paper", None, "sgd", 1)),
+        ("brSF+BN+BM concordance=0.25", ("brSF", {"concordance": 0.25}, "paper", None, "batch_manhattan", 1)),
+        ("uSF+BN+BM3", ("uSF", {}, "paper", None, "batch_manhattan", 3)),
+        ("RndF Top", ("RndF", {}, "none", "Top", "sgd", 1)),
+        ("SGD Bottom", (None, {}, "none", "Bottom", "sgd", 1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_condition_decides(name, decided):
+    config = resolve(RunConfig(condition=name))
+    f, m, o = config.feedback, config.model, config.optimizer
+    assert (f.mode, f.options, m.batch_norm, m.frozen, o.name, o.setting) == decided
+    assert resolve(config) == config  # as a run's config.yaml is a configuration, too
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("uSf", "'uSf' is none of SGD, uSF"),
+        ("BM4", "'BM4' is none of"),
+        ("uSF+RndF", "says twice what feedback is"),
+        ("SGD+BN", "SGD stands alone"),
+        ("uSF concordance=0.5", "belongs to brSF and frSF"),
+        ("brSF concordance=1.5", "a number from 0 to 1, not '1.5'"),
+        ("brSF concordance=x", "not 'x'"),
+        ("SGD Middle", "neither concordance=NUMBER nor Top nor Bottom"),
+        ("", "''"),
+    ],
+)
+def test_what_is_no_condition_says_why(name, message):
+    with pytest.raises(ConfigError, match=message):
+        Condition.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"feedback": FeedbackConfig("RndF")}, "feedback.mode"),
+        ({"model": ModelConfig(batch_norm="affine")}, "model.batch_norm"),
+        ({"optimizer": OptimizerConfig(setting=2)}, "optimizer.setting"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_condition_does_not_overrule_what_is_given(given, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(replace(RunConfig(condition="uSF+BN+BM"), **given))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_condition_trains_an_epoch_on_digits(name, tmp_path):
+    result = train(
+        RunConfig(
+            condition=name,
+            protocol=ProtocolConfig(epochs=1, threads=1),
+            optimizer=OptimizerConfig(lr=5e-5),
+            output=str(tmp_path / "run"),
+        )
+    )
+    assert result.status == "finished"
+    norms = read(tmp_path / "run").query("metric == 'test_error'")["value"]
+    assert len(norms) == 2
+
+
+@pytest.mark.parametrize(("part", "trained"), [("Bottom", ["conv1", "conv2", "fc1"]), ("Top", ["fc2"])])
+def test_the_frozen_part_stays_as_it_was_drawn(part, trained, tmp_path):
+    from safetensors.torch import load_file
+
+    weights = []
+    for epochs in (1, 2):
+        config = RunConfig(condition=f"RndF+BN+BM {part}", protocol=ProtocolConfig(epochs=epochs, threads=1))
+        train(replace(config, output=str(tmp_path / str(epochs))))
+        weights.append(load_file(tmp_path / str(epochs) / "last.safetensors"))
+    moved = {
+        key.partition(".")[0]
+        for key in weights[0]
+        if "bn" not in key and not torch.equal(*(w[key] for w in weights))
+    }
+    assert sorted(moved) == trained
