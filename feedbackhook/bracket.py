@@ -365,6 +365,8 @@ class Bracket:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped: layers whose weight it holds and whose rule asks for it redraw."""
+        if not self.watches and not any(redrawn_by_updates(layer.feedback.rule) for layer in self.layers):
+            return  # nothing follows the step, which need not be looked into
         held = self._held(optimizer)
         for layer in held:
             if redrawn_by_updates(layer.feedback.rule):
