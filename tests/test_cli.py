@@ -14,6 +14,7 @@ import yaml
 
 from feedbackhook.cli import main
 from feedbackhook.experiments import train as train_module
+from feedbackhook.experiments.data import Split
 from feedbackhook.recorder import read
 
 # a network and images that train in a second
@@ -97,15 +98,15 @@ def test_an_interruption_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["train", *SMALL, "--protocol.epochs", "2", "--output", "run"]
-    test = train_module._Run._test
+    evaluate = train_module._Run._loss_and_error
 
-    def interrupt(run: train_module._Run) -> tuple[float, float]:
+    def interrupt(run: train_module._Run, split: Split) -> tuple[float, float]:
         if run.epoch == 2:
             raise KeyboardInterrupt
-        return test(run)
+        return evaluate(run, split)
 
     with monkeypatch.context() as context:
-        context.setattr(train_module._Run, "_test", interrupt)
+        context.setattr(train_module._Run, "_loss_and_error", interrupt)
         assert main(command) == 130
     assert "--resume" in capsys.readouterr().out
     assert json.loads(Path("run/status.json").read_text())["status"] == "interrupted"

@@ -37,6 +37,22 @@ def test_digits_have_a_fixed_stratified_split() -> None:
     assert torch.equal(again.train.labels, data.train.labels)
 
 
+def test_a_share_of_the_training_set_is_held_out_class_by_class() -> None:
+    whole, data = load(DataConfig()), load(DataConfig(held_out=0.1))
+    assert whole.held_out is None
+    assert data.held_out is not None
+    assert (len(data.train.labels), len(data.held_out.labels)) == (1293, 144)
+    assert (data.held_out.labels.bincount() - whole.train.labels.bincount() * 0.1).abs().max() <= 1
+    rows = sorted(row.tobytes() for split in (data.train, data.held_out) for row in split.images.numpy())
+    assert rows == sorted(row.tobytes() for row in whole.train.images.numpy())
+    assert torch.equal(data.test.images, whole.test.images)
+    again = load(DataConfig(held_out=0.1)).held_out
+    assert again is not None
+    assert torch.equal(again.images, data.held_out.images)
+    x, _ = data.batch(data.train, slice(None), CPU)
+    torch.testing.assert_close(x.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)  # of what is trained on
+
+
 def test_digits_are_resized_and_keep_their_range() -> None:
     small, large = load(DataConfig()), load(DataConfig(size=28))
     assert large.train.images.shape == (1437, 1, 28, 28)
@@ -173,6 +189,8 @@ def test_a_channel_of_one_value_does_not_divide_by_zero(folder: Path) -> None:
         (DataConfig("VOCSegmentation"), "'VOCSegmentation' has no classes for training and test"),
         (DataConfig("CIFAR11"), "'CIFAR11' is unknown: use digits, imagefolder:PATH"),
         (DataConfig("imagefolder:nowhere"), "no images in .*nowhere: imagefolder:PATH needs PATH/train"),
+        (DataConfig(held_out=1.0), "data.held_out must be a share from 0 to less than 1, not 1.0"),
+        (DataConfig(held_out=0.001), "cannot set 0.001 of the 1437 images apart"),
         (DataConfig(size=0), "data.size must be a positive number of pixels, not 0"),
     ],
     ids=lambda value: value.name if isinstance(value, DataConfig) else "",

@@ -29,6 +29,8 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
+from feedbackhook.experiments.data import Split, load
+from feedbackhook.experiments.models import build
 from feedbackhook.experiments.train import Progress, resolve, train
 from feedbackhook.recorder import Recorder, read
 from feedbackhook.report.plots import FIGURES
@@ -260,7 +262,7 @@ def test_a_diverged_run_ends_with_its_table(
         config = replace(config, feedback=FeedbackConfig("uSF"), optimizer=OptimizerConfig("sgd", lr=100.0))
     else:
         tested = iter([(0.7, 60.0), (0.6, 20.0), (math.nan, 50.0)])
-        monkeypatch.setattr(train_module._Run, "_test", lambda _: next(tested))
+        monkeypatch.setattr(train_module._Run, "_loss_and_error", lambda *_: next(tested))
     result = train(config)
     assert result.status == "diverged"
     metric = "train_loss" if where == "training" else "test_loss"
@@ -396,7 +398,22 @@ def test_digits_are_learned_with_sign_concordant_feedback(tmp_path: Path) -> Non
         ({"optimizer": OptimizerConfig("sgd", lr=-1.0)}, "learning rate"),
         ({"optimizer": OptimizerConfig(setting=7)}, "setting"),
         ({"protocol": ProtocolConfig(epochs=0)}, "protocol.epochs must be 1 or more, not 0"),
-        ({"protocol": ProtocolConfig(batch_size=41)}, "batch_size 41 is more than the 40 training images"),
+        (
+            {"protocol": ProtocolConfig(batch_size=41)},
+            "a mini-batch of 41 is more than the 40",
+        ),
+        (
+            {"protocol": ProtocolConfig(5, 9, {2: 41})},
+            "a mini-batch of 41 is more than the 40",
+        ),
+        (
+            {"protocol": ProtocolConfig(batch_sizes={0: 5})},
+            "an epoch in protocol.batch_sizes must be 1 or more",
+        ),
+        (
+            {"protocol": ProtocolConfig(batch_sizes={1: 0})},
+            "a size in protocol.batch_sizes must be 1 or more",
+        ),
         ({"protocol": ProtocolConfig(rate_factor=0.0)}, "rate_factor must be positive"),
         ({"protocol": ProtocolConfig(milestones=[0])}, "milestones must be 1 or more"),
         ({"protocol": ProtocolConfig(device="abacus")}, "device 'abacus' cannot be used"),
@@ -416,6 +433,42 @@ def test_what_cannot_run_leaves_no_folder(config: RunConfig, change: dict[str, A
 def test_the_papers_schedule_is_scaled_to_the_epochs() -> None:
     milestones = {n: resolve(RunConfig(protocol=ProtocolConfig(n))).protocol.milestones for n in (65, 15)}
     assert milestones == {65: [50, 60], 15: [12, 14]}
+
+
+def test_mini_batches_change_their_size_after_an_epoch(config: RunConfig) -> None:
+    config.protocol = ProtocolConfig(epochs=4, batch_size=10, batch_sizes={1: 20, 3: 40}, threads=1)
+    result = train(config)
+    errors = read(result.folder)
+    ends = errors[errors["metric"] == "train_error"].set_index("epoch")["step"]
+    assert ends.to_dict() == {1: 4, 2: 6, 3: 8, 4: 9}
+
+
+def test_what_is_held_out_is_not_trained_on_and_its_error_recorded(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.data.held_out = 0.4
+    seen: list[Split] = []
+    evaluate = train_module._Run._loss_and_error
+
+    def spy(run: train_module._Run, split: Split) -> tuple[float, float]:
+        seen.append(split)
+        return evaluate(run, split)
+
+    monkeypatch.setattr(train_module._Run, "_loss_and_error", spy)
+    result = train(config)
+    table = read(result.folder)
+    assert result.step == 4 * 2  # 24 images left of 40, 12 a mini-batch
+    assert len(series(table, "held_out_error")) == len(series(table, "held_out_loss")) == 5
+    held_out, test = seen[0], seen[1]
+    assert (len(held_out.labels), len(test.labels)) == (16, 10)
+    assert result.last_error == series(table, "test_error")[-1]
+    data = load(replace(config.data, size=28))
+    network = build(resolve(config).model, 2, 3, (28, 28))
+    network.load_state_dict(load_file(result.folder / "last.safetensors"))
+    with torch.no_grad():
+        x, y = data.batch(held_out, slice(None), torch.device("cpu"))
+        wrong = (network.eval()(x).argmax(1) != y).double().mean().item()
+    assert series(table, "held_out_error")[-1] == pytest.approx(100 * wrong)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +510,7 @@ def test_resuming_a_finished_run_draws_missing_figures(tmp_path):
 
 def test_a_run_that_diverges_before_its_first_epoch_ends_with_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "feedbackhook.experiments.train._Run._test", lambda self: (float("nan"), float("nan"))
+        "feedbackhook.experiments.train._Run._loss_and_error", lambda *_: (float("nan"), float("nan"))
     )
     result = train(RunConfig(output=str(tmp_path / "run")))
     assert result.status == "diverged"
@@ -501,15 +554,15 @@ def with_a_truncated_part(folder):
 def test_a_damaged_run_is_not_gone_on_with(damage, tmp_path, monkeypatch):
     config = RunConfig(output=str(tmp_path / "run"))
     config.protocol.epochs = 2
-    test = train_module._Run._test
+    evaluate = train_module._Run._loss_and_error
 
-    def interrupt(run):
+    def interrupt(run, split):
         if run.epoch == 2:
             raise KeyboardInterrupt
-        return test(run)
+        return evaluate(run, split)
 
     with monkeypatch.context() as context:
-        context.setattr(train_module._Run, "_test", interrupt)
+        context.setattr(train_module._Run, "_loss_and_error", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     damage(tmp_path / "run")

@@ -23,12 +23,15 @@ class DataConfig:
         root: the folder in which torchvision keeps its datasets.
         download: let torchvision download the dataset into `root`.
         size: resize images to size x size pixels; null: what the model is made for, else as they are.
+        held_out: share of each class of the training set that is not trained on. Its error is recorded beside
+            the test set's, to choose a learning rate and an epoch without a look at the test set.
     """
 
     name: str = "digits"
     root: str = "data"
     download: bool = False
     size: int | None = None
+    held_out: float = 0.0
 
 
 @dataclass
@@ -99,6 +102,7 @@ class ProtocolConfig:
     Args:
         epochs: passes over the training set.
         batch_size: images a mini-batch; what is left at an epoch's end, less than that, is not drawn.
+        batch_sizes: other sizes from an epoch's end on: {3: 500} is 500 images after the third epoch.
         milestones: epochs after which the learning rate is multiplied by `rate_factor`; null: the paper's
             50 and 60 of 65, scaled to `epochs`.
         rate_factor: see `milestones`.
@@ -110,6 +114,7 @@ class ProtocolConfig:
 
     epochs: int = 15
     batch_size: int = 100
+    batch_sizes: dict[int, int] = field(default_factory=dict)
     milestones: list[int] | None = None
     rate_factor: float = 0.1
     seed: int = 0
@@ -128,12 +133,14 @@ class RecordConfig:
             two more backward passes; 0: none.
         per_sample: also record the error angle of single samples, averaged over the mini-batch.
         tensorboard: also write all of it to tensorboard/ in the run folder.
+        figures: draw the figures when the run ends; `feedbackhook plot` draws them later.
     """
 
     every: int = 50
     gradient_angle_every: int = 0
     per_sample: bool = False
     tensorboard: bool = False
+    figures: bool = True
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch import Tensor
 from feedbackhook.experiments.config import ConfigError, DataConfig
 
 _SPLIT_SEED = 0  # of the splits that are ours: the same for every run
+_TEST_SHARE = 0.2  # of data that come without a split
 
 
 class Split(NamedTuple):
@@ -29,10 +30,12 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a test set, with the training set's mean and std, each (C, 1, 1), in units of 0 to 1."""
+    """A training and a test set, perhaps a set held out of the former, and the mean and std of what is
+    trained on, each (C, 1, 1), in units of 0 to 1."""
 
     train: Split
     test: Split
+    held_out: Split | None
     classes: int
     mean: Tensor
     std: Tensor
@@ -63,6 +66,8 @@ def load(config: DataConfig) -> ImageData:
     size = config.size
     if size is not None and size < 1:
         raise ConfigError(f"data.size must be a positive number of pixels, not {size}")
+    if not 0 <= config.held_out < 1:
+        raise ConfigError(f"data.held_out must be a share from 0 to less than 1, not {config.held_out}")
     kind, _, path = config.name.partition(":")
     if config.name == "digits":
         train, test = _digits(size)
@@ -74,9 +79,12 @@ def load(config: DataConfig) -> ImageData:
     train, test = (Split(s.images.expand(-1, channels, -1, -1), s.labels) for s in (train, test))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise ConfigError(f"training and test images of {config.name} differ in size: set data.size")
-    mean, std = _statistics(train.images)
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
-    return ImageData(train, test, classes, mean, std)
+    held_out = None
+    if config.held_out:
+        train, held_out = _stratified(train, config.held_out)
+    mean, std = _statistics(train.images)
+    return ImageData(train, test, held_out, classes, mean, std)
 
 
 def _digits(size: int | None) -> tuple[Split, Split]:
@@ -84,17 +92,27 @@ def _digits(size: int | None) -> tuple[Split, Split]:
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    return _stratified(Split(_resize(images, size), torch.from_numpy(digits.target).long()))
+    return _stratified(Split(_resize(images, size), torch.from_numpy(digits.target).long()), _TEST_SHARE)
 
 
-def _stratified(whole: Split) -> tuple[Split, Split]:
-    """A fixed split for data that come without one: a fifth of each class is for testing."""
+def _stratified(whole: Split, share: float) -> tuple[Split, Split]:
+    """A fixed split: all but ``share`` of each class, and that.
+
+    Raises:
+        ConfigError: the share of some class is less than one image, or leaves none.
+    """
     from sklearn.model_selection import train_test_split
 
-    train, test = train_test_split(
-        np.arange(len(whole.labels)), test_size=0.2, stratify=whole.labels.numpy(), random_state=_SPLIT_SEED
-    )
-    return Split(whole.images[train], whole.labels[train]), Split(whole.images[test], whole.labels[test])
+    try:
+        rest, part = train_test_split(
+            np.arange(len(whole.labels)),
+            test_size=share,
+            stratify=whole.labels.numpy(),
+            random_state=_SPLIT_SEED,
+        )
+    except ValueError as error:
+        raise ConfigError(f"cannot set {share:g} of the {len(whole.labels)} images apart: {error}") from error
+    return Split(whole.images[rest], whole.labels[rest]), Split(whole.images[part], whole.labels[part])
 
 
 def _image_folder(path: Path, size: int | None) -> tuple[Split, Split]:
@@ -155,7 +173,7 @@ def _torchvision(config: DataConfig, size: int | None) -> tuple[Split, Split]:
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:  # damaged files, too
         raise ConfigError(_not_found(config, "download" in given, error)) from error
     decoded = [_decode(images, size) for images in sets]
-    return (decoded[0], decoded[1]) if splits else _stratified(decoded[0])
+    return (decoded[0], decoded[1]) if splits else _stratified(decoded[0], _TEST_SHARE)
 
 
 def _accepted(constructor: type, arguments: dict[str, Any]) -> dict[str, Any]:

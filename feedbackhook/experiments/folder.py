@@ -24,7 +24,7 @@ from feedbackhook.recorder import written_aside
 Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 
 # what a run may be given anew when it is resumed
-_FREE_ON_RESUME = ("output", "provenance", "data.root", "data.download")
+_FREE_ON_RESUME = ("output", "provenance", "data.root", "data.download", "record.figures")
 _PACKAGES = ("feedbackhook", "torchvision", "timm", "numpy", "scikit-learn")
 
 

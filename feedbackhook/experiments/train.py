@@ -84,7 +84,7 @@ def train(
     if before is not None:
         folder.check_same(config)
         if before.status in ("finished", "diverged"):
-            if not before.figures:
+            if config.record.figures and not before.figures:
                 _draw(folder)
             return before
     with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
@@ -97,7 +97,8 @@ def train(
                 result = run.through(folder, recorder, progress or (lambda _: None))
         finally:
             run.close()
-        _draw(folder)
+        if config.record.figures:
+            _draw(folder)
     return result
 
 
@@ -125,6 +126,8 @@ def resolve(config: RunConfig) -> RunConfig:
         ("record.every", config.record.every, 1),
         ("record.gradient_angle_every", config.record.gradient_angle_every, 0),
         *(("protocol.milestones", milestone, 1) for milestone in p.milestones or ()),
+        *(("an epoch in protocol.batch_sizes", epoch, 1) for epoch in p.batch_sizes),
+        *(("a size in protocol.batch_sizes", size, 1) for size in p.batch_sizes.values()),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name} must be {least} or more, not {value}")
@@ -165,10 +168,8 @@ class _Run:
         self.device = torch.device(p.device)
         self.data = data.load(config.data)
         images = self.data.train.images
-        if p.batch_size > len(images):
-            raise ConfigError(
-                f"protocol.batch_size {p.batch_size} is more than the {len(images)} training images"
-            )
+        if (largest := max(p.batch_size, *p.batch_sizes.values(), 0)) > len(images):
+            raise ConfigError(f"a mini-batch of {largest} is more than the {len(images)} training images")
         channels, height, width = images.shape[1:]
         model = models.build(config.model, self.data.classes, channels, (height, width))
         # channels last: the same numbers but for rounding, and twice as fast on a CPU
@@ -259,12 +260,13 @@ class _Run:
 
     def _train_epoch(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
         p, train_set = self.config.protocol, self.data.train
-        batches = len(train_set.labels) // p.batch_size
+        size = self._batch_size()
+        batches = len(train_set.labels) // size
         recorder.epoch = self.epoch
         rate = float(self.schedule.get_last_lr()[0])
         total, wrong = 0.0, 0
         self.model.train()
-        for batch, index in enumerate(data.minibatches(len(train_set.labels), p.batch_size, self.order), 1):
+        for batch, index in enumerate(data.minibatches(len(train_set.labels), size, self.order), 1):
             x, y = self.data.batch(train_set, index, self.device)
             logits = self.model(x)
             loss = F.cross_entropy(logits, y)
@@ -282,7 +284,7 @@ class _Run:
         if self.patch is None:  # else the watch records it
             recorder.add(self.step, self.epoch, "learning_rate", rate)
         recorder.add(self.step, self.epoch, "train_loss", self.train_loss)
-        recorder.add(self.step, self.epoch, "train_error", 100 * wrong / (batches * p.batch_size))
+        recorder.add(self.step, self.epoch, "train_error", 100 * wrong / (batches * size))
 
     def _measure_gradients(self, loss: Tensor, recorder: Recorder) -> None:
         """The angle between the gradients of this step and backprop's, where it is due."""
@@ -294,10 +296,15 @@ class _Run:
                 recorder.add(self.step, self.epoch, row.metric, row.value, row.layer, row.depth)
 
     def _evaluate(self, recorder: Recorder, progress: Callable[[Progress], None]) -> None:
-        """Test loss and error, and after the last epoch how V compares with W in each layer."""
+        """Loss and error on what is held out and on the test set, and after the last epoch how V compares
+        with W in each layer."""
         p, result = self.config.protocol, self.result
         estimate_statistics(self.model, self._statistics_batches())
-        loss, error = self._test()
+        if self.data.held_out is not None:
+            loss, error = self._loss_and_error(self.data.held_out)
+            recorder.add(self.step, self.epoch, "held_out_loss", _finite("held_out_loss", loss))
+            recorder.add(self.step, self.epoch, "held_out_error", error)
+        loss, error = self._loss_and_error(self.data.test)
         recorder.add(self.step, self.epoch, "test_loss", _finite("test_loss", loss))
         recorder.add(self.step, self.epoch, "test_error", error)
         recorder.add(self.step, self.epoch, "test_accuracy", 100 - error)
@@ -307,25 +314,31 @@ class _Run:
         if self.patch is not None and self.epoch == p.epochs:
             for row in feedbackhook.measure(self.patch):
                 recorder.add(self.step, self.epoch, row.metric, row.value, row.layer, row.depth)
-        batches = len(self.data.train.labels) // p.batch_size
+        batches = len(self.data.train.labels) // self._batch_size()
         progress(Progress(self.epoch, p.epochs, batches, batches, self.train_loss, error))
+
+    def _batch_size(self) -> int:
+        """Images a mini-batch in the epoch that runs."""
+        p = self.config.protocol
+        changed = [epoch for epoch in p.batch_sizes if epoch < self.epoch]
+        return p.batch_sizes[max(changed)] if changed else p.batch_size
 
     def _statistics_batches(self) -> Iterator[Tensor]:
         """The same mini-batches of the training set each time, whatever the state of the data's order."""
-        size, count = self.config.protocol.batch_size, len(self.data.train.labels)
+        size, count = self._batch_size(), len(self.data.train.labels)
         generator = torch.Generator().manual_seed(self.config.protocol.seed)
         passes = (data.minibatches(count, size, generator) for _ in itertools.count())
         for index in itertools.islice(itertools.chain.from_iterable(passes), _STATISTICS_BATCHES):
             yield self.data.batch(self.data.train, index, self.device)[0]
 
     @torch.no_grad()
-    def _test(self) -> tuple[float, float]:
-        """Mean loss and error in percent on the test set."""
+    def _loss_and_error(self, split: data.Split) -> tuple[float, float]:
+        """Mean loss and error in percent."""
         self.model.eval()
-        count = len(self.data.test.labels)
+        count = len(split.labels)
         loss, wrong = 0.0, 0
         for start in range(0, count, _EVALUATION_BATCH):
-            x, y = self.data.batch(self.data.test, slice(start, start + _EVALUATION_BATCH), self.device)
+            x, y = self.data.batch(split, slice(start, start + _EVALUATION_BATCH), self.device)
             logits = self.model(x)
             loss += F.cross_entropy(logits, y, reduction="sum").item()
             wrong += int((logits.argmax(1) != y).sum())
