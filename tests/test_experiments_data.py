@@ -168,7 +168,7 @@ def test_a_test_set_of_another_size_needs_a_size(folder: Path) -> None:
 
 def test_classes_that_differ_are_an_error(folder: Path) -> None:
     (folder / "test" / "dog").rename(folder / "test" / "ant")
-    with pytest.raises(ConfigError, match="differ in their classes: ant, dog"):
+    with pytest.raises(ConfigError, match=r"test/dog is missing; .*train/dog is there \(and 1 more, "):
         loaded(folder)
 
 
@@ -188,7 +188,7 @@ def test_a_channel_of_one_value_does_not_divide_by_zero(folder: Path) -> None:
         (DataConfig("CocoDetection"), "'CocoDetection' has no classes for training and test.*CIFAR10"),
         (DataConfig("VOCSegmentation"), "'VOCSegmentation' has no classes for training and test"),
         (DataConfig("CIFAR11"), "'CIFAR11' is unknown: use digits, imagefolder:PATH"),
-        (DataConfig("imagefolder:nowhere"), "no images in .*nowhere: imagefolder:PATH needs PATH/train"),
+        (DataConfig("imagefolder:nowhere"), r"nowhere/train is missing.*; imagefolder:PATH needs PATH/train"),
         (DataConfig(held_out=1.0), "data.held_out must be a share from 0 to less than 1, not 1.0"),
         (DataConfig(held_out=0.001), "cannot set 0.001 of the 1437 images apart"),
         (DataConfig(size=0), "data.size must be a positive number of pixels, not 0"),
@@ -205,7 +205,7 @@ def test_what_cannot_be_loaded_is_one_clear_error(
 
 def test_an_empty_class_folder_is_one_clear_error(folder: Path) -> None:
     (folder / "train" / "ant").mkdir()
-    with pytest.raises(ConfigError, match="ant"):
+    with pytest.raises(ConfigError, match="train/ant holds no images"):
         loaded(folder)
 
 
@@ -213,7 +213,7 @@ def test_a_damaged_download_is_one_clear_error(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(ConfigError, match="MNIST could not be read"):
+    with pytest.raises(ConfigError, match=r"MNIST could not be read: .*train-images-idx3-ubyte is damaged"):
         load(DataConfig("MNIST", root=str(tmp_path)))
 
 

@@ -1,13 +1,21 @@
 """The recipes run, on little."""
 
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from jsonargparse import ArgumentParser
 from rich.console import Console
+
+from feedbackhook.cli import main
+from feedbackhook.experiments.config import SweepConfig
+from feedbackhook.experiments.datasets import PAPER
+from feedbackhook.experiments.sweep import plan
+from feedbackhook.report.tables import paper_errors
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -115,3 +123,70 @@ def capture_table(table):
     with console.capture() as captured:
         console.print(table)
     return captured.get()
+
+
+EXPERIMENTS = {"a": 11, "b": 11, "c1": 5, "c2": 9, "misc": 8}
+
+
+def sweep_of(name, *options):
+    """The sweep that `feedbackhook sweep recipes/liao2016/NAME.yaml OPTIONS` would run."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(SweepConfig)
+    given = parser.parse_args(["--config", str(RECIPES / "liao2016" / f"{name}.yaml"), *options])
+    given = parser.instantiate(given)
+    return SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment):
+    paper = paper_errors()
+    config = sweep_of(f"experiment_{experiment}")
+    runs = plan(config)
+    conditions = {run.condition for run in runs}
+    assert len(conditions) == EXPERIMENTS[experiment]
+    assert conditions <= set(paper.index)
+    for run in runs:  # the paper has a figure for each cell
+        assert paper.loc[run.condition, PAPER[run.dataset].paper_name] > 0
+        assert run.config.protocol.epochs == 65
+    assert {run.rate for run in runs} == {100, 10, 1, 0.1, 0.01}
+    assert config.data.held_out == 0.1
+    datasets = {run.dataset for run in runs}
+    assert datasets == set(list(PAPER)[:6]) if experiment == "misc" else datasets == set(PAPER)
+    small = plan(sweep_of(f"experiment_{experiment}", "--small", "digits"))
+    assert {run.condition for run in small} == conditions
+    assert {(run.dataset, run.config.protocol.epochs) for run in small} == {("digits", 8)}
+
+
+def test_the_experiments_together_are_all_of_the_papers_conditions():
+    runs = [run for name in EXPERIMENTS for run in plan(sweep_of(f"experiment_{name}", "--small", "digits"))]
+    assert {run.condition for run in runs} == set(paper_errors().index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_runs_small(experiment, tmp_path, capsys):
+    recipe, output = RECIPES / "liao2016" / f"experiment_{experiment}.yaml", tmp_path / "sweep"
+    short = ["--protocol.epochs", "1", "--protocol.rates", "1", "--workers", "1", "--output", str(output)]
+    assert main(["sweep", str(recipe), "--small", "digits", *short]) == 0
+    assert main(["table", f"{output}-digits"]) == 0
+    out = capsys.readouterr().out
+    assert f"{EXPERIMENTS[experiment]} finished" in out
+    assert out.count("\n| ") == EXPERIMENTS[experiment] + 1
+
+
+def test_the_short_protocol_on_mnist_has_the_main_claims():
+    runs = plan(sweep_of("mnist"))
+    assert {run.dataset for run in runs} == {"MNIST"}
+    conditions = {run.condition for run in runs}
+    assert conditions <= set(paper_errors().index)
+    assert {
+        "SGD",
+        "uSF",
+        "uSF+BN+BM",
+        "frSF+BN+BM concordance=0.5",
+        "RndF",
+        "SGD Bottom",
+        "SGD Top",
+    } <= conditions
+    assert len(runs) == 16 * 3

@@ -17,14 +17,17 @@ class DataConfig:
     """The images.
 
     Args:
-        name: `digits` (scikit-learn's 1,797 images of 8x8, no download), the name of a classification class
-            of torchvision.datasets (`MNIST`, `CIFAR10`, ...), or `imagefolder:PATH`, where PATH holds
-            train/CLASS/IMAGE and test/CLASS/IMAGE (or val/).
+        name: `digits` (scikit-learn's 1,797 images of 8x8, no download), one of the paper's datasets
+            (`feedbackhook data list`), the name of another classification class of torchvision.datasets
+            (`FashionMNIST`, ...), or `imagefolder:PATH`, where PATH holds train/CLASS/IMAGE and
+            test/CLASS/IMAGE (or val/).
         root: the folder in which torchvision keeps its datasets.
         download: let torchvision download the dataset into `root`.
         size: resize images to size x size pixels; null: what the model is made for, else as they are.
         held_out: share of each class of the training set that is not trained on. Its error is recorded beside
             the test set's, to choose a learning rate and an epoch without a look at the test set.
+        cache: folder of decoded images, which hold while their files are as they were, and may be deleted;
+            null: `$XDG_CACHE_HOME/feedbackhook`, or `~/.cache/feedbackhook`; `none`: keep none.
     """
 
     name: str = "digits"
@@ -32,6 +35,7 @@ class DataConfig:
     download: bool = False
     size: int | None = None
     held_out: float = 0.0
+    cache: str | None = None
 
 
 @dataclass
@@ -170,3 +174,74 @@ class RunConfig:
     record: RecordConfig = field(default_factory=RecordConfig)
     output: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SweepModelConfig:
+    """The network of each run.
+
+    Args:
+        name: as in a run; null: the paper's for the dataset (its Table 1), on digits that for MNIST.
+        options: as in a run.
+    """
+
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SweepProtocolConfig(ProtocolConfig):
+    """How long and on what, how often, and at which learning rates.
+
+    Args:
+        epochs: passes over the training set.
+        batch_size: images a mini-batch; what is left at an epoch's end, less than that, is not drawn.
+        batch_sizes: other sizes from an epoch's end on: {3: 500} is 500 images after the third epoch.
+        milestones: epochs after which the learning rate is multiplied by `rate_factor`; null: the paper's
+            50 and 60 of 65, scaled to `epochs`.
+        rate_factor: see `milestones`.
+        seed: the first; see `seeds`.
+        threads: CPU threads of a run.
+        device: a torch device, or `auto`: a GPU if there is one.
+        rates: factors of `optimizer.lr`, each a run; a number is how many of the paper's: 5 are 100, 10, 1,
+            0.1 and 0.01, 3 are 10, 1 and 0.1, and 1 is 1.
+        seeds: how many seeds, each a run: `seed` and those that follow it.
+    """
+
+    epochs: int = 65
+    threads: int | None = 1
+    rates: int | list[float] = 5
+    seeds: int = 1
+
+
+@dataclass
+class SweepConfig:
+    """The product of conditions, datasets, learning rates and seeds.
+
+    Args:
+        conditions: their names, as in a run.
+        datasets: names of data, as in a run.
+        data: the images; their name is that of the dataset.
+        model: the network
+        feedback: what a condition leaves open of the feedback weights
+        optimizer: what a condition leaves open of the optimizer; `lr` is what `protocol.rates` multiplies
+        protocol: how long and on what, how often, and at which learning rates
+        record: what is recorded
+        small: one dataset, such as `digits` or `MNIST`, in the place of all; with 8 epochs and 3 learning
+            rates, unless these are given, and a folder of its own.
+        workers: runs at a time, each in a process of its own; null: as many as there are cores, or 1 on a
+            GPU.
+        output: the folder of the run folders and of sweep.yaml, which is this configuration.
+    """
+
+    conditions: list[str]
+    datasets: list[str]
+    data: DataConfig = field(default_factory=lambda: DataConfig(held_out=0.1))
+    model: SweepModelConfig = field(default_factory=SweepModelConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-4))
+    protocol: SweepProtocolConfig = field(default_factory=SweepProtocolConfig)
+    record: RecordConfig = field(default_factory=lambda: RecordConfig(figures=False))
+    small: str | None = None
+    workers: int | None = None
+    output: str = "runs/sweep"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from feedbackhook.recorder import written_aside
 Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 
 # what a run may be given anew when it is resumed
-_FREE_ON_RESUME = ("output", "provenance", "data.root", "data.download", "record.figures")
+_FREE_ON_RESUME = ("output", "provenance", "data.root", "data.download", "data.cache", "record.figures")
 _PACKAGES = ("feedbackhook", "torchvision", "timm", "numpy", "scikit-learn")
 
 
@@ -67,13 +68,15 @@ class RunFolder:
         self._checkpoint = self.path / "checkpoint.pt"
 
     def result(self) -> RunResult | None:
-        """What status.json says, or None where there has been no run.
+        """What status.json says, or None where there has been no run, or one that was killed before it had
+        written its configuration.
 
         Raises:
             ConfigError: status.json is damaged, or the folder holds other things than a run.
         """
         if not self._status.exists():
-            if self.path.is_dir() and any(entry.name != "metrics" for entry in self.path.iterdir()):
+            entries = self.path.iterdir() if self.path.is_dir() else ()
+            if any(entry.name != "metrics" and not _is_aside(entry) for entry in entries):
                 raise ConfigError(f"{self.path} is no run folder, and not empty: give another output")
             return None
         try:
@@ -82,7 +85,14 @@ class RunFolder:
             raise ConfigError(f"{self._status} is damaged ({error}): give another output") from error
         if result.status not in get_args(Status):
             raise ConfigError(f"{self._status} has the unknown status {result.status!r}")
-        return result
+        begun = self._config.exists() or self._checkpoint.exists()
+        return result if begun or result.status != "running" else None
+
+    def tidy(self) -> None:
+        """Remove what a killed process was writing; for the run that has the folder to itself."""
+        for entry in self.path.iterdir():
+            if _is_aside(entry):
+                entry.unlink()
 
     def write_result(self, result: RunResult) -> None:
         content = {name: value for name, value in vars(result).items() if name != "folder"}
@@ -143,6 +153,11 @@ class RunFolder:
     def write_weights(self, model: nn.Module, name: Literal["best", "last"]) -> None:
         with written_aside(self.path / f"{name}.safetensors") as aside:
             save_model(model, str(aside))
+
+
+def _is_aside(path: Path) -> bool:
+    """Whether this is what `written_aside` had not yet renamed."""
+    return re.fullmatch(r"\..+\.\d+", path.name) is not None
 
 
 def as_yaml(config: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from feedbackhook.experiments import data, models
 from feedbackhook.experiments.batch_norm import estimate_statistics
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, OptimizerConfig, RunConfig
+from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
 from feedbackhook.optim import BatchManhattan
 from feedbackhook.recorder import Recorder, read
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _STATISTICS_BATCHES = 20  # Liao et al. 2016
 _EVALUATION_BATCH = 500
+_PATIENCE = 5.0  # seconds
 
 
 class Progress(NamedTuple):
@@ -54,9 +57,14 @@ class Diverged(ArithmeticError):
 
 
 def train(
-    config: RunConfig, resume: bool = False, progress: Callable[[Progress], None] | None = None
+    config: RunConfig,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    images: ImageData | None = None,
 ) -> RunResult:
     """Train as ``config`` says and leave a run folder; the global random state and thread count stay.
+
+    ``images`` are trained on in the place of those that ``config.data`` names.
 
     With ``resume`` the run goes on from its folder's checkpoint, on the CPU bit-equal to never having
     stopped, or begins where there is none; a finished or diverged run is returned as it is. A run whose
@@ -89,10 +97,10 @@ def train(
             return before
     with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
         with _one_clear_error():
-            run = _Run(config)
+            run = _Run(config, data.load(config.data) if images is None else images)
         try:
             with _one_clear_error():
-                recorder = Recorder(folder.path, tensorboard=config.record.tensorboard)
+                recorder = _recorder(folder, config)
             with recorder:
                 result = run.through(folder, recorder, progress or (lambda _: None))
         finally:
@@ -163,14 +171,13 @@ def resolve(config: RunConfig) -> RunConfig:
 class _Run:
     """What a configuration builds, and how far its training is."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, images: ImageData) -> None:
         self.config, p, f = config, config.protocol, config.feedback
         self.device = torch.device(p.device)
-        self.data = data.load(config.data)
-        images = self.data.train.images
-        if (largest := max(p.batch_size, *p.batch_sizes.values(), 0)) > len(images):
-            raise ConfigError(f"a mini-batch of {largest} is more than the {len(images)} training images")
-        channels, height, width = images.shape[1:]
+        self.data = images.to(self.device)
+        count, channels, height, width = images.train.images.shape
+        if (largest := max(p.batch_size, *p.batch_sizes.values(), 0)) > count:
+            raise ConfigError(f"a mini-batch of {largest} is more than the {count} training images")
         model = models.build(config.model, self.data.classes, channels, (height, width))
         # channels last: the same numbers but for rounding, and twice as fast on a CPU
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -203,6 +210,7 @@ class _Run:
         self, folder: RunFolder, recorder: Recorder, progress: Callable[[Progress], None]
     ) -> RunResult:
         """Train from the folder's checkpoint, or from the start, to the end."""
+        folder.tidy()
         checkpoint = folder.load_checkpoint()
         result = self.result = RunResult(folder.path)
         try:
@@ -332,7 +340,7 @@ class _Run:
             yield self.data.batch(self.data.train, index, self.device)[0]
 
     @torch.no_grad()
-    def _loss_and_error(self, split: data.Split) -> tuple[float, float]:
+    def _loss_and_error(self, split: Split) -> tuple[float, float]:
         """Mean loss and error in percent."""
         self.model.eval()
         count = len(split.labels)
@@ -384,6 +392,18 @@ class _Run:
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         logger.info("going on with %s after epoch %d", result.folder, self.epoch)
+
+
+def _recorder(folder: RunFolder, config: RunConfig) -> Recorder:
+    """The folder's recorder; a process that is just ending may keep it for a moment longer."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return Recorder(folder.path, tensorboard=config.record.tensorboard)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
 
 
 def _finite(metric: str, value: float) -> float:

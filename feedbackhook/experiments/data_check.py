@@ -1,0 +1,95 @@
+"""Decodes every image of a dataset, and names all that is missing, damaged or other than published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from feedbackhook.experiments import datasets
+from feedbackhook.experiments.config import ConfigError, DataConfig
+from feedbackhook.experiments.datasets import Dataset, Item
+
+
+@dataclass(frozen=True)
+class CheckedSplit:
+    """What is in a split, and what should be.
+
+    Args:
+        name: `train`, `test`, or `all` images, where a split is drawn from them or they come without one.
+        classes: among the images that can be decoded.
+        images: that can be decoded; of a draw, all.
+        expected: what was published, in words; empty where that is not known.
+    """
+
+    name: str
+    classes: int
+    images: int
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found.
+
+    Args:
+        splits: those that could be opened.
+        faults: all that is missing, damaged or other than published, each by its path.
+        way_out: what to do where files are missing.
+    """
+
+    splits: list[CheckedSplit]
+    faults: list[str]
+    way_out: str
+
+
+def check(config: DataConfig) -> Checked:
+    """Decode every image that ``config`` names, and of a folder from which images are drawn all others too.
+
+    Raises:
+        ConfigError: no dataset has this name, or it has no files.
+    """
+    if config.name == "digits":
+        raise ConfigError("digits come with scikit-learn: there are no files to check")
+    sources, dataset = datasets.find(config), datasets.PAPER.get(config.name)
+    faults, splits = list(sources.faults), []
+    if sources.folder is not None and dataset is not None and dataset.draw is not None:
+        expected = f"{dataset.draw.of:,} classes"
+        splits.append(_decoded("all", sources.folder, expected, faults))
+        for name, items in sources.splits.items():  # part of the above
+            classes = len({Path(item.name).parent for item in items})
+            splits.append(CheckedSplit(name, classes, len(items), _published(dataset, name)))
+        return Checked(splits, faults, sources.way_out if sources.faults else "")
+    for name, items in sources.splits.items():
+        split = _decoded(name, items, _published(dataset, name), faults)
+        splits.append(split)
+        if dataset is None:
+            continue
+        decoded = split.images == len(items)  # else a class may be missing for its images' sake
+        if len(items) != _count(dataset, name) or (decoded and split.classes != dataset.classes):
+            where = ", ".join(map(str, datasets.locations(config)))
+            what = f"{split.classes} classes, {len(items):,} images"
+            faults.append(f"{where}: {name} holds {what} in the place of {split.expected}")
+    return Checked(splits, faults, sources.way_out if sources.faults else "")
+
+
+def _decoded(name: str, items: Sequence[Item], expected: str, faults: list[str]) -> CheckedSplit:
+    """Decodes each image; those that cannot be join ``faults``."""
+    labels = []
+    for item in items:
+        try:
+            labels.append(datasets.decode(item)[1])
+        except ConfigError as error:
+            faults.append(str(error))
+    return CheckedSplit(name, len(set(labels)), len(labels), expected)
+
+
+def _count(dataset: Dataset, split: str) -> int:
+    return {"train": dataset.train, "test": dataset.test}[split]
+
+
+def _published(dataset: Dataset | None, split: str) -> str:
+    if dataset is None:
+        return ""
+    at_most = "at most " if split == "test" and dataset.test_at_most else ""
+    return f"{dataset.classes} classes, {at_most}{_count(dataset, split):,} images"

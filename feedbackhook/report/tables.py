@@ -1,0 +1,322 @@
+"""A sweep's table: condition by dataset, beside the paper's error rates.
+
+The paper is Liao, Leibo and Poggio 2016, "How Important Is Weight Symmetry in Backpropagation?".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from feedbackhook.experiments.config import SweepConfig
+from feedbackhook.experiments.datasets import PAPER
+from feedbackhook.experiments.sweep import PlannedRun, plan, stored
+from feedbackhook.recorder import read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REFERENCE = "SGD"
+THRESHOLD = 3.0  # points of error from which the paper colours a cell
+BETTER, ALIKE, WORSE = "better", "alike", "worse"
+_COLOURS = {BETTER: "#bfe0f5", ALIKE: "#f4f4f4", WORSE: "#e8933f"}  # told apart by the colour-blind
+_MARKS = {BETTER: " ▲", ALIKE: "", WORSE: " ▼"}
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """What a sweep found.
+
+    Args:
+        config: the sweep.
+        cells: a row a condition and dataset, in the order of the sweep; errors in percent. `best_error` is
+            the smallest test error over epochs and learning rates, as the paper reports it; `chosen_error`
+            the test error at the epoch and the rate whose error on what was held out of the training set is
+            smallest. Both are means over seeds, `..._low` and `..._high` the ends of their 95% intervals by
+            Student's t (missing with one seed). `rate` is the factor of the learning rate of the best run of
+            the first seed, `best_epoch` its epoch. `runs` are planned, of which `ended` are in the means,
+            `diverged` of these. `paper_error` is the paper's, `difference` ours less that.
+        missing: the runs that are not in the means, by name, and why.
+        rank_correlation: Spearman's, of ours with the paper's over the conditions of each dataset, and the
+            number of conditions; of three or more.
+    """
+
+    config: SweepConfig
+    cells: pd.DataFrame
+    missing: dict[str, str]
+    rank_correlation: dict[str, tuple[float, int]]
+
+
+def paper_errors() -> pd.DataFrame:
+    """The error rates in percent of the paper's Tables 2 to 6: a row a condition, a column a dataset, missing
+    where the paper has none."""
+    with (files("feedbackhook.report") / "liao2016_error_rates.csv").open() as file:
+        return pd.read_csv(file, index_col="condition")
+
+
+def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
+    """The table of the sweep in ``folder``, from its runs' tables.
+
+    A run that has not ended, or failed, is in no mean: it is named in `missing`, and its cell says how many
+    of its runs are in it.
+
+    Raises:
+        ConfigError: the folder holds no sweep, or a damaged one.
+    """
+    config = stored(folder)
+    rows, missing = [], {}
+    for run in plan(config):
+        result = run.folder.result()
+        if result is not None and result.status in ("finished", "diverged"):
+            rows.append({**_place(run), "status": result.status, **_errors(run)})
+        else:
+            rows.append({**_place(run), "status": "missing"})
+            missing[run.name] = "not begun" if result is None else result.reason or result.status
+    errors = ["best_error", "best_epoch", "held_out_error", "chosen_error"]
+    table = pd.DataFrame(rows).reindex(columns=["dataset", "condition", "rate", "seed", "status", *errors])
+    cells = _compared(pd.DataFrame(_cells(table)))
+    return SweepTable(config, cells, missing, dict(_rank_correlations(cells)))
+
+
+def as_markdown(table: SweepTable) -> str:
+    """The table in Markdown: condition by dataset, then each dataset with intervals and differences."""
+    p, cells = table.config.protocol, table.cells
+    rates = ", ".join(f"{rate:g}" for rate in sorted({run.rate for run in plan(table.config)}, reverse=True))
+    several = p.seeds > 1
+    mean = f"the mean over {p.seeds} seeds of " if several else ""
+    held_out = table.config.data.held_out
+    chosen = (
+        f"; chosen: at the rate and epoch that are best on the held-out {held_out:.0%} of the training set"
+    )
+    lines = [
+        f"# {Path(table.config.output).name}: test error [%]",
+        "",
+        f"{p.epochs} epochs, mini-batches of {p.batch_size}, learning rates {table.config.optimizer.lr:g} "
+        f"times {rates}. Best: {mean}the smallest test error over epochs and rates, as the paper reports it"
+        f"{chosen if held_out else ''}. {_MARKS[BETTER].strip()} {THRESHOLD:g} points or more better than "
+        f"{REFERENCE}, {_MARKS[WORSE].strip()} worse; paper: Liao, Leibo and Poggio 2016.",
+        "",
+    ]
+    datasets = list(cells["dataset"].unique())
+    if len(datasets) > 1:
+        lines += ["## Best, and the paper's in brackets", "", *_overview(cells, datasets), ""]
+    for dataset in datasets:
+        part = cells[cells["dataset"] == dataset]
+        lines += [f"## {dataset}", "", *_dataset_lines(part, several, bool(held_out)), ""]
+        if dataset in table.rank_correlation:
+            value, count = table.rank_correlation[dataset]
+            lines += [f"Spearman's rank correlation with the paper's, {count} conditions: {value:.2f}.", ""]
+    if table.missing:
+        lines += ["## Runs that are in no figure here", ""]
+        lines += [f"- {name}: {reason}" for name, reason in table.missing.items()]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def draw(table: SweepTable) -> Figure:
+    """Ours beside the paper's: a row a condition, a column a dataset, coloured at three points from SGD."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    cells = table.cells
+    datasets, conditions = list(cells["dataset"].unique()), list(cells["condition"].unique())
+    panels = [("best_error", "class_of_best", "measured")]
+    if cells["paper_error"].notna().any():
+        panels.append(("paper_error", "class_of_paper", "Liao et al. 2016"))
+    width = 2.8 + len(panels) * (0.4 + 0.95 * len(datasets))
+    figure = Figure(figsize=(max(5.0, width), 1.7 + 0.3 * len(conditions)), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(row, panels, strict=True):
+        _grid(axes, cells, *panel)
+    row[0].set_yticks(range(len(conditions)), conditions)
+    words = {
+        BETTER: f"▲ {THRESHOLD:g} points or more better than {REFERENCE}",
+        ALIKE: f"within {THRESHOLD:g} points of {REFERENCE}",
+        WORSE: f"▼ {THRESHOLD:g} points or more worse",
+    }
+    handles = [Patch(facecolor=_COLOURS[name], edgecolor="0.6", label=label) for name, label in words.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=1, frameon=False, fontsize="small")
+    figure.suptitle("Best test error [%] over epochs and learning rates", fontsize="medium")
+    return figure
+
+
+def write(table: SweepTable, folder: str | os.PathLike[str]) -> list[Path]:
+    """table.md, table.csv and table.png in ``folder``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"table.{suffix}" for suffix in ("md", "csv", "png")]
+    paths[0].write_text(as_markdown(table))
+    table.cells.to_csv(paths[1], index=False, float_format="%.4f")
+    draw(table).savefig(paths[2], dpi=150)
+    return paths
+
+
+def _place(run: PlannedRun) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in ("dataset", "condition", "rate", "seed")}
+
+
+def _errors(run: PlannedRun) -> dict[str, float]:
+    """Of one run: its smallest test error after training began, and that at the epoch that is best on what
+    was held out. A run that diverged before its first epoch ended has the untrained network's."""
+    rows = read(run.folder.path)
+    rows = rows[rows["metric"].isin(["test_error", "held_out_error"])]
+    by_epoch = rows.pivot_table("value", "epoch", "metric", dropna=False)
+    by_epoch = by_epoch[np.isfinite(by_epoch["test_error"])]
+    trained = by_epoch[by_epoch.index > 0]
+    if trained.empty:
+        trained = by_epoch
+    best = trained["test_error"].idxmin()
+    errors = {"best_error": trained["test_error"].min(), "best_epoch": best}
+    if "held_out_error" in trained:
+        chosen = trained["held_out_error"].idxmin()
+        errors["held_out_error"] = trained["held_out_error"].min()
+        errors["chosen_error"] = trained["test_error"].loc[chosen]
+    return errors
+
+
+def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    paper = paper_errors()
+    for (dataset, condition), part in runs.groupby(["dataset", "condition"], sort=False):
+        ended = part[part["status"] != "missing"]
+        by_seed = ended.groupby("seed")
+        best = ended.loc[by_seed["best_error"].idxmin()]
+        held_out = ended.dropna(subset=["held_out_error"])
+        chosen = ended.loc[held_out.groupby("seed")["held_out_error"].idxmin()]
+        name = PAPER[dataset].paper_name if dataset in PAPER else None
+        known = name in paper and condition in paper.index
+        yield {
+            "dataset": dataset,
+            "condition": condition,
+            **_interval("best", best["best_error"]),
+            **_interval("chosen", chosen["chosen_error"]),
+            "seeds": len(best),
+            "rate": best["rate"].iloc[0] if len(best) else np.nan,
+            "best_epoch": best["best_epoch"].iloc[0] if len(best) else np.nan,
+            "runs": len(part),
+            "ended": len(ended),
+            "diverged": int((part["status"] == "diverged").sum()),
+            "paper_error": paper.loc[condition, name] if known else np.nan,
+        }
+
+
+def _interval(name: str, values: pd.Series) -> dict[str, float]:
+    """Mean over seeds and the ends of its 95% interval by Student's t."""
+    from scipy.stats import t
+
+    mean = values.mean()
+    half = np.nan
+    if len(values) > 1:
+        half = t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return {f"{name}_error": mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+
+
+def _compared(cells: pd.DataFrame) -> pd.DataFrame:
+    """With the difference from the paper's, and the class of ours and of the paper's error beside SGD's."""
+    cells = cells.assign(difference=cells["best_error"] - cells["paper_error"])
+    reference = cells[cells["condition"] == REFERENCE].set_index("dataset")["best_error"]
+    paper = paper_errors().loc[REFERENCE]
+    names = {name: dataset.paper_name for name, dataset in PAPER.items()}
+    return cells.assign(
+        class_of_best=_classes(cells["best_error"] - cells["dataset"].map(reference)),
+        class_of_paper=_classes(cells["paper_error"] - cells["dataset"].map(names).map(paper)),
+    )
+
+
+def _classes(difference: pd.Series) -> pd.Series:
+    rounded = difference.astype(float).round(6)  # 3 points are 3 points, whatever their last bit
+    classes = np.select([rounded <= -THRESHOLD, rounded >= THRESHOLD], [BETTER, WORSE], ALIKE)
+    return pd.Series(classes, difference.index).where(rounded.notna())
+
+
+def _rank_correlations(cells: pd.DataFrame) -> Iterator[tuple[str, tuple[float, int]]]:
+    for dataset, part in cells.groupby("dataset", sort=False):
+        both = part[["best_error", "paper_error"]].dropna()
+        if len(both) >= 3:
+            yield dataset, (both["best_error"].corr(both["paper_error"], method="spearman"), len(both))
+
+
+def _overview(cells: pd.DataFrame, datasets: list[str]) -> Iterator[str]:
+    yield from _row("condition", *datasets)
+    yield _rule(1 + len(datasets))
+    by_place = cells.set_index(["condition", "dataset"])
+    for condition in cells["condition"].unique():
+        row = [by_place.loc[(condition, dataset)] for dataset in datasets]
+        yield from _row(condition, *(f"{_marked(cell)} ({_number(cell['paper_error'])})" for cell in row))
+
+
+def _dataset_lines(cells: pd.DataFrame, several: bool, held_out: bool) -> Iterator[str]:
+    headings = ["condition", "best"]
+    headings += ["95% interval"] if several else []
+    headings += ["chosen"] if held_out else []
+    headings += ["95% interval"] if several and held_out else []
+    headings += ["paper", "best - paper", "at rate", "epoch", "runs"]
+    yield from _row(*headings)
+    yield _rule(len(headings))
+    for cell in cells.to_dict("records"):
+        row = [cell["condition"], _marked(cell)]
+        row += [_span(cell, "best")] if several else []
+        row += [_number(cell["chosen_error"])] if held_out else []
+        row += [_span(cell, "chosen")] if several and held_out else []
+        row += [_number(cell["paper_error"]), _number(cell["difference"], "+.2f"), _number(cell["rate"], "g")]
+        row += [_number(cell["best_epoch"], ".0f"), _runs(cell)]
+        yield from _row(*row)
+
+
+def _row(*cells: str) -> Iterator[str]:
+    yield f"| {' | '.join(cells)} |"
+
+
+def _rule(columns: int) -> str:
+    return "|---" + "|--:" * (columns - 1) + "|"
+
+
+def _number(value: float, how: str = ".2f") -> str:
+    return "-" if pd.isna(value) else format(value, how)
+
+
+def _marked(cell: Any) -> str:
+    mark = _MARKS.get(cell["class_of_best"], "")
+    return _number(cell["best_error"]) + mark + ("" if cell["ended"] == cell["runs"] else " *")
+
+
+def _span(cell: Any, name: str) -> str:
+    low, high = cell[f"{name}_low"], cell[f"{name}_high"]
+    return "-" if pd.isna(low) else f"{low:.2f} to {high:.2f}"
+
+
+def _runs(cell: Any) -> str:
+    words = str(cell["runs"]) if cell["ended"] == cell["runs"] else f"{cell['ended']} of {cell['runs']} *"
+    return words if not cell["diverged"] else f"{words}, {cell['diverged']} diverged"
+
+
+def _grid(axes: Axes, cells: pd.DataFrame, error: str, kind: str, title: str) -> None:
+    datasets, conditions = list(cells["dataset"].unique()), list(cells["condition"].unique())
+    axes.set(xlim=(-0.5, len(datasets) - 0.5), ylim=(len(conditions) - 0.5, -0.5), title=title)
+    for cell in cells.to_dict("records"):
+        x, y = datasets.index(cell["dataset"]), conditions.index(cell["condition"])
+        colour = _COLOURS.get(cell[kind], "white")
+        axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=colour)
+        axes.text(
+            x,
+            y,
+            _number(cell[error]) + _MARKS.get(cell[kind], ""),
+            ha="center",
+            va="center",
+            fontsize="small",
+        )
+    axes.set_xticks(range(len(datasets)), datasets, rotation=0 if len(datasets) < 3 else 45, ha="center")
+    axes.set_xticks([x + 0.5 for x in range(len(datasets) - 1)], minor=True)
+    axes.set_yticks([y + 0.5 for y in range(len(conditions) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)

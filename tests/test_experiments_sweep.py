@@ -1,0 +1,385 @@
+"""A sweep: which runs it plans, and that all of them end, once each, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from feedbackhook.cli import main
+from feedbackhook.experiments import sweep as sweep_module
+from feedbackhook.experiments.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SweepConfig,
+    SweepModelConfig,
+    SweepProtocolConfig,
+)
+from feedbackhook.experiments.sweep import PlannedRun, ended, estimate, plan, stored, sweep, workers
+from feedbackhook.report.tables import sweep_table
+
+TINY = SweepModelConfig("timm/test_resnet")  # with images of 16x16 an epoch on digits takes half a second
+
+
+def tiny(output: Path, **given: Any) -> SweepConfig:
+    config = SweepConfig(
+        conditions=["SGD", "uSF", "brSF concordance=0.5"],
+        datasets=["digits"],
+        data=DataConfig(size=16, held_out=0.1),
+        model=TINY,
+        protocol=SweepProtocolConfig(epochs=2, rates=[1.0, 0.1]),
+        output=str(output),
+    )
+    return replace(config, **given)
+
+
+def written(config: SweepConfig, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(asdict(config)))
+    return path
+
+
+def names(runs: list[PlannedRun]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def test_a_plan_is_the_product_and_its_names_tell_the_place_in_it(tmp_path: Path) -> None:
+    protocol = SweepProtocolConfig(rates=3, seeds=2, seed=4)
+    runs = plan(tiny(tmp_path, protocol=protocol))
+    assert len(runs) == 3 * 3 * 2
+    assert names(runs)[:3] == [
+        "digits-SGD-rate10-seed4",
+        "digits-SGD-rate10-seed5",
+        "digits-SGD-rate1-seed4",
+    ]
+    assert names(runs)[-1] == "digits-brSF-concordance=0.5-rate0.1-seed5"
+    assert names(runs) == names(plan(tiny(tmp_path / "elsewhere", protocol=protocol)))
+    last = runs[-1].config
+    assert (last.optimizer.lr, last.protocol.seed) == (pytest.approx(5e-5), 5)
+    assert last.data == DataConfig("digits", size=16, held_out=0.1)
+    assert last.output == str(tmp_path / "digits-brSF-concordance=0.5-rate0.1-seed5")
+
+
+@pytest.mark.parametrize(
+    ("rates", "factors"),
+    [(5, (100, 10, 1, 0.1, 0.01)), (3, (10, 1, 0.1)), (1, (1,)), ([2.0, 0.5], (2, 0.5))],
+    ids=str,
+)
+def test_rates_are_the_papers_or_ones_own(tmp_path: Path, rates: Any, factors: tuple[float, ...]) -> None:
+    runs = plan(tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(rates=rates)))
+    assert tuple(run.rate for run in runs) == factors
+    assert [run.config.optimizer.lr for run in runs] == pytest.approx([5e-4 * f for f in factors])
+
+
+def test_the_network_is_the_papers_for_the_dataset(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path, datasets=["digits", "MNIST", "CIFAR100", "SVHN", "STL10"], model=SweepModelConfig()
+    )
+    networks = {run.dataset: run.config.model.name for run in plan(config)}
+    assert networks == {
+        "digits": "liao2016/mnist",
+        "MNIST": "liao2016/mnist",
+        "CIFAR100": "liao2016/cifar",
+        "SVHN": "liao2016/svhn",
+        "STL10": "liao2016/images",
+    }
+    given = plan(replace(config, model=SweepModelConfig("timm/resnet18", {"drop_rate": 0.1})))
+    assert given[0].config.model == ModelConfig("timm/resnet18", options={"drop_rate": 0.1})
+
+
+def test_usf_with_batch_manhattan_alone_has_two_procedures(tmp_path: Path) -> None:
+    conditions = ["uSF+BM", "uSF+BN+BM", "uSF+BM2", "uSF+BM Top", "brSF+BM"]
+    protocol = SweepProtocolConfig(epochs=8, rates=1)
+    runs = plan(tiny(tmp_path, conditions=conditions, protocol=protocol))
+    assert names(runs)[:2] == ["digits-uSF+BM-rate1-seed0", "digits-uSF+BM-rate1-seed0-batch500"]
+    assert [run.config.protocol.batch_sizes for run in runs] == [{}, {3: 500}, {}, {}, {}, {}]
+    short = tiny(tmp_path, conditions=["uSF+BM"], protocol=SweepProtocolConfig(epochs=3, rates=1))
+    assert len(plan(short)) == 1  # there is nothing after the third epoch
+
+
+def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path / "full", datasets=["MNIST", "SVHN"], protocol=SweepProtocolConfig(), small="digits"
+    )
+    runs = plan(config)
+    assert {run.dataset for run in runs} == {"digits"}
+    assert [run.rate for run in runs] == [10, 1, 0.1] * 3
+    assert {run.config.protocol.epochs for run in runs} == {8}
+    assert Path(str(runs[0].config.output)).parent == tmp_path / "full-digits"
+    own = replace(config, protocol=SweepProtocolConfig(epochs=3, rates=1))
+    assert [(run.config.protocol.epochs, run.rate) for run in plan(own)] == [(3, 1.0)] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"conditions": []}, "one of them is empty"),
+        ({"conditions": ["uSF+BX"]}, "'BX' is none of"),
+        ({"conditions": ["uSF+BN", "uSF+BN"]}, "2 runs of the sweep have the name digits-uSF"),
+        ({"datasets": ["Omniglot"], "model": SweepModelConfig()}, "no network for Omniglot: set model.name"),
+        ({"data": DataConfig("MNIST")}, "data.name has no effect in a sweep"),
+        ({"optimizer": OptimizerConfig("batch_manhattan", setting=3)}, "makes optimizer.setting 1"),
+        ({"protocol": SweepProtocolConfig(rates=2)}, "protocol.rates must be 1, 3 or 5"),
+        ({"protocol": SweepProtocolConfig(rates=[0.0])}, "more than 0, not 0.0"),
+        ({"protocol": SweepProtocolConfig(seeds=0)}, "protocol.seeds must be 1 or more"),
+        ({"workers": 0}, "workers must be 1 or more"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_planned_is_one_clear_error(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(tiny(tmp_path, **given))
+
+
+def test_workers_are_as_many_as_cores_and_threads_allow(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    cores = os.cpu_count() or 1
+    assert workers(config, plan(config)) == cores
+    wide = replace(config, protocol=replace(config.protocol, threads=2 * cores))
+    assert workers(wide, plan(wide)) == 1
+    assert workers(replace(config, workers=3), plan(config)) == 3
+
+
+def test_a_sweep_runs_all_and_then_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path / "sweep", workers=1)
+    seen: list[dict[str, Any]] = []
+    results = sweep(config, seen.append)
+    assert list(results) == names(plan(config))
+    assert {result.status for result in results.values()} == {"finished"}
+    assert seen[0] == dict.fromkeys(results)  # none had begun
+    assert seen[-1] == results
+    assert stored(tmp_path / "sweep") == config
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    monkeypatch.setattr(sweep_module, "train", None)
+    assert sweep(config) == results
+    after = {path: path.stat().st_mtime_ns for path in before}
+    del before[tmp_path / "sweep" / "sweep.yaml"], after[tmp_path / "sweep" / "sweep.yaml"]
+    assert after == before
+
+
+def test_a_sweep_of_another_configuration_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    config = tiny(tmp_path, conditions=["SGD"], workers=1)
+    sweep(config)
+    longer = replace(config, conditions=["RndF", "SGD"], protocol=replace(config.protocol, epochs=3))
+    with pytest.raises(ConfigError, match=r"digits-SGD-rate1-seed0: its protocol\.epochs is 2, here it is 3"):
+        sweep(longer)
+    assert not (tmp_path / "digits-RndF-rate1-seed0").exists()
+    assert stored(tmp_path) == config
+    more = replace(config, conditions=["RndF", "SGD"])
+    assert len(sweep(more)) == 4
+
+
+def test_data_that_are_not_there_stop_a_sweep_before_its_first_run(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "sweep", datasets=["digits", "MNIST"], data=DataConfig(root=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"MNIST could not be read.*leave MNIST out of datasets"):
+        sweep(config)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_run_that_fails_is_kept_with_its_reason_and_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, workers=1)
+    real = sweep_module.train
+
+    def failing(run: Any, **given: Any) -> Any:
+        if run.condition == "uSF" and run.optimizer.lr == 5e-4:
+            raise RuntimeError("the disk is full")
+        return real(run, **given)
+
+    with monkeypatch.context() as context:
+        context.setattr(sweep_module, "train", failing)
+        results = sweep(config)
+    failed = "digits-uSF-rate1-seed0"
+    assert [name for name, result in results.items() if result.status != "finished"] == [failed]
+    assert (results[failed].status, results[failed].reason) == ("failed", "RuntimeError: the disk is full")
+    assert "the disk is full" in (tmp_path / failed / "traceback.txt").read_text()
+    table = sweep_table(tmp_path)
+    assert table.missing == {failed: "RuntimeError: the disk is full"}
+    row = table.cells.set_index("condition").loc["uSF"]
+    assert (row["ended"], row["runs"], row["rate"]) == (1, 2, 0.1)
+    assert sweep(config)[failed].status == "finished"  # the next sweep tries it again
+
+
+def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(epochs=2, rates=[1e9, 1.0]), workers=1
+    )
+    results = list(sweep(config).values())
+    assert [result.status for result in results] == ["diverged", "finished"]
+    assert ended(plan(config)[0])
+    row = sweep_table(tmp_path).cells.iloc[0]
+    assert (row["ended"], row["diverged"], row["rate"]) == (2, 1, 1.0)
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_each_time_fails_and_the_others_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEEDBACKHOOK_TEST_POISON", "digits-uSF-rate1-seed0")
+    monkeypatch.setattr(sweep_module, "_run_one", _poisoned)
+    results = sweep(tiny(tmp_path, workers=2))
+    statuses = {name: result.status for name, result in results.items()}
+    assert statuses.pop("digits-uSF-rate1-seed0") == "failed"
+    assert set(statuses.values()) == {"finished"}
+    assert results["digits-uSF-rate1-seed0"].reason == "its process ended 3 times: killed, or out of memory?"
+
+
+_run_one = sweep_module._run_one
+
+
+def _poisoned(config: Any, sweeper: int) -> str:
+    if Path(config.output).name == os.environ["FEEDBACKHOOK_TEST_POISON"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _run_one(config, sweeper)
+
+
+def test_an_estimate_is_near_what_a_run_takes_on_disk(tmp_path: Path) -> None:
+    config = tiny(tmp_path, conditions=["frSF"], protocol=SweepProtocolConfig(epochs=4, rates=1), workers=1)
+    expected = estimate(plan(config))["digits-frSF-rate1-seed0"]
+    sweep(config)
+    size = sum(path.stat().st_size for path in (tmp_path / "digits-frSF-rate1-seed0").rglob("*"))
+    assert expected.size == pytest.approx(size, rel=0.2)
+    assert 0 < expected.seconds < 600
+    twice = replace(config, protocol=replace(config.protocol, epochs=8))
+    assert estimate(plan(twice))["digits-frSF-rate1-seed0"].size < 2 * expected.size
+
+
+def test_a_dry_run_shows_the_runs_and_runs_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tiny(tmp_path / "sweep"), tmp_path / "sweep.yaml")
+    assert main(["sweep", str(path), "--dry-run", "--workers", "2"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names(plan(tiny(tmp_path))))
+    assert "6 runs, 6 of them to be run: about" in out
+    assert "with 2 at a time" in out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tiny(tmp_path / "sweep", conditions=["SGD"]), tmp_path / "sweep.yaml")
+    assert main(["sweep", str(path), "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "[2/2] digits-SGD-rate0.1-seed0 finished: best test error" in out
+    assert "2 finished" in out
+    assert f"feedbackhook table {tmp_path}/sweep" in out
+    assert main(["table", f"{tmp_path}/sweep"]) == 0
+    assert "| SGD |" in capsys.readouterr().out
+    assert main(["sweep", str(path), "--conditions", "[nothing]"]) == 2
+    assert "'nothing' is none of" in capsys.readouterr().err
+
+
+# what follows runs the command in a process of its own, and kills
+
+
+def started(config: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "feedbackhook", "sweep", str(config), "--workers", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def children(pid: int) -> list[int]:
+    """The worker processes of a sweep."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            found.append(int(child))
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the sweep ended before it could be disturbed"
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def undisturbed(process: subprocess.Popen[bytes]) -> None:
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors.decode()
+
+
+def how_many(folder: Path, status: str) -> int:
+    return sum(json.loads(path.read_text())["status"] == status for path in folder.glob("*/status.json"))
+
+
+GRID = {
+    "conditions": ["SGD", "uSF+BN+BM", "brSF+BN+BM concordance=0.5", "RndF+BN+BM"],
+    "data": DataConfig(held_out=0.1),
+    "model": SweepModelConfig(),
+    "protocol": SweepProtocolConfig(epochs=2, rates=3, seeds=2),
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The table of 24 runs of the paper's network, by two workers that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    undisturbed(started(written(tiny(folder / "sweep", **GRID), folder / "sweep.yaml")))
+    return table_of(folder / "sweep")
+
+
+def table_of(folder: Path) -> str:
+    runs = plan(stored(folder))
+    assert len(runs) == 24
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(names(runs))
+    found = sweep_table(folder)
+    assert not found.missing
+    assert (found.cells["ended"] == 6).all()
+    content: str = found.cells.to_csv(index=False)
+    return content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [0, 1])
+def test_a_killed_worker_changes_nothing(tmp_path: Path, table: str, moment: int) -> None:
+    process = started(written(tiny(tmp_path / "sweep", **GRID), tmp_path / "sweep.yaml"))
+    folder = tmp_path / "sweep"
+    wait_for(lambda: how_many(folder, "finished") >= 4 + 8 * moment, process)
+    time.sleep(random.Random(moment).uniform(0, 1.5))
+    os.kill(random.Random(moment).choice(children(process.pid)), signal.SIGKILL)
+    undisturbed(process)
+    assert table_of(folder) == table
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_three_times_goes_on_to_the_same_table(tmp_path: Path, table: str) -> None:
+    path, folder = written(tiny(tmp_path / "sweep", **GRID), tmp_path / "sweep.yaml"), tmp_path / "sweep"
+    moments = random.Random(5)
+    for kill in range(3):
+        process = started(path)
+        wait_for(lambda least=5 * kill: how_many(folder, "finished") > least, process)
+        time.sleep(moments.uniform(0, 3))
+        process.kill()
+        process.wait()
+    undisturbed(started(path))
+    assert table_of(folder) == table
+
+
+def test_workers_stop_with_the_sweep(tmp_path: Path) -> None:
+    """Else a run would go on beside the one of the next sweep."""
+    long = replace(tiny(tmp_path / "sweep").protocol, epochs=10_000)
+    process = started(written(tiny(tmp_path / "sweep", protocol=long), tmp_path / "sweep.yaml"))
+    wait_for(lambda: how_many(tmp_path / "sweep", "running") == 2, process)
+    left = children(process.pid)
+    assert len(left) >= 2
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in left):
+        assert time.monotonic() < until, "a worker outlived its sweep"
+        time.sleep(0.1)
