@@ -1,4 +1,4 @@
-"""The command line: ``feedbackhook train [CONFIG.yaml] [--key value ...]``, ``inspect`` and ``plot``."""
+"""The command line: ``feedbackhook COMMAND``; what it prints is made in console.py."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ import json
 import logging
 import math
 import sys
-import time
 from argparse import ArgumentError
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Literal
+
+from feedbackhook.console import (
+    checked_table,
+    dataset_table,
+    duration,
+    file_size,
+    layer_table,
+    layer_totals,
+    print_whole,
+    run_progress,
+    run_summary,
+    sweep_progress,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from rich.console import Console
-    from rich.table import Table
 
     from feedbackhook.experiments.config import SweepConfig
-    from feedbackhook.experiments.data_check import Checked
-    from feedbackhook.experiments.datasets import Dataset
-    from feedbackhook.experiments.folder import RunResult
-    from feedbackhook.experiments.inspection import Inspection
     from feedbackhook.experiments.sweep import PlannedRun
-    from feedbackhook.experiments.train import Progress
 
 logger = logging.getLogger(__name__)
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # as shells have it
 _FAILED = 1
-_ENDED = ("finished", "diverged", "failed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,12 +186,12 @@ def _train(given: Namespace) -> int:
     config = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
     console = Console(highlight=False, soft_wrap=True)
     try:
-        with _progress(console) as progress:
+        with run_progress(console) as progress:
             result = train(config, resume=given.resume, progress=progress)
     except KeyboardInterrupt:
         console.print("interrupted; --resume goes on from the last finished epoch, if there is one")
         return _INTERRUPTED
-    _summary(console, result)
+    run_summary(console, result)
     return 0
 
 
@@ -204,7 +208,7 @@ def _sweep(given: Namespace) -> int:
         _dry_run(console, config, runs)
         return 0
     try:
-        with _sweep_progress(console, runs) as progress:
+        with sweep_progress(console, runs) as progress:
             results = sweep(config, progress)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on")
@@ -225,35 +229,19 @@ def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) 
     for run in runs:
         seconds, size = estimates[run.name]
         state = "  (has ended)" if ended(run) else ""
-        console.print(f"{run.name}  {_duration(seconds)}, {_size(size)}{state}")
+        console.print(f"{run.name}  {duration(seconds)}, {file_size(size)}{state}")
     left = [run for run in runs if not ended(run)]
     count = workers(config, runs)
     seconds = sum(estimates[run.name].seconds for run in left) / count
     size = sum(estimates[run.name].size for run in left)
     console.print(
-        f"{len(runs)} runs, {len(left)} of them to be run: about {_duration(seconds)} with {count} at a "
-        f"time, and {_size(size)} in {shrink(config).output}"
+        f"{len(runs)} runs, {len(left)} of them to be run: about {duration(seconds)} with {count} at a "
+        f"time, and {file_size(size)} in {shrink(config).output}"
     )
     console.print("measured on some steps with random images; runs side by side slow one another down")
 
 
-def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _size(count: float) -> str:
-    for unit, length in (("GB", 1e9), ("MB", 1e6)):
-        if count >= length:
-            return f"{count / length:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"
-
-
 def _inspect(given: Namespace) -> int:
-    from rich.console import Console
-
     from feedbackhook.experiments.inspection import InspectConfig, inspect
 
     config = InspectConfig(**{field.name: given[field.name] for field in fields(InspectConfig)})
@@ -262,10 +250,7 @@ def _inspect(given: Namespace) -> int:
         content = {**vars(found), "layers": [layer._asdict() for layer in found.layers]}
         print(json.dumps(_without_nan(content), indent=2))
     else:
-        console, table = Console(highlight=False, soft_wrap=True), _layer_table(found)
-        if not console.is_terminal:  # a file or a pipe has no width to which the table should be cut
-            console.width = console.measure(table, options=console.options.update(width=10_000)).maximum
-        console.print(table, *_totals(found), sep="\n")
+        print_whole(layer_table(found), *layer_totals(found))
     return 0
 
 
@@ -280,8 +265,8 @@ def _data_list(given: Namespace) -> int:
         print(json.dumps([asdict(dataset) for dataset in PAPER.values()], indent=2))
     else:
         drawn = ", ".join(name for name, dataset in PAPER.items() if dataset.draw is not None)
-        _print_whole(
-            _dataset_table(PAPER.values()),
+        print_whole(
+            dataset_table(PAPER.values()),
             f"Drawn from larger sets: {drawn}. The draws are fixed and ours; the paper publishes none.",
             "data.name may also be digits, imagefolder:PATH, or another class of torchvision.datasets.",
         )
@@ -297,59 +282,8 @@ def _data_check(given: Namespace) -> int:
     whole = f"{given.name} is whole: nothing is missing or damaged"
     faults = f"{given.name} has {count} fault{'s' if count > 1 else ''}:"
     way_out = [f"What to do: {found.way_out}"] if found.way_out else []
-    _print_whole(_checked_table(found), faults if count else whole, *found.faults, *way_out)
+    print_whole(checked_table(found), faults if count else whole, *found.faults, *way_out)
     return _USAGE_ERROR if count else 0
-
-
-def _print_whole(table: Table, *lines: str) -> None:
-    """Prints a table and lines, which hold paths, so that nothing is cut, wrapped or taken for markup."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    if not console.is_terminal:  # a file or a pipe has no width to which the table should be cut
-        console.width = console.measure(table, options=console.options.update(width=10_000)).maximum
-    if table.row_count:
-        console.print(table)
-    for line in lines:
-        console.print(line)
-
-
-def _dataset_table(datasets: Iterable[Dataset]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("name", "in the paper", "classes", "training", "test", "downloads"):
-        right = heading in ("classes", "training", "test")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for heading in ("in data.root", "licence", "source"):
-        table.add_column(heading, overflow="fold")
-    for dataset in datasets:
-        table.add_row(
-            dataset.name,
-            dataset.paper_name,
-            str(dataset.classes),
-            f"{dataset.train:,}",
-            f"{'≤ ' if dataset.test_at_most else ''}{dataset.test:,}",
-            "yes" if dataset.downloads else "no",
-            ", ".join(dataset.where),
-            dataset.licence,
-            dataset.source,
-        )
-    return table
-
-
-def _checked_table(found: Checked) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("split", "classes", "images", "expected"):
-        right = heading in ("classes", "images")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for split in found.splits:
-        table.add_row(split.name, f"{split.classes:,}", f"{split.images:,}", split.expected or "not known")
-    return table
 
 
 def _plot(given: Namespace) -> int:
@@ -384,51 +318,6 @@ def _table(given: Namespace) -> int:
     return 0
 
 
-def _layer_table(found: Inspection) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in (
-        "depth",
-        "layer",
-        "kind",
-        "shape",
-        "weights",
-        "rule",
-        "upstream",
-        "angle V, W",
-        "norm V / W",
-    ):
-        right = heading in ("depth", "weights", "angle V, W", "norm V / W")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for layer in found.layers:
-        table.add_row(
-            "unused" if layer.depth is None else str(layer.depth),
-            layer.name,
-            layer.kind,
-            "x".join(map(str, layer.shape)),
-            f"{layer.weights:,}",
-            layer.rule or "exact",
-            {True: "yes", False: "no", None: ""}[layer.upstream],
-            "" if layer.weight_angle is None else f"{layer.weight_angle:.1f}°",
-            "" if layer.norm_ratio is None else f"{layer.norm_ratio:.2f}",
-        )
-    return table
-
-
-def _totals(found: Inspection) -> list[str]:
-    patched = sum(layer.rule is not None for layer in found.layers)
-    rerouted = sum(layer.rule is not None and bool(layer.upstream) for layer in found.layers)
-    share = 100 * found.patched_weights / found.parameters
-    channels, height, width = found.image
-    return [
-        f"{found.model} on an image of {channels}x{height}x{width}: {len(found.layers)} layers, {patched} "
-        f"patched, {rerouted} of these with an error signal to send on",
-        f"{found.parameters:,} parameters, {found.patched_weights:,} of them ({share:.1f}%) patched weights",
-    ]
-
-
 def _without_nan(content: Any) -> Any:
     """The same with null for what is not a number, of which JSON knows nothing."""
     if isinstance(content, dict):
@@ -446,110 +335,3 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "plot": _plot,
     "data": _data,
 }
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """A bar with loss and accuracy on a terminal, else nothing."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs  {task.description}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("")
-        accuracy = ""
-
-        def draw(now: Progress) -> None:
-            nonlocal accuracy
-            if now.test_error is not None:
-                accuracy = f"test accuracy {100 - now.test_error:.2f}%"
-            loss = f"loss {now.train_loss:.4f}  " if now.epoch else ""
-            done = max(now.epoch - 1 + now.batch / now.batches, 0)
-            bar.update(task, total=now.epochs, completed=done, description=loss + accuracy)
-
-        yield draw
-
-
-@contextmanager
-def _sweep_progress(
-    console: Console, runs: Sequence[PlannedRun]
-) -> Iterator[Callable[[dict[str, RunResult | None]], None]]:
-    """How many runs have ended and the time that is left: a bar on a terminal, else a line an ended run."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    clock = _SweepClock(runs)
-    shown: set[str] = set()
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs  {task.description}"))
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(runs))
-
-        def draw(states: dict[str, RunResult | None]) -> None:
-            ended = {name: result for name, result in states.items() if result and result.status in _ENDED}
-            left = clock.left(states)
-            time_left = "" if left is None else f"about {_duration(left)} left"
-            counts = Counter(result.status for result in states.values() if result)
-            words = [f"{count} {status}" for status, count in sorted(counts.items())]
-            bar.update(task, completed=len(ended), description=", ".join([*words, time_left]).rstrip(", "))
-            for name in ended.keys() - shown:
-                result = ended[name]
-                best = "" if result.best_error is None else f": best test error {result.best_error:.2f}%"
-                if not console.is_terminal and not clock.first:
-                    words = [f"{name} {result.status}{best}", time_left]
-                    console.print(f"[{len(ended)}/{len(runs)}]", ", ".join(words).rstrip(", "), markup=False)
-            shown.update(ended)
-            clock.first = False
-
-        yield draw
-
-
-class _SweepClock:
-    """The time that a sweep still takes, at the pace of this one so far.
-
-    Where datasets differ, an epoch of each weighs what a rehearsal of it took.
-    """
-
-    def __init__(self, runs: Sequence[PlannedRun]) -> None:
-        from feedbackhook.experiments.sweep import estimate
-
-        several = len({run.dataset for run in runs}) > 1
-        estimates = estimate(runs) if several else {}
-        self._epochs = {run.name: run.config.protocol.epochs for run in runs}
-        self._weight = {run.name: estimates[run.name].seconds if several else 1.0 for run in runs}
-        self._begin = time.monotonic()
-        self._at_begin: float | None = None
-        self.first = True
-
-    def left(self, states: dict[str, RunResult | None]) -> float | None:
-        """Seconds, or None where nothing has been done yet."""
-        done = sum(self._weight[name] * self._share(name, result) for name, result in states.items())
-        if self._at_begin is None:
-            self._at_begin = done
-        if done == self._at_begin:
-            return None
-        pace = (done - self._at_begin) / (time.monotonic() - self._begin)
-        return (sum(self._weight.values()) - done) / pace
-
-    def _share(self, name: str, result: RunResult | None) -> float:
-        if result is None:
-            return 0.0
-        return 1.0 if result.status in _ENDED else result.epoch / self._epochs[name]
-
-
-def _summary(console: Console, result: RunResult) -> None:
-    ended = result.status if result.reason is None else f"{result.status}: {result.reason}"
-    console.print(f"{ended} ({result.epoch} epochs kept)")
-    if result.last_error is not None and result.best_error is not None:
-        best = f"best {result.best_error:.2f}% (epoch {result.best_epoch})"
-        console.print(f"test error: last {result.last_error:.2f}%, {best}")
-    console.print(f"run folder: {result.folder}")
-    if result.figures:
-        console.print(f"figures: {len(result.figures)} in {result.folder}/figures")

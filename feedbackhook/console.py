@@ -1,0 +1,238 @@
+"""What the command line prints: tables, bars and summaries."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from feedbackhook.experiments.data_check import Checked
+    from feedbackhook.experiments.datasets import Dataset
+    from feedbackhook.experiments.folder import RunResult
+    from feedbackhook.experiments.inspection import Inspection
+    from feedbackhook.experiments.sweep import PlannedRun
+    from feedbackhook.experiments.train import Progress
+
+_ENDED = ("finished", "diverged", "failed")
+
+
+def print_whole(table: Table, *lines: str) -> None:
+    """Prints a table and lines, which hold paths, so that nothing is cut, wrapped or taken for markup."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if not console.is_terminal:  # a file or a pipe has no width to which the table should be cut
+        console.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    if table.row_count:
+        console.print(table)
+    for line in lines:
+        console.print(line)
+
+
+def dataset_table(datasets: Iterable[Dataset]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("name", "in the paper", "classes", "training", "test", "downloads"):
+        right = heading in ("classes", "training", "test")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for heading in ("in data.root", "licence", "source"):
+        table.add_column(heading, overflow="fold")
+    for dataset in datasets:
+        table.add_row(
+            dataset.name,
+            dataset.paper_name,
+            str(dataset.classes),
+            f"{dataset.train:,}",
+            f"{'≤ ' if dataset.test_at_most else ''}{dataset.test:,}",
+            "yes" if dataset.downloads else "no",
+            ", ".join(dataset.where),
+            dataset.licence,
+            dataset.source,
+        )
+    return table
+
+
+def checked_table(found: Checked) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("split", "classes", "images", "expected"):
+        right = heading in ("classes", "images")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for split in found.splits:
+        table.add_row(split.name, f"{split.classes:,}", f"{split.images:,}", split.expected or "not known")
+    return table
+
+
+def layer_table(found: Inspection) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in (
+        "depth",
+        "layer",
+        "kind",
+        "shape",
+        "weights",
+        "rule",
+        "upstream",
+        "angle V, W",
+        "norm V / W",
+    ):
+        right = heading in ("depth", "weights", "angle V, W", "norm V / W")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for layer in found.layers:
+        table.add_row(
+            "unused" if layer.depth is None else str(layer.depth),
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            f"{layer.weights:,}",
+            layer.rule or "exact",
+            {True: "yes", False: "no", None: ""}[layer.upstream],
+            "" if layer.weight_angle is None else f"{layer.weight_angle:.1f}°",
+            "" if layer.norm_ratio is None else f"{layer.norm_ratio:.2f}",
+        )
+    return table
+
+
+def layer_totals(found: Inspection) -> list[str]:
+    patched = sum(layer.rule is not None for layer in found.layers)
+    rerouted = sum(layer.rule is not None and bool(layer.upstream) for layer in found.layers)
+    share = 100 * found.patched_weights / found.parameters
+    channels, height, width = found.image
+    return [
+        f"{found.model} on an image of {channels}x{height}x{width}: {len(found.layers)} layers, {patched} "
+        f"patched, {rerouted} of these with an error signal to send on",
+        f"{found.parameters:,} parameters, {found.patched_weights:,} of them ({share:.1f}%) patched weights",
+    ]
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def file_size(count: float) -> str:
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+@contextmanager
+def run_progress(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """A bar with loss and accuracy on a terminal, else nothing."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs  {task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("")
+        accuracy = ""
+
+        def draw(now: Progress) -> None:
+            nonlocal accuracy
+            if now.test_error is not None:
+                accuracy = f"test accuracy {100 - now.test_error:.2f}%"
+            loss = f"loss {now.train_loss:.4f}  " if now.epoch else ""
+            done = max(now.epoch - 1 + now.batch / now.batches, 0)
+            bar.update(task, total=now.epochs, completed=done, description=loss + accuracy)
+
+        yield draw
+
+
+@contextmanager
+def sweep_progress(
+    console: Console, runs: Sequence[PlannedRun]
+) -> Iterator[Callable[[dict[str, RunResult | None]], None]]:
+    """How many runs have ended and the time that is left: a bar on a terminal, else a line an ended run."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    clock = _SweepClock(runs)
+    shown: dict[str, str] = {}
+    told: list[bool] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs  {task.description}"))
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(runs))
+
+        def draw(states: dict[str, RunResult | None]) -> None:
+            ended = {name: result for name, result in states.items() if result and result.status in _ENDED}
+            left = clock.left(states)
+            time_left = "" if left is None else f"about {duration(left)} left"
+            counts = Counter(result.status for result in states.values() if result)
+            words = [f"{count} {status}" for status, count in sorted(counts.items())]
+            bar.update(task, completed=len(ended), description=", ".join([*words, time_left]).rstrip(", "))
+            for name, result in ended.items():
+                if shown.get(name) != result.status and told and not console.is_terminal:
+                    best = "" if result.best_error is None else f": best test error {result.best_error:.2f}%"
+                    words = [f"{name} {result.status}{best}", time_left]
+                    console.print(f"[{len(ended)}/{len(runs)}]", ", ".join(words).rstrip(", "), markup=False)
+                shown[name] = result.status
+            told.append(True)  # what had ended before is no news
+
+        yield draw
+
+
+class _SweepClock:
+    """The time that a sweep still takes, at the pace of this one so far.
+
+    Where datasets differ, an epoch of each weighs what a rehearsal of it took.
+    """
+
+    def __init__(self, runs: Sequence[PlannedRun]) -> None:
+        from feedbackhook.experiments.sweep import estimate
+
+        several = len({run.dataset for run in runs}) > 1
+        estimates = estimate(runs) if several else {}
+        self._epochs = {run.name: run.config.protocol.epochs for run in runs}
+        self._weight = {run.name: estimates[run.name].seconds if several else 1.0 for run in runs}
+        self._begin = time.monotonic()
+        self._at_begin: float | None = None
+
+    def left(self, states: dict[str, RunResult | None]) -> float | None:
+        """Seconds, or None where nothing has been done yet."""
+        done = sum(self._weight[name] * self._share(name, result) for name, result in states.items())
+        if self._at_begin is None:
+            self._at_begin = done
+        if done == self._at_begin:
+            return None
+        pace = (done - self._at_begin) / (time.monotonic() - self._begin)
+        return (sum(self._weight.values()) - done) / pace
+
+    def _share(self, name: str, result: RunResult | None) -> float:
+        if result is None:
+            return 0.0
+        return 1.0 if result.status in _ENDED else result.epoch / self._epochs[name]
+
+
+def run_summary(console: Console, result: RunResult) -> None:
+    ended = result.status if result.reason is None else f"{result.status}: {result.reason}"
+    console.print(f"{ended} ({result.epoch} epochs kept)")
+    if result.last_error is not None and result.best_error is not None:
+        best = f"best {result.best_error:.2f}% (epoch {result.best_epoch})"
+        console.print(f"test error: last {result.last_error:.2f}%, {best}")
+    console.print(f"run folder: {result.folder}")
+    if result.figures:
+        console.print(f"figures: {len(result.figures)} in {result.folder}/figures")
