@@ -24,7 +24,7 @@ from test_experiments_data import images, write_mnist
 from torch._subclasses import FakeTensorMode
 
 from feedbackhook.cli import main
-from feedbackhook.experiments import data_cache, datasets
+from feedbackhook.experiments import data_cache, data_sources, datasets
 from feedbackhook.experiments.config import ConfigError, DataConfig
 from feedbackhook.experiments.data import ImageData, Split, load
 from feedbackhook.experiments.data_check import check
@@ -321,7 +321,7 @@ def test_too_few_classes_are_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def drawn(name: str, root: Path) -> tuple[set[str], set[str]]:
-    sources = datasets.find(config(name, root))
+    sources = data_sources.find(config(name, root))
     train, test = ({item.name for item in sources.splits[split]} for split in ("train", "test"))
     assert (len(train), len(test)) == tuple(map(len, sources.splits.values()))
     assert not train & test
@@ -363,7 +363,7 @@ def test_a_draw_is_fixed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert drawn(name, roots[0]) == first
     moved = tuple({path.replace(str(roots[1]), str(roots[0])) for path in s} for s in drawn(name, roots[1]))
     assert moved == first
-    monkeypatch.setattr(datasets, "_DRAW_SEED", 1)
+    monkeypatch.setattr(data_sources, "_DRAW_SEED", 1)
     assert drawn(name, roots[0]) != first
 
 
@@ -372,7 +372,7 @@ def test_a_draw_leaves_out_what_is_no_class(tmp_path: Path, monkeypatch: pytest.
     lfw(tmp_path, monkeypatch)
     seen = set()
     for seed in range(20):
-        monkeypatch.setattr(datasets, "_DRAW_SEED", seed)
+        monkeypatch.setattr(data_sources, "_DRAW_SEED", seed)
         for name in ("Caltech256-101", "LFW-ID"):
             paths = set.union(*drawn(name, tmp_path))
             assert len({Path(path).parent for path in paths}) == datasets.PAPER[name].classes
@@ -578,7 +578,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise AssertionError("a source is read")
 
-    monkeypatch.setattr(datasets, "find", fail)
+    monkeypatch.setattr(data_sources, "find", fail)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedbackhook.experiments import data_cache, datasets
+from feedbackhook.experiments import data_cache, data_sources
 from feedbackhook.experiments.config import ConfigError, DataConfig
 
 _SPLIT_SEED = 0  # of the splits that are ours: the same for every run
@@ -89,7 +89,7 @@ def load(config: DataConfig) -> ImageData:
     if config.name == "digits":
         train, test = _digits(config.size)
     else:
-        tensors = data_cache.cached(config, datasets.locations(config), lambda: _decoded(config))
+        tensors = data_cache.cached(config, data_sources.locations(config), lambda: _decoded(config))
         train, test = (Split(tensors[f"{s}.images"], tensors[f"{s}.labels"]) for s in ("train", "test"))
     channels = max(train.images.shape[1], test.images.shape[1])
     train, test = (Split(s.images.expand(-1, channels, -1, -1), s.labels) for s in (train, test))
@@ -105,7 +105,7 @@ def load(config: DataConfig) -> ImageData:
 
 def _decoded(config: DataConfig) -> dict[str, Tensor]:
     """The images and labels of the training and the test set."""
-    sources = datasets.find(config)
+    sources = data_sources.find(config)
     if sources.faults:
         first, more = sources.faults[0], len(sources.faults) - 1
         root = "" if config.name.startswith("imagefolder:") else f" --root {shlex.quote(config.root)}"
@@ -146,12 +146,12 @@ def _stratified(whole: Split, share: float) -> tuple[Split, Split]:
     return Split(whole.images[rest], whole.labels[rest]), Split(whole.images[part], whole.labels[part])
 
 
-def _decode(items: Sequence[datasets.Item], size: int | None) -> Split:
+def _decode(items: Sequence[data_sources.Item], size: int | None) -> Split:
     """The images of one split; grey ones become colour where both occur."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     images, labels = [], []
-    for image, label in map(datasets.decode, items):
+    for image, label in map(data_sources.decode, items):
         mode = "L" if image.mode in ("1", "L") else "RGB"
         images.append(_resize(pil_to_tensor(image.convert(mode)), size))
         labels.append(label)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from feedbackhook.experiments import datasets
+from feedbackhook.experiments import data_sources, datasets
 from feedbackhook.experiments.config import ConfigError, DataConfig
-from feedbackhook.experiments.datasets import Dataset, Item
+from feedbackhook.experiments.data_sources import Item
+from feedbackhook.experiments.datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def check(config: DataConfig) -> Checked:
     """
     if config.name == "digits":
         raise ConfigError("digits come with scikit-learn: there are no files to check")
-    sources, dataset = datasets.find(config), datasets.PAPER.get(config.name)
+    sources, dataset = data_sources.find(config), datasets.PAPER.get(config.name)
     faults, splits = list(sources.faults), []
     if sources.folder is not None and dataset is not None and dataset.draw is not None:
         expected = f"{dataset.draw.of:,} classes"
@@ -67,7 +68,7 @@ def check(config: DataConfig) -> Checked:
             continue
         decoded = split.images == len(items)  # else a class may be missing for its images' sake
         if len(items) != _count(dataset, name) or (decoded and split.classes != dataset.classes):
-            where = ", ".join(map(str, datasets.locations(config)))
+            where = ", ".join(map(str, data_sources.locations(config)))
             what = f"{split.classes} classes, {len(items):,} images"
             faults.append(f"{where}: {name} holds {what} in the place of {split.expected}")
     return Checked(splits, faults, sources.way_out if sources.faults else "")
@@ -78,7 +79,7 @@ def _decoded(name: str, items: Sequence[Item], expected: str, faults: list[str])
     labels = []
     for item in items:
         try:
-            labels.append(datasets.decode(item)[1])
+            labels.append(data_sources.decode(item)[1])
         except ConfigError as error:
             faults.append(str(error))
     return CheckedSplit(name, len(set(labels)), len(labels), expected)
