@@ -19,10 +19,12 @@ from feedbackhook.console import (
     file_size,
     layer_table,
     layer_totals,
+    mean_table,
     print_whole,
     run_progress,
     run_summary,
     sweep_progress,
+    test_table,
 )
 
 if TYPE_CHECKING:
@@ -130,6 +132,14 @@ def _parser() -> ArgumentParser:
         "--output", type=str | None, help="where table.md, table.csv and table.png go; null: into the sweep"
     )
 
+    compare = ArgumentParser(
+        description="Compare configurations over their seeds: final and best test error with 95% intervals, "
+        "and a paired test of each two.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    compare.add_argument("runs", type=str, nargs="+", help="run folders, or folders of such")
+
     data = ArgumentParser(
         description="Show the paper's datasets, or check the files of one.",
         exit_on_error=False,
@@ -161,6 +171,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("train", train, help="train a network and leave a run folder")
     commands.add_subcommand("sweep", sweep, help="train under many conditions, on many data")
     commands.add_subcommand("table", table, help="make the table of a sweep, beside the paper's")
+    commands.add_subcommand("compare", compare, help="compare configurations over their seeds")
     commands.add_subcommand("inspect", inspect, help="show a model's layers and what a patch would do")
     commands.add_subcommand("plot", plot, help="draw the figures of a run")
     commands.add_subcommand("data", data, help="show the paper's datasets, or check the files of one")
@@ -318,6 +329,19 @@ def _table(given: Namespace) -> int:
     return 0
 
 
+def _compare(given: Namespace) -> int:
+    from feedbackhook.report.compare import compare
+    from feedbackhook.report.runs import collect
+
+    runs = collect(*given.runs)
+    found = compare(runs)
+    left_out = [f"left out: {name}: {reason}" for name, reason in runs.skipped.items()]
+    print_whole(mean_table(found), *left_out)
+    if len(found.tests):
+        print_whole(test_table(found))
+    return 0
+
+
 def _without_nan(content: Any) -> Any:
     """The same with null for what is not a number, of which JSON knows nothing."""
     if isinstance(content, dict):
@@ -331,6 +355,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "train": _train,
     "sweep": _sweep,
     "table": _table,
+    "compare": _compare,
     "inspect": _inspect,
     "plot": _plot,
     "data": _data,

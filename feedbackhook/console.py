@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from feedbackhook.experiments.inspection import Inspection
     from feedbackhook.experiments.sweep import PlannedRun
     from feedbackhook.experiments.train import Progress
+    from feedbackhook.report.compare import Comparison
 
 _ENDED = ("finished", "diverged", "failed")
 
@@ -71,6 +72,50 @@ def checked_table(found: Checked) -> Table:
     for split in found.splits:
         table.add_row(split.name, f"{split.classes:,}", f"{split.images:,}", split.expected or "not known")
     return table
+
+
+def mean_table(found: Comparison) -> Table:
+    from rich import box
+    from rich.table import Table
+
+
+    table = Table(box=box.SIMPLE, pad_edge=False, title="test error [%]: mean over seeds (95% interval)")
+    for heading in ("configuration", "dataset", "runs", "final", "best"):
+        table.add_column(heading, justify="left" if heading in ("configuration", "dataset") else "right")
+    for row in found.means.to_dict("records"):
+        diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+        spans = (
+            interval_text(*(row[f"{kind}_{end}"] for end in ("mean", "low", "high")))
+            for kind in ("final", "best")
+        )
+        table.add_row(row["configuration"], row["dataset"], f"{row['runs']}{diverged}", *spans)
+    return table
+
+
+def test_table(found: Comparison) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from feedbackhook.report.compare import ERRORS
+
+    title = "first less second, on the same data with the same seed: Wilcoxon's signed-rank test"
+    if len(found.tests) > len(ERRORS):
+        title += f"; p is not corrected for {len(found.tests)} tests"
+    table = Table(box=box.SIMPLE, pad_edge=False, title=title)
+    for heading in ("first", "second", "error", "pairs", "median [points]", "effect", "verdict"):
+        table.add_column(
+            heading, justify="right" if heading in ("pairs", "median [points]", "effect") else "left"
+        )
+    for row in found.tests.to_dict("records"):
+        median = "" if row["pairs"] == 0 else f"{row['difference']:+.2f}"
+        effect = "" if row["effect"] is None or row["effect"] != row["effect"] else f"{row['effect']:+.2f}"
+        names = (row["first"], row["second"], row["error"], str(row["pairs"]))
+        table.add_row(*names, median, effect, row["verdict"])
+    return table
+
+
+def interval_text(mean: float, low: float, high: float) -> str:
+    return f"{mean:.2f}" if low != low else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def layer_table(found: Inspection) -> Table:

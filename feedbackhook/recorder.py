@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow
     from torch import Tensor
 
-__all__ = ["COLUMNS", "Recorder", "read", "written_aside"]
+__all__ = ["COLUMNS", "Recorder", "parts_of", "read", "schema", "written_aside"]
 
 COLUMNS = ("run", "step", "epoch", "layer", "depth", "metric", "value")
 
@@ -114,8 +114,8 @@ class Recorder:
         """Write the rows added since the last flush to disk, as one part file."""
         if self._rows:
             columns = [list(column) for column in zip(*self._rows, strict=True)]
-            table = _pyarrow().table(columns, schema=_schema())
-            _write_part(table, self._parts / _part_name(len(_parts_of(self._parts))))
+            table = _pyarrow().table(columns, schema=schema())
+            _write_part(table, self._parts / _part_name(len(parts_of(self._parts))))
             self._rows.clear()
         if self._board is not None:
             self._board.flush()
@@ -134,7 +134,7 @@ class Recorder:
         self._rows = [row for row in self._rows if row[1] <= step and row[2] <= newest]
         field = _pyarrow().compute.field
         last = True
-        for part in reversed(_parts_of(self._parts)):
+        for part in reversed(parts_of(self._parts)):
             table = _read_part(part)
             kept = table.filter((field("step") <= step) & (field("epoch") <= newest))
             last = last and not kept.num_rows
@@ -176,7 +176,7 @@ def read(folder: str | os.PathLike[str]) -> pandas.DataFrame:
     """
     pa = _pyarrow()
     _require("pandas")
-    folders = [folder_ for folder_ in sorted(Path(folder).rglob("metrics")) if _parts_of(folder_)]
+    folders = [folder_ for folder_ in sorted(Path(folder).rglob("metrics")) if parts_of(folder_)]
     if not folders:
         raise FileNotFoundError(
             f"no table in {Path(folder).resolve()}: neither a run folder (metrics/part-00000.parquet) "
@@ -185,7 +185,7 @@ def read(folder: str | os.PathLike[str]) -> pandas.DataFrame:
     tables = []
     owner: dict[str, Path] = {}
     for metrics in folders:
-        table = pa.concat_tables([_read_part(part) for part in _parts_of(metrics)])
+        table = pa.concat_tables([_read_part(part) for part in parts_of(metrics)])
         tables.append(table)
         for run in table.column("run").unique().to_pylist():
             if run in owner:
@@ -262,8 +262,8 @@ def _part_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def _parts_of(folder: Path) -> list[Path]:
-    """The part files of a metrics folder in order.
+def parts_of(folder: Path) -> list[Path]:
+    """The part files of a ``metrics`` folder in order.
 
     Raises:
         ValueError: a part is missing, so the table is not whole.
@@ -291,12 +291,13 @@ def _read_part(path: Path) -> pyarrow.Table:
         table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not table.schema.equals(_schema()):
+    if not table.schema.equals(schema()):
         raise ValueError(f"{path} is no part of a metrics table: it has the columns {table.column_names}")
     return table
 
 
-def _schema() -> pyarrow.Schema:
+def schema() -> pyarrow.Schema:
+    """The columns of the table and their types."""
     pa = _pyarrow()
     text, number = pa.string(), pa.int64()
     types = (text, number, number, text, number, text, pa.float64())

@@ -10,14 +10,13 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 import yaml
+from run_folders import leave_run
 
-from feedbackhook import Recorder
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.sweep import PlannedRun, plan
-from feedbackhook.experiments.train import resolve
+from feedbackhook.experiments.sweep import plan
 from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table, write
 
 CONDITIONS = ["SGD", "uSF", "RndF", "uSF+BM2 Top"]
@@ -41,17 +40,6 @@ CURVES: dict[tuple[str, float, int], list[tuple[float, float]]] = {
 }
 
 
-def leave(run: PlannedRun, curve: list[tuple[float, float]], epochs: int, status: str | None = None) -> None:
-    with Recorder(run.folder.path) as recorder:
-        for epoch, (test, held_out) in enumerate(curve):
-            recorder.add(10 * epoch, epoch, "test_error", test)
-            recorder.add(10 * epoch, epoch, "held_out_error", held_out)
-            recorder.add(10 * epoch, epoch, "train_error", 0.0)
-    run.folder.write_config(resolve(run.config))
-    ended = "finished" if len(curve) == epochs + 1 else "diverged"
-    run.folder.write_result(RunResult(run.folder.path, status or ended))  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two rates and two seeds of two epochs on MNIST; RndF's fourth run has failed."""
@@ -63,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     for run in plan(config):
         curve = CURVES.get((run.condition, run.rate, run.seed))
         if curve is not None:
-            leave(run, curve, 2)
+            leave_run(run.config, curve, 2)
     return path
 
 
@@ -123,7 +111,7 @@ def test_runs_that_are_in_no_mean_are_named(folder: Path) -> None:
 @pytest.mark.parametrize("status", ["failed", "running", "interrupted"])
 def test_what_a_run_reached_before_it_stopped_is_not_taken_for_its_result(folder: Path, status: str) -> None:
     run = next(run for run in plan(sweep_table(folder).config) if run.name == "MNIST-RndF-rate0.1-seed1")
-    leave(run, [(90.0, 90.0), (1.0, 1.0)], 2, status)
+    leave_run(run.config, [(90.0, 90.0), (1.0, 1.0)], 2, status)
     assert cell(folder, "RndF")["best_error"] == 9.0
     assert run.name in sweep_table(folder).missing
 
@@ -138,8 +126,16 @@ def test_a_condition_of_which_nothing_has_ended_has_no_figure(folder: Path) -> N
     assert (sgd["runs"], sgd["ended"]) == (4, 0)
     assert table.cells["class_of_best"].isna().all()  # nothing to be three points from
     assert "| SGD | - * |" in as_markdown(table)
-    assert table.missing["MNIST-SGD-rate1-seed0"] == "disk full"
+    assert table.missing["MNIST-SGD-rate1-seed0"] == "failed after 0 epochs: disk full"
     draw(table)
+
+
+def test_a_damaged_run_is_named_and_in_no_mean(folder: Path) -> None:
+    part = folder / "MNIST-SGD-rate1-seed0" / "metrics" / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+    assert "part-00000.parquet" in sweep_table(folder).missing["MNIST-SGD-rate1-seed0"]
+    sgd = cell(folder, "SGD")
+    assert (sgd["best_error"], sgd["ended"]) == ((30 + 14) / 2, 3)
 
 
 def test_the_markdown_of_several_datasets_begins_with_the_grid(tmp_path: Path) -> None:
@@ -149,7 +145,7 @@ def test_the_markdown_of_several_datasets_begins_with_the_grid(tmp_path: Path) -
     for error, run in zip(
         [1.0, 30.0, 5.0, 20.0], sorted(plan(config), key=lambda r: r.condition), strict=True
     ):
-        leave(run, [(90.0, 90.0), (error, error)], 1)
+        leave_run(run.config, [(90.0, 90.0), (error, error)], 1)
     markdown = as_markdown(sweep_table(tmp_path))
     lines = markdown.splitlines()
     assert "| condition | MNIST | CIFAR10 |" in lines
@@ -183,7 +179,7 @@ def test_the_figure_shows_the_cells_and_their_colours(folder: Path) -> None:
 def test_data_that_the_paper_does_not_have_stand_alone(tmp_path: Path) -> None:
     config = SweepConfig(["SGD"], ["digits"], protocol=SweepProtocolConfig(1, rates=1), output=str(tmp_path))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
-    leave(plan(config)[0], [(90.0, 90.0), (5.0, 5.0)], 1)
+    leave_run(plan(config)[0].config, [(90.0, 90.0), (5.0, 5.0)], 1)
     table = sweep_table(tmp_path)
     assert len(draw(table).axes) == 1
     assert table.rank_correlation == {}

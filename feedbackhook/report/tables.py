@@ -17,8 +17,9 @@ import pandas as pd
 
 from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.sweep import PlannedRun, plan, stored
-from feedbackhook.recorder import read
+from feedbackhook.experiments.sweep import plan, stored
+from feedbackhook.report.runs import Runs, collect
+from feedbackhook.report.statistics import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,6 @@ THRESHOLD = 3.0  # points of error from which the paper colours a cell
 BETTER, ALIKE, WORSE = "better", "alike", "worse"
 _COLOURS = {BETTER: "#bfe0f5", ALIKE: "#f4f4f4", WORSE: "#e8933f"}  # told apart by the colour-blind
 _MARKS = {BETTER: " ▲", ALIKE: "", WORSE: " ▼"}
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,20 @@ def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
         ConfigError: the folder holds no sweep, or a damaged one.
     """
     config = stored(folder)
-    rows, missing = [], {}
-    for run in plan(config):
-        result = run.folder.result()
-        if result is not None and result.status in ("finished", "diverged"):
-            rows.append({**_place(run), "status": result.status, **_errors(run)})
-        else:
-            rows.append({**_place(run), "status": "missing"})
-            missing[run.name] = "not begun" if result is None else result.reason or result.status
-    errors = ["best_error", "best_epoch", "held_out_error", "chosen_error"]
-    table = pd.DataFrame(rows).reindex(columns=["dataset", "condition", "rate", "seed", "status", *errors])
+    planned = plan(config)
+    found = collect(folder) if any(run.folder.path.exists() for run in planned) else Runs(pd.DataFrame())
+    errors = _errors(found)
+    status = dict(found.runs[["run", "status"]].to_numpy()) if len(found.runs) else {}
+    missing = {
+        run.name: found.skipped.get(run.name, "it has no test error" if run.name in status else "not begun")
+        for run in planned
+        if run.name not in errors.index
+    }
+    place = [(r.name, r.dataset, r.condition, r.rate, r.seed) for r in planned]
+    table = pd.DataFrame(place, columns=["run", "dataset", "condition", "rate", "seed"]).join(
+        errors, on="run"
+    )
+    table["status"] = table["run"].map(status).where(table["run"].isin(errors.index), "missing")
     cells = _compared(pd.DataFrame(_cells(table)))
     return SweepTable(config, cells, missing, dict(_rank_correlations(cells)))
 
@@ -160,27 +164,26 @@ def write(table: SweepTable, folder: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
-def _place(run: PlannedRun) -> dict[str, Any]:
-    return {name: getattr(run, name) for name in ("dataset", "condition", "rate", "seed")}
-
-
-def _errors(run: PlannedRun) -> dict[str, float]:
-    """Of one run: its smallest test error after training began, and that at the epoch that is best on what
+def _errors(runs: Runs) -> pd.DataFrame:
+    """Of each run its smallest test error after training began, and that at the epoch that is best on what
     was held out. A run that diverged before its first epoch ended has the untrained network's."""
-    rows = read(run.folder.path)
-    rows = rows[rows["metric"].isin(["test_error", "held_out_error"])]
-    by_epoch = rows.pivot_table("value", "epoch", "metric", dropna=False)
-    by_epoch = by_epoch[np.isfinite(by_epoch["test_error"])]
-    trained = by_epoch[by_epoch.index > 0]
-    if trained.empty:
-        trained = by_epoch
-    best = trained["test_error"].idxmin()
-    errors = {"best_error": trained["test_error"].min(), "best_epoch": best}
-    if "held_out_error" in trained:
-        chosen = trained["held_out_error"].idxmin()
-        errors["held_out_error"] = trained["held_out_error"].min()
-        errors["chosen_error"] = trained["test_error"].loc[chosen]
-    return errors
+    columns = ["best_error", "best_epoch", "held_out_error", "chosen_error"]
+    if not len(runs.runs):
+        return pd.DataFrame(columns=columns)
+    rows = runs.rows(["test_error", "held_out_error"])
+    errors = {}
+    for run, part in rows.groupby("run"):
+        by_epoch = part.pivot_table("value", "epoch", "metric").reindex(
+            columns=["test_error", "held_out_error"]
+        )
+        by_epoch = by_epoch[np.isfinite(by_epoch["test_error"])]
+        trained = by_epoch[by_epoch.index > 0] if (by_epoch.index > 0).any() else by_epoch
+        if trained.empty:
+            continue
+        best, held_out = trained["test_error"].idxmin(), trained["held_out_error"]
+        chosen = np.nan if held_out.isna().all() else trained["test_error"].loc[held_out.idxmin()]
+        errors[run] = (trained["test_error"].loc[best], best, held_out.min(), chosen)
+    return pd.DataFrame.from_dict(errors, orient="index", columns=columns)
 
 
 def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -190,7 +193,7 @@ def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
         by_seed = ended.groupby("seed")
         best = ended.loc[by_seed["best_error"].idxmin()]
         held_out = ended.dropna(subset=["held_out_error"])
-        chosen = ended.loc[held_out.groupby("seed")["held_out_error"].idxmin()]
+        chosen = held_out.loc[held_out.groupby("seed")["held_out_error"].idxmin()]
         name = PAPER[dataset].paper_name if dataset in PAPER else None
         known = name in paper and condition in paper.index
         yield {
@@ -209,14 +212,8 @@ def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _interval(name: str, values: pd.Series) -> dict[str, float]:
-    """Mean over seeds and the ends of its 95% interval by Student's t."""
-    from scipy.stats import t
-
-    mean = values.mean()
-    half = np.nan
-    if len(values) > 1:
-        half = t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return {f"{name}_error": mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+    mean, low, high = interval(values)
+    return {f"{name}_error": mean, f"{name}_low": low, f"{name}_high": high}
 
 
 def _compared(cells: pd.DataFrame) -> pd.DataFrame:

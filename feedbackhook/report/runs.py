@@ -1,0 +1,189 @@
+"""Any number of runs as tidy tables: what each is, and the rows that they recorded, read when asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from feedbackhook.experiments.config import ConfigError
+from feedbackhook.experiments.folder import RunFolder, RunResult
+from feedbackhook.recorder import parts_of, schema
+
+ENDED = ("finished", "diverged")
+
+# the columns of Runs.runs that a configuration gives, and where they stand in it
+_FROM_CONFIG = {
+    "condition": ("condition",),
+    "dataset": ("data", "name"),
+    "held_out": ("data", "held_out"),
+    "model": ("model", "name"),
+    "rule": ("feedback", "mode"),
+    "options": ("feedback", "options"),
+    "batch_norm": ("model", "batch_norm"),
+    "frozen": ("model", "frozen"),
+    "optimizer": ("optimizer", "name"),
+    "setting": ("optimizer", "setting"),
+    "learning_rate": ("optimizer", "lr"),
+    "epochs": ("protocol", "epochs"),
+    "batch_size": ("protocol", "batch_size"),
+    "batch_sizes": ("protocol", "batch_sizes"),
+    "seed": ("protocol", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs that have ended, and by name those that are not among them.
+
+    Args:
+        runs: a row a run: `run` (its name), `folder`, `status`, `reason`, `last_error`, `best_error` (of the
+            test set, in percent), `best_epoch`, `concordance` (of the rules that have one, else missing),
+            and of its configuration `condition`, `dataset`, `held_out`, `model`, `rule`, `options`,
+            `batch_norm`, `frozen`, `optimizer`, `setting`, `learning_rate`, `epochs`, `batch_size`,
+            `batch_sizes` and `seed`.
+        skipped: why each of the others is left out: it has not ended, has failed, is empty, damaged, or of a
+            version whose configuration or table is another. :meth:`rows` adds those whose damage shows when
+            they are read.
+    """
+
+    runs: pd.DataFrame
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, metrics: Iterable[str], layers: bool = False) -> pd.DataFrame:
+        """The rows of these metrics: `run, step, epoch, layer, depth, metric, value`, read from disk now.
+
+        Args:
+            metrics: names, such as `test_error`.
+            layers: the rows of layers alone, instead of those of whole networks alone.
+        """
+        wanted = ds.field("metric").isin(list(metrics))
+        of_layers = ds.field("layer").is_valid()
+        condition = wanted & (of_layers if layers else ~of_layers)
+        folders = {}
+        for run, folder in self.runs[["run", "folder"]].to_numpy():
+            if not parts_of(Path(folder) / "metrics"):
+                self.skipped[run] = "its table is gone"
+            elif run not in self.skipped:
+                folders[Path(folder)] = run
+        try:
+            return _scan(folders, condition)
+        except (OSError, pa.ArrowException):
+            return pd.concat(self._scan_each(folders, condition), ignore_index=True)
+
+    def _scan_each(self, folders: Mapping[Path, str], condition: ds.Expression) -> Iterator[pd.DataFrame]:
+        yield _scan({}, condition)
+        for folder, run in folders.items():
+            try:
+                yield _scan({folder: run}, condition)
+            except (OSError, pa.ArrowException) as error:
+                self.skipped[run] = f"its table is damaged: {_line(error)}"
+
+
+def collect(*paths: str | os.PathLike[str]) -> Runs:
+    """The runs in these folders, each a run folder or a folder that holds some at any depth.
+
+    A run's name is that of its folder, with the names of the folders above it as far as two runs need them to
+    differ.
+
+    Raises:
+        ConfigError: a path is no folder, or holds no run.
+    """
+    folders: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ConfigError(f"{path} is no folder")
+        found = sorted({file.parent.resolve() for name in _MARKS for file in path.rglob(name)})
+        if not found:
+            raise ConfigError(f"no run in {path.resolve()}: neither a run folder nor a folder of such")
+        folders |= dict.fromkeys(found)
+    rows, skipped = [], {}
+    for folder, name in _names(list(folders)).items():
+        try:
+            rows.append({"run": name, "folder": str(folder), **_described(folder)})
+        except (ConfigError, ValueError, OSError, pa.ArrowException) as error:
+            skipped[name] = _line(error)
+    columns = ["run", "folder", "status", "reason", "last_error", "best_error", "best_epoch"]
+    return Runs(pd.DataFrame(rows, columns=[*columns, *_FROM_CONFIG, "concordance"]), skipped)
+
+
+_MARKS = ("status.json", "config.yaml", "metrics")
+
+
+def _names(folders: list[Path]) -> dict[Path, str]:
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return {folder: "/".join(folder.parts[-depth:]) for folder in folders}
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What a run is, from its configuration and status.
+
+    Raises:
+        ConfigError: it has not ended, or is of another version.
+        ValueError, OSError, ArrowException: its table is damaged.
+    """
+    run = RunFolder(folder)
+    result = run.result()
+    if result is None:
+        raise ConfigError("it is empty: it was stopped before it had begun")
+    if result.status not in ENDED:
+        raise ConfigError(_unended(result))
+    config = run.stored_config()
+    described = {name: _value(config, keys) for name, keys in _FROM_CONFIG.items()}
+    parts = parts_of(folder / "metrics")
+    if not parts:
+        raise ConfigError("it has no table")
+    for part in parts:
+        columns = ds.dataset(part).schema
+        if not columns.equals(schema()):
+            raise ConfigError(f"its table is of another version: it has the columns {columns.names}")
+    options = described["options"]
+    has_concordance = described["rule"] in ("sign", "brSF", "frSF")
+    concordance = options.get("concordance", 1.0) if has_concordance else None
+    status = {
+        name: getattr(result, name) for name in ("status", "reason", "last_error", "best_error", "best_epoch")
+    }
+    return {**status, **described, "concordance": concordance}
+
+
+def _unended(result: RunResult) -> str:
+    after = f"after {result.epoch} epochs"
+    return (
+        f"{result.status} {after}" if result.reason is None else f"{result.status} {after}: {result.reason}"
+    )
+
+
+def _value(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    value: Any = config
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            made_by = config.get("provenance", {}).get("versions", {}).get("feedbackhook", "unknown")
+            raise ConfigError(
+                f"it is of another version ({made_by}): its config.yaml has no {'.'.join(keys)}"
+            )
+        value = value[key]
+    return value
+
+
+def _scan(folders: Mapping[Path, str], condition: ds.Expression) -> pd.DataFrame:
+    """The rows of whole runs for which a condition holds, under the names that the runs have here."""
+    parts = {str(part): run for folder, run in folders.items() for part in parts_of(folder / "metrics")}
+    options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    source = ds.dataset(
+        list(parts), schema=schema(), format=ds.ParquetFileFormat(default_fragment_scan_options=options)
+    )
+    table = source.to_table(columns=[*schema().names, "__filename"], filter=condition).to_pandas()
+    table["run"] = table.pop("__filename").map(parts)
+    return table.astype({"depth": "Int64"})
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

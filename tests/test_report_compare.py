@@ -1,0 +1,130 @@
+"""Configurations compared over seeds: intervals, paired tests, and too few runs said to be too few."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import leave_run
+from scipy import stats
+
+from feedbackhook.cli import main
+from feedbackhook.experiments.config import ConfigError, OptimizerConfig, ProtocolConfig, RunConfig
+from feedbackhook.report.compare import compare
+from feedbackhook.report.runs import collect
+from feedbackhook.report.statistics import interval, paired_test
+
+A = [5.0, 5.5, 6.0, 4.5, 5.2, 5.9, 6.4]
+B = [7.0, 7.7, 8.9, 6.1, 5.1, 8.0, 9.0]
+
+
+def test_an_interval_is_students() -> None:
+    mean, low, high = interval(A)
+    expected = stats.ttest_1samp(A, 0).confidence_interval(0.95)
+    assert mean == pytest.approx(np.mean(A))
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_value_has_no_interval_and_none_no_mean() -> None:
+    assert interval([3.0]).mean == 3.0
+    assert math.isnan(interval([3.0]).low)
+    assert math.isnan(interval([]).mean)
+
+
+def test_the_paired_test_is_wilcoxons_with_its_effect() -> None:
+    test = paired_test(A, B)
+    assert test.p == pytest.approx(stats.wilcoxon(A, B, method="exact").pvalue)
+    assert test.p == pytest.approx(2 * 2 / 2**7)  # of 128 signings, two are at least as far on either side
+    assert test.effect == pytest.approx((1 - 27) / 28)  # one pair of rank 1 against ranks 2 to 7
+    assert test.difference == pytest.approx(np.median(np.subtract(A, B)))
+    assert (test.pairs, test.differing) == (7, 7)
+    assert paired_test(B, A).effect == pytest.approx(26 / 28)
+
+
+def test_too_few_pairs_that_differ_have_no_p() -> None:
+    assert paired_test(A[:5], B[:5]).p is None
+    assert paired_test(A[:6], B[:6]).p is not None
+    assert paired_test(A[:6], [*B[:5], A[5]]).p is None  # six pairs, five of which differ
+    tied = paired_test(A, A)
+    assert (tied.p, tied.effect, tied.difference, tied.differing) == (None, None, 0.0, 0)
+
+
+def test_errors_that_differ_by_rounding_are_ties() -> None:
+    assert paired_test([0.1 + 0.2], [0.3]).differing == 0
+
+
+def leave(root: Path, condition: str, errors: list[float], **given: float) -> None:
+    for seed, error in enumerate(errors):
+        output = root / f"{condition}-{given.get('lr', '')}-{seed}".replace(" ", "-")
+        config = RunConfig(
+            condition, protocol=ProtocolConfig(epochs=2, seed=seed, threads=1), output=str(output)
+        )
+        config.optimizer = OptimizerConfig(**given)  # type: ignore[arg-type]
+        leave_run(config, [(90.0, 90.0), (error, 1.0), (error + 1, 1.0)], 2)
+
+
+def test_configurations_are_compared_over_seeds(tmp_path: Path) -> None:
+    leave(tmp_path, "SGD", A)
+    leave(tmp_path, "uSF+BN", B)
+    found = compare(collect(tmp_path))
+    means = found.means.set_index("configuration")
+    assert means.loc["SGD", "best_mean"] == pytest.approx(np.mean(A))
+    assert means.loc["SGD", "final_mean"] == pytest.approx(np.mean(A) + 1)
+    assert means.loc["uSF+BN", "best_high"] == pytest.approx(interval(B).high)
+    assert means["runs"].tolist() == [7, 7]
+    best = found.tests[found.tests["error"] == "best"].iloc[0]
+    assert (best["first"], best["second"], best["pairs"]) == ("SGD", "uSF+BN", 7)
+    assert best["verdict"] == "SGD errs less than uSF+BN (p = 0.031)"
+
+
+def test_pairs_share_their_seed_whatever_the_order(tmp_path: Path) -> None:
+    leave(tmp_path, "SGD", A)
+    leave(tmp_path, "uSF", [a + 1 for a in A[:3]])
+    test = compare(collect(tmp_path)).tests.iloc[0]
+    assert (test["pairs"], test["difference"]) == (3, pytest.approx(-1))
+    assert test["verdict"] == "too few runs to tell: 3 pairs differ, and it takes 6"
+
+
+def test_no_difference_is_not_taken_for_one(tmp_path: Path) -> None:
+    leave(tmp_path, "SGD", A)
+    leave(tmp_path, "uSF", [a + (-1) ** i * (i + 1) / 10 for i, a in enumerate(A)])
+    assert compare(collect(tmp_path)).tests.iloc[0]["verdict"].startswith("no difference shown (p = ")
+
+
+def test_what_varies_names_the_configurations(tmp_path: Path) -> None:
+    leave(tmp_path, "SGD", A[:1], lr=0.1)
+    leave(tmp_path, "SGD", A[:1], lr=0.01)
+    names = compare(collect(tmp_path)).means["configuration"].tolist()
+    assert sorted(names) == ["SGD, learning rate 0.01", "SGD, learning rate 0.1"]
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
+    leave(tmp_path / "first", "SGD", A[:1])
+    leave(tmp_path / "second", "SGD", A[:1])
+    with pytest.raises(ConfigError, match="first/SGD--0 and second/SGD--0 are of one configuration and seed"):
+        compare(collect(tmp_path))
+
+
+def test_a_run_without_an_error_is_refused_by_name(tmp_path: Path) -> None:
+    config = RunConfig("SGD", protocol=ProtocolConfig(epochs=2, threads=1), output=str(tmp_path / "run"))
+    leave_run(config, [(math.nan, math.nan)], 2)
+    with pytest.raises(ConfigError, match="run has no test error"):
+        compare(collect(tmp_path))
+
+
+def test_the_command_prints_means_tests_and_what_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(tmp_path, "SGD", A)
+    leave(tmp_path, "uSF+BN", B)
+    (tmp_path / "SGD--0" / "status.json").write_text("{")
+    assert main(["compare", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    mean, low, high = interval(A[1:])
+    assert f"{mean:.2f} ({low:.2f} to {high:.2f})" in out
+    assert "left out: SGD--0" in out
+    assert "uSF+BN" in out
+    assert main(["compare", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
