@@ -2,7 +2,8 @@
 
 `feedbackhook train` and a bare loop over normalised tensors in memory take turns in one process, an epoch
 each: the paper's MNIST network, mini-batches of 100, SGD, on random images. The bare loop shuffles, takes a
-step, and nothing else; the run also records losses, errors and, each 50th step, what `patch.watch` sees.
+step, and nothing else; the run also records losses, errors and, each 50th step, what `patch.watch` sees, and
+writes its checkpoint. Evaluations are not in the time.
 
     python benchmarks/throughput.py
 
@@ -84,7 +85,7 @@ def _compare(condition: str, count: int, epochs: int, threads: int) -> list[dict
         config = RunConfig(
             condition=condition,
             optimizer=OptimizerConfig(lr=1e-4),
-            protocol=ProtocolConfig(epochs=epochs + 1, batch_size=BATCH, threads=threads),
+            protocol=ProtocolConfig(epochs=epochs + 1, batch_size=BATCH, threads=threads, device="cpu"),
             record=RecordConfig(figures=False),
             output=f"{folder}/run",
         )

@@ -42,7 +42,8 @@ _FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for what cannot run so, 130 for an interruption.
+    """Run one command and return the exit status: 0, 1 where runs of a sweep failed, 2 for what cannot run
+    so, 130 for an interruption.
 
     A diverged run is a result, not an error: its status is 0.
     """
@@ -118,6 +119,10 @@ def _parser() -> ArgumentParser:
     )
     plot.add_argument("run", type=str, help="a run folder, or a folder of such")
     plot.add_argument("--output", type=str | None, help="where the figures go; null: RUN/figures")
+    plot.add_argument(
+        "--size", type=Literal["readme", "column", "slide"], default="readme", help="where they are shown"
+    )
+    plot.add_argument("--dark", type=bool, default=False, help="light on dark")
     plot.add_argument(
         "--formats", type=list[Literal["png", "svg", "pdf"]], default=["png", "svg"], help="kinds of files"
     )
@@ -195,7 +200,7 @@ def _train(given: Namespace) -> int:
     from feedbackhook.experiments.train import train
 
     config = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     try:
         with run_progress(console) as progress:
             result = train(config, resume=given.resume, progress=progress)
@@ -213,7 +218,7 @@ def _sweep(given: Namespace) -> int:
     from feedbackhook.experiments.sweep import plan, shrink, sweep
 
     config = SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     runs, folder = plan(config), shrink(config).output
     if given.dry_run:
         _dry_run(console, config, runs)
@@ -234,8 +239,9 @@ def _sweep(given: Namespace) -> int:
 
 
 def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
-    from feedbackhook.experiments.sweep import ended, estimate, shrink, workers
+    from feedbackhook.experiments.sweep import check, ended, estimate, shrink, workers
 
+    check(runs)
     estimates = estimate(runs)
     for run in runs:
         seconds, size = estimates[run.name]
@@ -304,14 +310,16 @@ def _plot(given: Namespace) -> int:
 
     from feedbackhook.experiments.config import ConfigError
     from feedbackhook.recorder import read
+    from feedbackhook.report import theme
     from feedbackhook.report.plots import draw_all
 
     try:
         table = read(given.run)
-        written, missing = draw_all(table, given.output or Path(given.run) / "figures", given.formats)
+        with theme.use(given.size, given.dark):
+            written, missing = draw_all(table, given.output or Path(given.run) / "figures", given.formats)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for path in written:
         console.print(f"figure: {path}")
     for name, reason in missing.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from feedbackhook.experiments.sweep import PlannedRun
     from feedbackhook.experiments.train import Progress
     from feedbackhook.report.compare import Comparison
+
+logger = logging.getLogger(__name__)
 
 _ENDED = ("finished", "diverged", "failed")
 
@@ -77,7 +80,6 @@ def checked_table(found: Checked) -> Table:
 def mean_table(found: Comparison) -> Table:
     from rich import box
     from rich.table import Table
-
 
     table = Table(box=box.SIMPLE, pad_edge=False, title="test error [%]: mean over seeds (95% interval)")
     for heading in ("configuration", "dataset", "runs", "final", "best"):
@@ -234,7 +236,8 @@ def sweep_progress(
                     best = "" if result.best_error is None else f": best test error {result.best_error:.2f}%"
                     words = [f"{name} {result.status}{best}", time_left]
                     console.print(f"[{len(ended)}/{len(runs)}]", ", ".join(words).rstrip(", "), markup=False)
-                shown[name] = result.status
+            shown.clear()  # but for what has ended: a run that failed may fail again
+            shown.update({name: result.status for name, result in ended.items()})
             told.append(True)  # what had ended before is no news
 
         yield draw
@@ -247,29 +250,51 @@ class _SweepClock:
     """
 
     def __init__(self, runs: Sequence[PlannedRun]) -> None:
-        from feedbackhook.experiments.sweep import estimate
-
-        several = len({run.dataset for run in runs}) > 1
-        estimates = estimate(runs) if several else {}
-        self._epochs = {run.name: run.config.protocol.epochs for run in runs}
-        self._weight = {run.name: estimates[run.name].seconds if several else 1.0 for run in runs}
-        self._begin = time.monotonic()
-        self._at_begin: float | None = None
+        self._runs = runs
+        self._weight: dict[str, float] = {}
+        self._failed_before: dict[str, RunResult] = {}  # by an earlier sweep; this one tries them again
+        self._begin = self._at_begin = 0.0
 
     def left(self, states: dict[str, RunResult | None]) -> float | None:
         """Seconds, or None where nothing has been done yet."""
-        done = sum(self._weight[name] * self._share(name, result) for name, result in states.items())
-        if self._at_begin is None:
-            self._at_begin = done
-        if done == self._at_begin:
+        if not self._weight:
+            self._weight = self._weights(states)
+            self._failed_before = {
+                name: result for name, result in states.items() if result and result.status == "failed"
+            }
+            self._at_begin = self._done(states)
+            self._begin = time.monotonic()
+        done = self._done(states)
+        if done <= self._at_begin:
             return None
         pace = (done - self._at_begin) / (time.monotonic() - self._begin)
         return (sum(self._weight.values()) - done) / pace
 
-    def _share(self, name: str, result: RunResult | None) -> float:
-        if result is None:
-            return 0.0
-        return 1.0 if result.status in _ENDED else result.epoch / self._epochs[name]
+    def _weights(self, states: dict[str, RunResult | None]) -> dict[str, float]:
+        from feedbackhook.experiments.config import ConfigError
+        from feedbackhook.experiments.sweep import estimate
+
+        left = [
+            run for run in self._runs if (result := states[run.name]) is None or result.status not in _ENDED
+        ]
+        equal = {run.name: 1.0 for run in self._runs}
+        if len({run.dataset for run in left}) < 2:
+            return equal
+        try:
+            return equal | {name: found.seconds for name, found in estimate(left).items()}
+        except (ConfigError, RuntimeError) as error:  # the run itself will say so, too
+            logger.info("the time left is a guess, since a rehearsal failed: %s", error)
+            return equal
+
+    def _done(self, states: dict[str, RunResult | None]) -> float:
+        done = 0.0
+        for run in self._runs:
+            result = states[run.name]
+            if result is not None:
+                ended = result.status in _ENDED and result != self._failed_before.get(run.name)
+                share = 1.0 if ended else result.epoch / run.config.protocol.epochs
+                done += share * self._weight[run.name]
+        return done
 
 
 def run_summary(console: Console, result: RunResult) -> None:

@@ -14,9 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 import yaml
 
+from feedbackhook import console
 from feedbackhook.cli import main
 from feedbackhook.experiments import sweep as sweep_module
 from feedbackhook.experiments.config import (
@@ -28,6 +30,7 @@ from feedbackhook.experiments.config import (
     SweepModelConfig,
     SweepProtocolConfig,
 )
+from feedbackhook.experiments.folder import RunResult
 from feedbackhook.experiments.sweep import PlannedRun, ended, estimate, plan, stored, sweep, workers
 from feedbackhook.report.tables import sweep_table
 
@@ -133,6 +136,7 @@ def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_pa
         ({"optimizer": OptimizerConfig("batch_manhattan", setting=3)}, "makes optimizer.setting 1"),
         ({"protocol": SweepProtocolConfig(rates=2)}, "protocol.rates must be 1, 3 or 5"),
         ({"protocol": SweepProtocolConfig(rates=[0.0])}, "more than 0, not 0.0"),
+        ({"protocol": SweepProtocolConfig(rates=[float("inf")])}, "more than 0, not inf"),
         ({"protocol": SweepProtocolConfig(seeds=0)}, "protocol.seeds must be 1 or more"),
         ({"workers": 0}, "workers must be 1 or more"),
     ],
@@ -147,7 +151,7 @@ def test_what_cannot_be_planned_is_one_clear_error(
 
 def test_workers_are_as_many_as_cores_and_threads_allow(tmp_path: Path) -> None:
     config = tiny(tmp_path)
-    cores = os.cpu_count() or 1
+    cores = joblib.cpu_count()
     assert workers(config, plan(config)) == cores
     wide = replace(config, protocol=replace(config.protocol, threads=2 * cores))
     assert workers(wide, plan(wide)) == 1
@@ -190,29 +194,99 @@ def test_data_that_are_not_there_stop_a_sweep_before_its_first_run(tmp_path: Pat
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_run_that_fails_is_kept_with_its_reason_and_stops_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny(tmp_path, workers=1)
+FAILED = "digits-uSF-rate1-seed0"
+_run_one = sweep_module._run_one
+
+
+def _failing(config: Any, sweeper: int) -> str:
+    """In a worker: one run fails in the middle of its training."""
     real = sweep_module.train
 
-    def failing(run: Any, **given: Any) -> Any:
-        if run.condition == "uSF" and run.optimizer.lr == 5e-4:
-            raise RuntimeError("the disk is full")
+    def train(run: Any, **given: Any) -> Any:
+        if Path(run.output).name == FAILED:
+            raise RuntimeError("the disk [/dev/x] is full")
         return real(run, **given)
 
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(sweep_module, "train", train)
+        return _run_one(config, sweeper)
+
+
+def test_a_run_that_fails_is_kept_with_its_reason_and_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path / "sweep", workers=1)
+    path = written(config, tmp_path / "sweep.yaml")
     with monkeypatch.context() as context:
-        context.setattr(sweep_module, "train", failing)
-        results = sweep(config)
-    failed = "digits-uSF-rate1-seed0"
-    assert [name for name, result in results.items() if result.status != "finished"] == [failed]
-    assert (results[failed].status, results[failed].reason) == ("failed", "RuntimeError: the disk is full")
-    assert "the disk is full" in (tmp_path / failed / "traceback.txt").read_text()
-    table = sweep_table(tmp_path)
-    assert table.missing == {failed: "RuntimeError: the disk is full"}
+        context.setattr(sweep_module, "_run_one", _failing)
+        assert main(["sweep", str(path)]) == 1
+    assert f"{FAILED} failed: RuntimeError: the disk [/dev/x] is full" in capsys.readouterr().out
+    states = {run.name: run.folder.result() for run in plan(config)}
+    assert [name for name, result in states.items() if result and result.status != "finished"] == [FAILED]
+    assert "the disk" in (tmp_path / "sweep" / FAILED / "traceback.txt").read_text()
+    table = sweep_table(tmp_path / "sweep")
+    assert table.missing == {FAILED: "failed after 0 epochs: RuntimeError: the disk [/dev/x] is full"}
     row = table.cells.set_index("condition").loc["uSF"]
     assert (row["ended"], row["runs"], row["rate"]) == (1, 2, 0.1)
-    assert sweep(config)[failed].status == "finished"  # the next sweep tries it again
+    assert sweep(config)[FAILED].status == "finished"  # the next sweep tries it again
+    assert not (tmp_path / "sweep" / FAILED / "traceback.txt").exists()
+
+
+def test_what_could_not_be_begun_can_be_run_when_it_is_put_right(tmp_path: Path) -> None:
+    wrong = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, 5000, rates=1), workers=1)
+    assert [result.status for result in sweep(wrong).values()] == ["failed"]
+    right = replace(wrong, protocol=replace(wrong.protocol, batch_size=100))
+    assert [result.status for result in sweep(right).values()] == ["finished"]
+
+
+@pytest.mark.parametrize("left", ["status", "aside", "tensorboard"])
+def test_a_run_that_was_killed_before_it_had_begun_begins(tmp_path: Path, left: str) -> None:
+    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1), workers=1)
+    folder = plan(config)[0].folder.path
+    (folder / "metrics").mkdir(parents=True)
+    if left == "status":
+        (folder / "status.json").write_text('{"status": "running"}')
+    elif left == "aside":
+        (folder / ".config.yaml.4711").write_text("half")
+    else:
+        (folder / "tensorboard").mkdir()
+    assert [result.status for result in sweep(config).values()] == ["finished"]
+    assert not list(folder.glob(".config*"))
+
+
+def test_a_finished_run_does_not_fail_for_its_figures(tmp_path: Path) -> None:
+    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1), workers=1)
+    before = sweep(config)
+    sweep_module._fail(plan(config)[0].config, "RuntimeError: no font")
+    assert plan(config)[0].folder.result() == before["digits-SGD-rate1-seed0"]
+
+
+def test_two_sweeps_at_work_in_one_folder_are_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "sweep", workers=1)
+    with (
+        sweep_module._alone(tmp_path / "sweep"),
+        pytest.raises(ConfigError, match="another sweep is at work"),
+    ):
+        sweep(config)
+    assert not list((tmp_path / "sweep").glob("digits*"))
+
+
+def test_threads_that_are_not_given_are_one_and_so_a_sweep_goes_on(tmp_path: Path) -> None:
+    protocol = SweepProtocolConfig(1, rates=1, threads=None)
+    config = tiny(tmp_path, conditions=["SGD"], protocol=protocol, workers=1)
+    assert plan(config)[0].config.protocol.threads == 1
+    sweep(config)
+    assert len(sweep(config)) == 1
+
+
+def test_runs_that_the_sweep_no_longer_plans_are_named(tmp_path: Path) -> None:
+    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1, seeds=2), workers=1)
+    sweep(config)
+    fewer = replace(config, protocol=replace(config.protocol, seeds=1))
+    sweep(fewer)
+    table = sweep_table(tmp_path)
+    assert table.missing == {"digits-SGD-rate1-seed1": "sweep.yaml does not plan it"}
+    assert table.cells["ended"].tolist() == [1]
 
 
 def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
@@ -239,13 +313,49 @@ def test_a_run_whose_process_is_killed_each_time_fails_and_the_others_end(
     assert results["digits-uSF-rate1-seed0"].reason == "its process ended 3 times: killed, or out of memory?"
 
 
-_run_one = sweep_module._run_one
-
-
 def _poisoned(config: Any, sweeper: int) -> str:
     if Path(config.output).name == os.environ["FEEDBACKHOOK_TEST_POISON"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return _run_one(config, sweeper)
+
+
+def test_an_estimate_does_not_depend_on_whether_a_run_would_diverge(tmp_path: Path) -> None:
+    config = tiny(tmp_path, conditions=["uSF"], optimizer=OptimizerConfig(lr=1e9))
+    assert estimate(plan(config))["digits-uSF-rate1-seed0"].seconds > 0
+
+
+def test_the_time_left_goes_by_what_this_sweep_has_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = plan(
+        tiny(tmp_path, conditions=["SGD", "uSF"], protocol=SweepProtocolConfig(epochs=4, rates=[1.0, 0.1]))
+    )
+    now = iter([100.0, 110.0, 130.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    clock = console._SweepClock(runs)
+    states: dict[str, Any] = dict.fromkeys(names(runs))
+    finished, failed = RunResult(tmp_path, "finished", epoch=4), RunResult(tmp_path, "failed", epoch=0)
+    states |= {runs[0].name: finished, runs[1].name: failed}  # by an earlier sweep
+    assert clock.left(states) is None
+    states |= {runs[1].name: RunResult(tmp_path, "running", epoch=2)}
+    assert clock.left(states) == pytest.approx(10 / 0.5 * 2.5)  # half a run in ten seconds, 2.5 are left
+    states |= {runs[1].name: finished, runs[2].name: failed}
+    assert clock.left(states) == pytest.approx(30 / 2 * 1)
+
+
+def test_epochs_weigh_what_a_rehearsal_took_where_datasets_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = plan(tiny(tmp_path, conditions=["SGD"], datasets=["digits", "MNIST"]))
+    seconds = {run.name: 9.0 if run.dataset == "MNIST" else 1.0 for run in runs}
+    monkeypatch.setattr(
+        sweep_module,
+        "estimate",
+        lambda left: {r.name: sweep_module.Estimate(seconds[r.name], 0) for r in left},
+    )
+    clock = console._SweepClock(runs)
+    clock.left(dict.fromkeys(names(runs)))
+    assert clock._weight == seconds
 
 
 def test_an_estimate_is_near_what_a_run_takes_on_disk(tmp_path: Path) -> None:
@@ -298,6 +408,14 @@ def children(pid: int) -> list[int]:
         if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
             found.append(int(child))
     return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and not one that has ended and that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
@@ -380,6 +498,6 @@ def test_workers_stop_with_the_sweep(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     until = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in left):
+    while any(runs(pid) for pid in left):
         assert time.monotonic() < until, "a worker outlived its sweep"
         time.sleep(0.1)

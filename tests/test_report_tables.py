@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -169,9 +170,10 @@ def test_the_files_hold_the_table(folder: Path, capsys: pytest.CaptureFixture[st
 def test_the_figure_shows_the_cells_and_their_colours(folder: Path) -> None:
     figure = draw(sweep_table(folder))
     ours, theirs = figure.axes
-    assert [text.get_text() for text in ours.texts] == ["12.00", "79.50 ▼", "9.00 ▲", "9.00 ▲"]
+    assert [text.get_text() for text in ours.texts] == ["12.00", "79.50 ▼", "9.00 ▲ *", "9.00 ▲"]
     assert [text.get_text() for text in theirs.texts] == ["0.67", "88.65 ▼", "1.81", "-"]
     assert [label.get_text() for label in ours.get_yticklabels()] == CONDITIONS
+    assert figure.legends[0].get_texts()[-1].get_text() == "* not all of its runs are in it"
     colours = [patch.get_facecolor() for patch in ours.patches]
     assert colours[0] != colours[1] != colours[2] == colours[3]
 
@@ -185,6 +187,15 @@ def test_data_that_the_paper_does_not_have_stand_alone(tmp_path: Path) -> None:
     assert table.rank_correlation == {}
 
 
+def test_a_copy_of_a_run_is_named_and_takes_no_other_runs_place(folder: Path) -> None:
+    run = folder / "MNIST-SGD-rate1-seed0"
+    shutil.copytree(run, folder / "old")
+    shutil.copytree(run, folder / "aside" / run.name)
+    table = sweep_table(folder)
+    assert cell(folder, "SGD")["ended"] == 4
+    assert table.missing["old"] == "sweep.yaml does not plan it"
+
+
 @pytest.mark.parametrize("content", [None, "conditions: 3", "nothing: [", "conditions: [SGD]"], ids=repr)
 def test_what_is_no_sweep_is_one_clear_error(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
@@ -195,9 +206,8 @@ def test_what_is_no_sweep_is_one_clear_error(
     error = capsys.readouterr().err
     assert error.startswith("feedbackhook: error:")
     assert error.count("\n") == 1
-    if content is None:
-        with pytest.raises(ConfigError, match="holds no sweep"):
-            sweep_table(tmp_path)
+    with pytest.raises(ConfigError, match="holds no sweep" if content is None else "sweep.yaml is damaged"):
+        sweep_table(tmp_path)
 
 
 def test_the_papers_table_is_whole() -> None:

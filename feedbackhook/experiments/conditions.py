@@ -78,7 +78,7 @@ class Condition:
         terms = [term for term in (self.feedback, "BN" if self.batch_norm else None, update) if term]
         words = ["+".join(terms) or "SGD"]
         if self.concordance is not None:
-            words.append(f"concordance={self.concordance:g}")
+            words.append(f"concordance={self.concordance:.15g}")
         return " ".join([*words, self.frozen] if self.frozen else words)
 
     def configure(self, config: RunConfig) -> RunConfig:

@@ -201,7 +201,7 @@ class SweepProtocolConfig(ProtocolConfig):
             50 and 60 of 65, scaled to `epochs`.
         rate_factor: see `milestones`.
         seed: the first; see `seeds`.
-        threads: CPU threads of a run.
+        threads: CPU threads of a run; null: 1.
         device: a torch device, or `auto`: a GPU if there is one.
         rates: factors of `optimizer.lr`, each a run; a number is how many of the paper's: 5 are 100, 10, 1,
             0.1 and 0.01, 3 are 10, 1 and 0.1, and 1 is 1.
@@ -227,8 +227,8 @@ class SweepConfig:
         optimizer: what a condition leaves open of the optimizer; `lr` is what `protocol.rates` multiplies
         protocol: how long and on what, how often, and at which learning rates
         record: what is recorded
-        small: one dataset, such as `digits` or `MNIST`, in the place of all; with 8 epochs and 3 learning
-            rates, unless these are given, and a folder of its own.
+        small: one dataset, such as `digits` or `MNIST`, in the place of all, in a folder of its own; with 8
+            epochs in the place of 65, and 3 learning rates in the place of 5.
         workers: runs at a time, each in a process of its own; null: as many as there are cores, or 1 on a
             GPU.
         output: the folder of the run folders and of sweep.yaml, which is this configuration.

@@ -76,7 +76,9 @@ class RunFolder:
         """
         if not self._status.exists():
             entries = self.path.iterdir() if self.path.is_dir() else ()
-            if any(entry.name != "metrics" and not _is_aside(entry) for entry in entries):
+            if any(
+                entry.name not in ("metrics", "tensorboard") and not _is_aside(entry) for entry in entries
+            ):
                 raise ConfigError(f"{self.path} is no run folder, and not empty: give another output")
             return None
         try:
@@ -88,11 +90,20 @@ class RunFolder:
         begun = self._config.exists() or self._checkpoint.exists()
         return result if begun or result.status != "running" else None
 
+    def trained(self) -> bool:
+        """Whether there is anything of a run to go on with, or its end."""
+        result = self.result()
+        return self._checkpoint.exists() or (result is not None and result.status in ("finished", "diverged"))
+
     def tidy(self) -> None:
-        """Remove what a killed process was writing; for the run that has the folder to itself."""
+        """Remove what a killed process was writing and what an earlier failure left; for the run that has the
+        folder to itself."""
         for entry in self.path.iterdir():
-            if _is_aside(entry):
+            if _is_aside(entry) or entry.name == "traceback.txt":
                 entry.unlink()
+
+    def write_traceback(self, text: str) -> None:
+        (self.path / "traceback.txt").write_text(text)
 
     def write_result(self, result: RunResult) -> None:
         content = {name: value for name, value in vars(result).items() if name != "folder"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import re
 import tempfile
@@ -43,7 +44,7 @@ from feedbackhook.recorder import written_aside
 logger = logging.getLogger(__name__)
 
 RATES = (100.0, 10.0, 1.0, 0.1, 0.01)  # Liao et al. 2016: factors of the schedule
-LARGE_BATCH = {3: 500}  # the same: what uSF+BM may do after the third epoch
+_LARGE_BATCH, _LARGE_BATCH_AFTER = 500, 3  # the same: what uSF+BM may do after the third epoch
 _SMALL_EPOCHS, _SMALL_RATES = 8, 3
 _ATTEMPTS = 3
 _REHEARSED_STEPS = 5
@@ -108,7 +109,10 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
         raise ConfigError("a sweep needs conditions, datasets and protocol.rates: one of them is empty")
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
-            raise ConfigError(f"{count} runs of the sweep have the name {name}: a name is given twice")
+            raise ConfigError(
+                f"{count} runs of the sweep have the name {name}: a condition, a dataset or a rate is given "
+                "twice, or two go by the same name"
+            )
     return runs
 
 
@@ -136,6 +140,8 @@ def stored(folder: str | os.PathLike[str]) -> SweepConfig:
     Raises:
         ConfigError: there is none, or its sweep.yaml is damaged.
     """
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser
 
     path = Path(folder) / "sweep.yaml"
@@ -143,7 +149,10 @@ def stored(folder: str | os.PathLike[str]) -> SweepConfig:
         raise ConfigError(f"{folder} holds no sweep: there is no {path}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepConfig)
-    given = parser.instantiate(parser.parse_path(str(path)))
+    try:
+        given = parser.instantiate(parser.parse_path(str(path)))
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     config = SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
     return replace(config, output=str(folder))
 
@@ -169,15 +178,16 @@ def sweep(
     """
     runs = plan(config)
     config = shrink(config)
-    _check(runs)
-    pending = [run for run in runs if not ended(run)]
-    for dataset in {run.dataset: run for run in pending}.values():
-        with _named(dataset.dataset):
-            data.load(resolve(dataset.config).data)  # decodes what is not in the cache yet
-    _write(config)
-    monitor = _Monitor(runs, progress)
-    with monitor:
-        _run_all(pending, workers(config, runs))
+    with _alone(Path(config.output)):
+        check(runs)
+        pending = [run for run in runs if not ended(run)]
+        for dataset in {run.dataset: run for run in pending}.values():
+            with _named(dataset.dataset):
+                data.load(resolve(dataset.config).data)  # decodes what is not in the cache yet
+        _write(config)
+        monitor = _Monitor(runs, progress)
+        with monitor:
+            _run_all(pending, workers(config, runs))
     return {name: result for name, result in monitor.states().items() if result is not None}
 
 
@@ -209,26 +219,27 @@ def _rates(rates: int | list[float]) -> Sequence[float]:
             raise ConfigError(f"protocol.rates must be 1, 3 or 5, or a list of factors, not {rates}")
         first = (len(RATES) - rates) // 2
         return RATES[first : first + rates]
-    if wrong := [rate for rate in rates if not rate > 0]:
+    if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
         raise ConfigError(f"protocol.rates are factors of the learning rate, more than 0, not {wrong[0]}")
     return rates
 
 
 def _procedures(condition: Condition, protocol: SweepProtocolConfig) -> tuple[bool, ...]:
     """The paper lets uSF+BM, and no other condition, take larger mini-batches as well."""
-    two = condition == Condition("uSF", manhattan=1) and protocol.epochs > min(LARGE_BATCH)
+    usf_bm = replace(condition, spoken=False) == Condition("uSF", manhattan=1)
+    two = usf_bm and protocol.epochs > _LARGE_BATCH_AFTER
     return (False, True) if two and not protocol.batch_sizes else (False,)
 
 
 def _run_config(
     config: SweepConfig, dataset: str, condition: str, rate: float, seed: int, large_batch: bool
 ) -> RunConfig:
-    name = "-".join([_slug(dataset), condition.replace(" ", "-"), f"rate{rate:g}", f"seed{seed}"])
+    name = "-".join([_slug(dataset), condition.replace(" ", "-"), f"rate{rate:.15g}", f"seed{seed}"])
+    protocol = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)}
+    protocol |= {"seed": seed, "threads": config.protocol.threads or 1}
     if large_batch:
-        name += f"-batch{LARGE_BATCH[3]}"
-    protocol = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)} | {"seed": seed}
-    if large_batch:
-        protocol["batch_sizes"] = LARGE_BATCH
+        name += f"-batch{_LARGE_BATCH}"
+        protocol["batch_sizes"] = {_LARGE_BATCH_AFTER: _LARGE_BATCH}
     run = RunConfig(
         condition=condition,
         data=replace(config.data, name=dataset),
@@ -255,10 +266,14 @@ def _papers_network(dataset: str) -> str:
     return PAPER[dataset].network
 
 
-def _check(runs: Sequence[PlannedRun]) -> None:
-    """Refuse to mix runs of two configurations."""
+def check(runs: Sequence[PlannedRun]) -> None:
+    """Refuse to mix runs of two configurations.
+
+    Raises:
+        ConfigError: a run that has been trained was configured otherwise.
+    """
     for run in runs:
-        if (run.folder.path / "config.yaml").exists():
+        if run.folder.trained():
             run.folder.check_same(resolve(run.config))
 
 
@@ -266,6 +281,27 @@ def ended(run: PlannedRun) -> bool:
     """Whether there is nothing left to do: it is finished, or has diverged."""
     result = run.folder.result()
     return result is not None and result.status in ("finished", "diverged")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within the block no other sweep is at work in the folder; the lock ends with the process."""
+    from filelock import FileLock, Timeout
+
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise ConfigError(
+            f"another sweep is at work in {folder}: wait for it, or give another output"
+        ) from error
+    finally:
+        if made and {path.name for path in folder.iterdir()} <= {".lock"}:  # nothing was run
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 @contextmanager
@@ -292,7 +328,7 @@ def workers(config: SweepConfig, runs: Sequence[PlannedRun]) -> int:
 
 
 def _run_all(pending: list[PlannedRun], count: int) -> None:
-    """Run them in worker processes until each has ended or failed.
+    """Run them in worker processes, ``count`` at a time, until each has ended or failed.
 
     The pool begins runs in the order in which it gets them, so when it breaks those that ran are the first
     that have not ended. Nothing tells which of them broke it: each has an attempt less, and one that has a
@@ -302,14 +338,17 @@ def _run_all(pending: list[PlannedRun], count: int) -> None:
     done: set[str] = set()
     while left := [run for run in pending if run.name not in done]:
         last = [run for run in left if attempts[run.name] == _ATTEMPTS - 1][:1]
+        at_once = 1 if last else count
+        # joblib's pool of one would be this process itself, which no run may take down
+        pool = joblib.Parallel(
+            max(2, at_once), pre_dispatch=at_once, batch_size=1, return_as="generator_unordered"
+        )
         try:
-            # one worker would be this process itself, which a last attempt may not take down
-            pool = joblib.Parallel(max(2, count) if last else count, return_as="generator_unordered")
             for name in pool(joblib.delayed(_run_one)(run.config, os.getpid()) for run in last or left):
                 done.add(name)
         except BrokenProcessPool:
             done.update(run.name for run in left if ended(run))
-            for run in [run for run in last or left if run.name not in done][: 1 if last else count]:
+            for run in [run for run in last or left if run.name not in done][:at_once]:
                 attempts[run.name] += 1
                 logger.warning("the process of %s ended (attempt %d)", run.name, attempts[run.name])
                 if attempts[run.name] == _ATTEMPTS:
@@ -324,7 +363,10 @@ def _run_one(config: RunConfig, sweeper: int) -> str:
         with _bound_to(sweeper):
             train(config, resume=True)
     except Exception as error:  # whatever ends a run is kept with it, and ends no other
-        _fail(config, f"{type(error).__name__}: {error}", traceback.format_exc())
+        try:
+            _fail(config, f"{type(error).__name__}: {error}", traceback.format_exc())
+        except OSError as full:  # the disk, perhaps
+            logger.error("%s failed (%s), and that could not be kept: %s", config.output, error, full)
     return Path(str(config.output)).name
 
 
@@ -347,13 +389,20 @@ def _bound_to(sweeper: int) -> Iterator[None]:
 
 
 def _fail(config: RunConfig, reason: str, details: str | None = None) -> None:
+    """Keep that a run failed. One that had ended before, and whose figures could not be drawn, did not."""
     folder = RunFolder(str(config.output))
-    result = folder.result() or RunResult(folder.path)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if not (folder.path / "config.yaml").exists():
+    result = folder.result()
+    if result is not None and result.status in ("finished", "diverged"):
+        logger.warning("%s has %s, and then: %s", config.output, result.status, reason)
+        return
+    if result is None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        result = RunResult(folder.path)
+        folder.write_result(result)  # a folder without a status is none of a run, whenever this is killed
+    if not folder.trained():
         folder.write_config(resolve(config))
     if details is not None:
-        (folder.path / "traceback.txt").write_text(details)
+        folder.write_traceback(details)
     result.status, result.reason = "failed", reason
     folder.write_result(result)
 
@@ -423,6 +472,7 @@ def _rehearse(run: PlannedRun) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         rehearsal = replace(
             config,
+            optimizer=replace(config.optimizer, lr=1e-12),  # so that nothing diverges
             protocol=replace(p, epochs=1, batch_sizes={}),
             output=f"{folder}/run",
         )

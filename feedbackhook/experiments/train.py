@@ -82,14 +82,14 @@ def train(
                 f"{folder.path} holds a run ({before.status}, epoch {before.epoch}): "
                 "go on with it by --resume, or give another --output"
             )
-        if config.protocol.threads is None:
+        if config.protocol.threads is None and folder.trained():
             try:
                 threads = folder.stored_config()["protocol"]["threads"]
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"{folder.path}/config.yaml is damaged: give another output") from error
             config = replace(config, protocol=replace(config.protocol, threads=threads))
     config = resolve(config)
-    if before is not None:
+    if before is not None and folder.trained():
         folder.check_same(config)
         if before.status in ("finished", "diverged"):
             if config.record.figures and not before.figures:
@@ -236,6 +236,7 @@ class _Run:
             result.status = "diverged"
             result.reason = f"{stop} in epoch {self.epoch}, after {self.step} steps"
             recorder.add(self.step, self.epoch, stop.metric, stop.value)
+            recorder.flush()  # a diverged run is not touched again
         except BaseException as error:
             result.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             result.reason = f"{type(error).__name__}: {error}".rstrip(": ")

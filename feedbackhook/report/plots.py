@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feedbackhook.report import theme
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -27,7 +29,7 @@ __all__ = [
     "layers_against_epoch",
 ]
 
-_SIZE = (7.0, 4.2)  # inches
+_SIZE = (7.0, 4.2)  # inches, of a README's; the theme scales it
 _NAMED_LAYERS = 12  # more than these and a legend of names is no longer read
 _CELLS = 120  # so many columns of a heat map can be told apart
 
@@ -51,7 +53,7 @@ def error_against_epoch(table: DataFrame) -> Figure:
     runs = list(rows["run"].unique())
     with _figure(left_out) as (figure, axes, sns):
         # ten colours that colour-blind readers tell apart; more runs than that are an ordered scale
-        palette = sns.color_palette("colorblind" if len(runs) <= 10 else "viridis", len(runs))
+        palette = sns.color_palette("colorblind", len(runs)) if len(runs) <= 10 else theme.sequence(len(runs))
         by_run = {"hue": "run", "hue_order": runs, "palette": palette}
         sns.lineplot(
             rows.rename(columns={"metric": "error"}),
@@ -87,7 +89,7 @@ def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
     layers = rows.sort_values("depth")["layer"].unique().tolist()
     named = len(layers) <= _NAMED_LAYERS
     with _figure(left_out) as (figure, axes, sns):
-        palette = sns.color_palette("viridis", len(layers))
+        palette = theme.sequence(len(layers))
         sns.lineplot(
             rows,
             x=clock,
@@ -101,7 +103,7 @@ def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
         )
         axes.set(xlabel=clock, ylabel=label, title=f"{title} against {clock}")
         for value, meaning in _references(table, metric):
-            axes.axhline(value, linestyle=":", color="0.3")
+            axes.axhline(value, linestyle=":", color=theme.ink())
             axes.annotate(
                 meaning,
                 (1, value),
@@ -110,8 +112,13 @@ def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
                 textcoords="offset points",
                 ha="right",
                 fontsize="x-small",
-                color="0.3",
-                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+                color=theme.ink(),
+                bbox={
+                    "boxstyle": "square,pad=0.1",
+                    "facecolor": axes.get_facecolor(),
+                    "edgecolor": "none",
+                    "alpha": 0.8,
+                },
                 zorder=10,
             )
         _scale(axes, metric, float(rows["value"].max()))
@@ -163,19 +170,61 @@ def accuracy_and_angle(table: DataFrame) -> Figure:
     angles, more_left_out = _rows(_layers(table), {"gradient_angle": "gradient_angle"})
     runs = list(table["run"].unique())
     with _figure(left_out + more_left_out, rows=2, size=(7.0, 5.6)) as (figure, axes, sns):
-        palette = sns.color_palette("colorblind" if len(runs) <= 10 else "viridis", len(runs))
+        palette = sns.color_palette("colorblind", len(runs)) if len(runs) <= 10 else theme.sequence(len(runs))
         upper, lower = axes
         timed, clock = _timed(table, angles)
         by_run = {"x": clock, "y": "value", "hue": "run", "hue_order": runs, "palette": palette}
         sns.lineplot(_timed(table, accuracy)[0], ax=upper, errorbar=None, legend=len(runs) > 1, **by_run)
         sns.lineplot(timed, ax=lower, errorbar=("pi", 100), legend=False, **by_run)
-        lower.axhline(90, linestyle=":", color="0.3")
+        lower.axhline(90, linestyle=":", color=theme.ink())
         upper.set(xlabel="", ylabel="test accuracy [%]", title="Accuracy beside the mean gradient angle")
         lower.set(xlabel=clock, ylabel=f"gradient angle [°]\nmean of {angles['layer'].nunique()} layers")
         _scale(lower, "gradient_angle", float(angles["value"].max()))
         if len(runs) > 1:
             _legend_beside(upper)
     return figure
+
+
+def error_against_concordance(runs: DataFrame, paper: DataFrame | None = None) -> Figure:
+    """Test error against concordance: a line a rule, fixed feedback beside redrawn, in a band of the
+    bootstrapped 95% interval over seeds, and the paper's own errors as dashed lines.
+
+    Args:
+        runs: a row a rule, concordance and seed: `rule`, `concordance` (0 to 1), `error` (percent), and
+            perhaps rows of rules without a concordance, which are drawn as lines across.
+        paper: the paper's, a row a rule and concordance, with the same columns.
+
+    Raises:
+        ValueError: no rule has a concordance.
+    """
+    finite = runs[runs["error"].notna()]
+    if finite["concordance"].notna().sum() == 0:
+        raise NothingToDraw("no run has a concordance")
+    with _figure(len(runs) - len(finite), whole=False) as (figure, axes, sns):
+        for rule, part in finite.groupby("rule", sort=False):
+            look = theme.look(rule)
+            if part["concordance"].isna().all():
+                axes.axhline(
+                    part["error"].mean(), color=look.colour, label=rule, dashes=look.dashes or (None, None)
+                )
+                continue
+            line = {"x": "concordance", "y": "error", "color": look.colour, "marker": look.marker, "ax": axes}
+            sns.lineplot(part, label=_WORDS.get(rule, rule), errorbar=("ci", 95), seed=0, **line)
+            if paper is not None and not (theirs := paper[paper["rule"] == rule]).empty:
+                sns.lineplot(theirs, label=f"{rule}, Liao et al. 2016", linestyle="--", alpha=0.6, **line)
+        if (finite["error"] > 0).all():  # on a logarithmic axis no error would be no point
+            axes.set_yscale("log")
+        axes.set(
+            xlabel="concordance: share of feedback signs that agree with W's",
+            ylabel="best test error [%]",
+            title="Error against concordance",
+        )
+        axes.yaxis.set_major_formatter("{x:g}")
+        _legend_beside(axes)
+    return figure
+
+
+_WORDS = {"frSF": "frSF: drawn once", "brSF": "brSF: redrawn"}
 
 
 FIGURES: dict[str, Callable[[DataFrame], Figure]] = {
@@ -283,26 +332,28 @@ def _scale(axes: Axes, metric: str, highest: float) -> None:
 
 @contextmanager
 def _figure(
-    left_out: int, rows: int = 1, size: tuple[float, float] = _SIZE
+    left_out: int, rows: int = 1, size: tuple[float, float] = _SIZE, whole: bool = True
 ) -> Iterator[tuple[Figure, Any, Any]]:
     """A figure with its axes (of several rows, one above the other), and seaborn; the figure says how many
-    values were left out."""
+    values were left out. On the x axis are whole numbers, or else shares of one."""
     import seaborn as sns
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
-        figure = Figure(figsize=size, layout="constrained")
+    with theme.style():
+        figure = Figure(figsize=theme.figsize(*size), layout="constrained")
         axes = figure.subplots(rows, sharex=True)
         yield figure, axes, sns
         every: Iterable[Axes] = [axes] if rows == 1 else axes
         for each in every:
             if not each.collections or rows > 1 or each.lines:
-                each.xaxis.set_major_locator(MaxNLocator(integer=True))
+                each.xaxis.set_major_locator(MaxNLocator(integer=True) if whole else MultipleLocator(0.25))
                 each.margins(x=0.01)
         if left_out:
             words = "value that is" if left_out == 1 else "values that are"
-            figure.supxlabel(f"without {left_out} {words} not a number", fontsize="x-small", color="0.4")
+            figure.supxlabel(
+                f"without {left_out} {words} not a number", fontsize="x-small", color=theme.ink()
+            )
 
 
 def _legend_beside(axes: Axes, title: str | None = None) -> None:

@@ -103,6 +103,11 @@ def collect(*paths: str | os.PathLike[str]) -> Runs:
         if not found:
             raise ConfigError(f"no run in {path.resolve()}: neither a run folder nor a folder of such")
         folders |= dict.fromkeys(found)
+    return describe(list(folders))
+
+
+def describe(folders: Iterable[Path]) -> Runs:
+    """The runs in these run folders."""
     rows, skipped = [], {}
     for folder, name in _names(list(folders)).items():
         try:

@@ -18,7 +18,8 @@ import pandas as pd
 from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.sweep import plan, stored
-from feedbackhook.report.runs import Runs, collect
+from feedbackhook.report import theme
+from feedbackhook.report.runs import Runs, describe
 from feedbackhook.report.statistics import interval
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 REFERENCE = "SGD"
 THRESHOLD = 3.0  # points of error from which the paper colours a cell
 BETTER, ALIKE, WORSE = "better", "alike", "worse"
-_COLOURS = {BETTER: "#bfe0f5", ALIKE: "#f4f4f4", WORSE: "#e8933f"}  # told apart by the colour-blind
-_MARKS = {BETTER: " ▲", ALIKE: "", WORSE: " ▼"}
+COLOURS = {BETTER: "#bfe0f5", ALIKE: "#f4f4f4", WORSE: "#e8933f"}  # told apart by the colour-blind
+MARKS = {BETTER: " ▲", ALIKE: "", WORSE: " ▼"}
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,17 @@ def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
     """
     config = stored(folder)
     planned = plan(config)
-    found = collect(folder) if any(run.folder.path.exists() for run in planned) else Runs(pd.DataFrame())
+    found = describe(run.folder.path for run in planned if run.folder.path.is_dir())
     errors = _errors(found)
-    status = dict(found.runs[["run", "status"]].to_numpy()) if len(found.runs) else {}
+    status = dict(found.runs[["run", "status"]].to_numpy())
     missing = {
         run.name: found.skipped.get(run.name, "it has no test error" if run.name in status else "not begun")
         for run in planned
         if run.name not in errors.index
     }
+    names = {run.name for run in planned}
+    left_over = [path.parent.name for path in sorted(Path(folder).glob("*/status.json"))]
+    missing |= {name: "sweep.yaml does not plan it" for name in left_over if name not in names}
     place = [(r.name, r.dataset, r.condition, r.rate, r.seed) for r in planned]
     table = pd.DataFrame(place, columns=["run", "dataset", "condition", "rate", "seed"]).join(
         errors, on="run"
@@ -93,23 +97,10 @@ def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
 
 def as_markdown(table: SweepTable) -> str:
     """The table in Markdown: condition by dataset, then each dataset with intervals and differences."""
-    p, cells = table.config.protocol, table.cells
-    rates = ", ".join(f"{rate:g}" for rate in sorted({run.rate for run in plan(table.config)}, reverse=True))
-    several = p.seeds > 1
-    mean = f"the mean over {p.seeds} seeds of " if several else ""
-    held_out = table.config.data.held_out
-    chosen = (
-        f"; chosen: at the rate and epoch that are best on the held-out {held_out:.0%} of the training set"
-    )
-    lines = [
-        f"# {Path(table.config.output).name}: test error [%]",
-        "",
-        f"{p.epochs} epochs, mini-batches of {p.batch_size}, learning rates {table.config.optimizer.lr:g} "
-        f"times {rates}. Best: {mean}the smallest test error over epochs and rates, as the paper reports it"
-        f"{chosen if held_out else ''}. {_MARKS[BETTER].strip()} {THRESHOLD:g} points or more better than "
-        f"{REFERENCE}, {_MARKS[WORSE].strip()} worse; paper: Liao, Leibo and Poggio 2016.",
-        "",
-    ]
+    cells, held_out = table.cells, table.config.data.held_out
+    several = table.config.protocol.seeds > 1
+    title = Path(table.config.output).resolve().name
+    lines = [f"# {title}: test error [%]", "", " ".join(_legend(table, several)), ""]
     datasets = list(cells["dataset"].unique())
     if len(datasets) > 1:
         lines += ["## Best, and the paper's in brackets", "", *_overview(cells, datasets), ""]
@@ -126,6 +117,29 @@ def as_markdown(table: SweepTable) -> str:
     return "\n".join(lines)
 
 
+def _legend(table: SweepTable, several: bool) -> Iterator[str]:
+    """How the figures came about, in sentences."""
+    config, p = table.config, table.config.protocol
+    runs = plan(config)
+    rates = ", ".join(f"{rate:.15g}" for rate in sorted({run.rate for run in runs}, reverse=True))
+    later = "".join(f", of {size} after epoch {epoch}" for epoch, size in sorted(p.batch_sizes.items()))
+    yield f"{p.epochs} epochs, mini-batches of {p.batch_size}{later},"
+    yield f"learning rates {config.optimizer.lr:g} times {rates}."
+    if any(run.large_batch for run in runs):
+        yield "uSF+BM also with mini-batches of 500 after epoch 3, of which the better counts."
+    yield "Best: the smallest test error over epochs and rates, as the paper reports it."
+    if config.data.held_out:
+        yield "Chosen: that at the rate and epoch that are best on the held-out"
+        yield f"{config.data.held_out:.0%} of the training set."
+    if several:
+        yield f"Means over {p.seeds} seeds, with 95% intervals; rate and epoch are those of the first."
+    better, worse = MARKS[BETTER].strip(), MARKS[WORSE].strip()
+    yield f"{better} {THRESHOLD:g} points or more better than {REFERENCE}, {worse} worse."
+    if (table.cells["ended"] < table.cells["runs"]).any():
+        yield "* not all of its runs are in it."
+    yield "Paper: Liao, Leibo and Poggio 2016."
+
+
 def draw(table: SweepTable) -> Figure:
     """Ours beside the paper's: a row a condition, a column a dataset, coloured at three points from SGD."""
     from matplotlib.figure import Figure
@@ -136,20 +150,26 @@ def draw(table: SweepTable) -> Figure:
     panels = [("best_error", "class_of_best", "measured")]
     if cells["paper_error"].notna().any():
         panels.append(("paper_error", "class_of_paper", "Liao et al. 2016"))
-    width = 2.8 + len(panels) * (0.4 + 0.95 * len(datasets))
-    figure = Figure(figsize=(max(5.0, width), 1.7 + 0.3 * len(conditions)), layout="constrained")
-    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, panel in zip(row, panels, strict=True):
-        _grid(axes, cells, *panel)
-    row[0].set_yticks(range(len(conditions)), conditions)
+    width = 2.8 + len(panels) * max(1.6, 0.4 + 0.95 * len(datasets))
+    size = (max(5.0, width), 1.7 + 0.3 * len(conditions))
     words = {
         BETTER: f"▲ {THRESHOLD:g} points or more better than {REFERENCE}",
         ALIKE: f"within {THRESHOLD:g} points of {REFERENCE}",
         WORSE: f"▼ {THRESHOLD:g} points or more worse",
     }
-    handles = [Patch(facecolor=_COLOURS[name], edgecolor="0.6", label=label) for name, label in words.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=1, frameon=False, fontsize="small")
-    figure.suptitle("Best test error [%] over epochs and learning rates", fontsize="medium")
+    with theme.style():
+        figure = Figure(figsize=theme.figsize(*size), layout="constrained")
+        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, panel in zip(row, panels, strict=True):
+            _grid(axes, cells, *panel)
+        row[0].set_yticks(range(len(conditions)), conditions)
+        handles = [
+            Patch(facecolor=COLOURS[kind], edgecolor="0.6", label=text) for kind, text in words.items()
+        ]
+        if (cells["ended"] < cells["runs"]).any():
+            handles.append(Patch(facecolor="none", label="* not all of its runs are in it"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=1, frameon=False)
+        figure.suptitle("Best test error [%] over epochs and learning rates", fontsize="large")
     return figure
 
 
@@ -168,8 +188,6 @@ def _errors(runs: Runs) -> pd.DataFrame:
     """Of each run its smallest test error after training began, and that at the epoch that is best on what
     was held out. A run that diverged before its first epoch ended has the untrained network's."""
     columns = ["best_error", "best_epoch", "held_out_error", "chosen_error"]
-    if not len(runs.runs):
-        return pd.DataFrame(columns=columns)
     rows = runs.rows(["test_error", "held_out_error"])
     errors = {}
     for run, part in rows.groupby("run"):
@@ -237,7 +255,7 @@ def _classes(difference: pd.Series) -> pd.Series:
 def _rank_correlations(cells: pd.DataFrame) -> Iterator[tuple[str, tuple[float, int]]]:
     for dataset, part in cells.groupby("dataset", sort=False):
         both = part[["best_error", "paper_error"]].dropna()
-        if len(both) >= 3:
+        if len(both) >= 3 and both.nunique().min() > 1:  # else nothing is ranked
             yield dataset, (both["best_error"].corr(both["paper_error"], method="spearman"), len(both))
 
 
@@ -281,7 +299,7 @@ def _number(value: float, how: str = ".2f") -> str:
 
 
 def _marked(cell: Any) -> str:
-    mark = _MARKS.get(cell["class_of_best"], "")
+    mark = MARKS.get(cell["class_of_best"], "")
     return _number(cell["best_error"]) + mark + ("" if cell["ended"] == cell["runs"] else " *")
 
 
@@ -297,23 +315,20 @@ def _runs(cell: Any) -> str:
 
 def _grid(axes: Axes, cells: pd.DataFrame, error: str, kind: str, title: str) -> None:
     datasets, conditions = list(cells["dataset"].unique()), list(cells["condition"].unique())
-    axes.set(xlim=(-0.5, len(datasets) - 0.5), ylim=(len(conditions) - 0.5, -0.5), title=title)
+    axes.set(xlim=(-0.5, len(datasets) - 0.5), ylim=(len(conditions) - 0.5, -0.5))
+    axes.set_title(title, fontsize="medium")
+    axes.set_axisbelow(False)
     for cell in cells.to_dict("records"):
         x, y = datasets.index(cell["dataset"]), conditions.index(cell["condition"])
-        colour = _COLOURS.get(cell[kind], "white")
+        colour = COLOURS.get(cell[kind], "white")
         axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=colour)
-        axes.text(
-            x,
-            y,
-            _number(cell[error]) + _MARKS.get(cell[kind], ""),
-            ha="center",
-            va="center",
-            fontsize="small",
-        )
+        text = _marked(cell) if error == "best_error" else _number(cell[error]) + MARKS.get(cell[kind], "")
+        axes.text(x, y, text, ha="center", va="center", fontsize="small", color="#222222")
     axes.set_xticks(range(len(datasets)), datasets, rotation=0 if len(datasets) < 3 else 45, ha="center")
     axes.set_xticks([x + 0.5 for x in range(len(datasets) - 1)], minor=True)
     axes.set_yticks([y + 0.5 for y in range(len(conditions) - 1)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.grid(visible=False, which="major")
+    axes.grid(which="minor", color=axes.get_facecolor(), linewidth=1.5)
     axes.tick_params(which="both", length=0)
     for side in axes.spines.values():
         side.set_visible(False)
