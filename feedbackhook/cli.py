@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from argparse import ArgumentError
 from collections import Counter
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # as shells have it
 _FAILED = 1
+_OF_ANALYSIS = ("altair", "jinja2", "vl_convert")  # what the extra of this name installs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"the configuration file is not UTF-8 text: {error}", error)
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as error:
-        return _refuse(f"{error}: pip install 'feedbackhook[experiments]'", error)
+        extra = "analysis" if error.name in _OF_ANALYSIS else "experiments"
+        return _refuse(f"{error}: pip install 'feedbackhook[{extra}]'", error)
 
 
 def _refuse(message: str, error: Exception) -> int:
@@ -137,6 +143,15 @@ def _parser() -> ArgumentParser:
         "--output", type=str | None, help="where table.md, table.csv and table.png go; null: into the sweep"
     )
 
+    report = ArgumentParser(
+        description="Write a page about a sweep: its table, curves, alignment and runs, in one HTML file that "
+        "needs no network.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    report.add_argument("sweep", type=str, help="the folder of the sweep")
+    report.add_argument("-o", "--output", type=str | None, help="the file; null: report.html in the sweep")
+
     compare = ArgumentParser(
         description="Compare configurations over their seeds: final and best test error with 95% intervals, "
         "and a paired test of each two.",
@@ -176,6 +191,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("train", train, help="train a network and leave a run folder")
     commands.add_subcommand("sweep", sweep, help="train under many conditions, on many data")
     commands.add_subcommand("table", table, help="make the table of a sweep, beside the paper's")
+    commands.add_subcommand("report", report, help="write a page about a sweep, in one HTML file")
     commands.add_subcommand("compare", compare, help="compare configurations over their seeds")
     commands.add_subcommand("inspect", inspect, help="show a model's layers and what a patch would do")
     commands.add_subcommand("plot", plot, help="draw the figures of a run")
@@ -337,6 +353,15 @@ def _table(given: Namespace) -> int:
     return 0
 
 
+def _report(given: Namespace) -> int:
+    from pathlib import Path
+
+    from feedbackhook.report.html import write
+
+    print(write(given.sweep, given.output or Path(given.sweep) / "report.html"))
+    return 0
+
+
 def _compare(given: Namespace) -> int:
     from feedbackhook.report.compare import compare
     from feedbackhook.report.runs import collect
@@ -363,6 +388,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "train": _train,
     "sweep": _sweep,
     "table": _table,
+    "report": _report,
     "compare": _compare,
     "inspect": _inspect,
     "plot": _plot,
