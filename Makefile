@@ -1,5 +1,5 @@
 # make demo      train the paper's network on digits under every kind of feedback, and draw the result
-# make test      the tests that every change must pass
+# make test      the tests that every change must pass, and the notebooks
 # make test-all  all tests, and the checks of style and types
 # make lint      style and types alone
 
@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # Two test processes on two cores: more threads in each would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+NOTEBOOKS := $(PYTEST) --nbmake analysis/notebooks
+
 .PHONY: demo test test-all lint install clean
 
 demo: install
@@ -16,9 +18,11 @@ demo: install
 
 test: install
 	$(PYTEST) -m "not slow"
+	$(NOTEBOOKS)
 
 test-all: install lint
 	$(PYTEST)
+	$(NOTEBOOKS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -144,8 +144,8 @@ def _parser() -> ArgumentParser:
     )
 
     report = ArgumentParser(
-        description="Write a page about a sweep: its table, curves, alignment and runs, in one HTML file that "
-        "needs no network.",
+        description="Write a page about a sweep: its table, curves, alignment and runs, in one HTML file "
+        "that needs no network.",
         exit_on_error=False,
         allow_abbrev=False,
     )

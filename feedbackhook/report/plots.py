@@ -140,7 +140,7 @@ def layer_heat_map(table: DataFrame, metric: str = "error_angle") -> Figure:
     title, label = QUANTITIES[metric]
     cells = rows.pivot_table("value", ["depth", "layer"], "step", "mean", sort=True)
     cells = cells.iloc[:, :: -(-cells.shape[1] // _CELLS)].droplevel("depth")
-    with _figure(left_out, size=(7.0, max(2.4, 0.22 * len(cells) + 1.2))) as (figure, axes, sns):
+    with _figure(left_out, size=(7.0, max(3.6, 0.22 * len(cells) + 1.2))) as (figure, axes, sns):
         angle = metric.endswith("angle")
         sns.heatmap(
             cells,
