@@ -1,4 +1,4 @@
-"""The notebooks: each is the same as a script and as a notebook, and was run (`make test` runs them again)."""
+"""The notebooks: each is the same as script and as notebook, and was run; `make test` runs them again."""
 
 from __future__ import annotations
 
