@@ -40,6 +40,7 @@ from feedbackhook.experiments.config import (
 from feedbackhook.experiments.folder import RunResult
 from feedbackhook.experiments.train import train
 from feedbackhook.recorder import read
+from feedbackhook.report import theme
 
 CONCORDANCES = (1.0, 0.75, 0.5, 0.25, 0.0)
 # Fixed beforehand, not searched for. Batch Manhattan's is a step's size in each weight; SGD's, for uSF with
@@ -145,7 +146,7 @@ def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
             "y": "error",
             "hue": "concordance",
             "hue_order": [*order, "backprop"],
-            "palette": [*sns.color_palette("viridis_r", len(order)), "black"],
+            "palette": [*sns.color_palette("viridis_r", len(order)), theme.look("backprop").colour],
             "ax": axes,
         }
         sns.lineplot(by_concordance, errorbar=every_seed, **lines)
@@ -164,9 +165,9 @@ def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
         x="concordance",
         y="last_error",
         hue="rule",
-        palette={"frSF": "#0072b2", "brSF": "#cc79a7"},
+        palette={rule: theme.look(rule).colour for rule in ("frSF", "brSF")},
         style="rule",
-        markers={"frSF": "o", "brSF": "s"},
+        markers={rule: theme.look(rule).marker for rule in ("frSF", "brSF")},
         dashes=False,
         markersize=9,
         errorbar=every_seed,
@@ -174,13 +175,13 @@ def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
         err_kws={"capsize": 4},
         ax=last,
     )
-    for rule, label, colour, style in (
-        ("backprop", "backprop", "black", "--"),
-        ("RndF", "RndF", "0.55", "-."),
-        ("uSF", "uSF without BN and BM", "#d55e00", ":"),
+    for rule, label, style in (
+        ("backprop", "backprop", "--"),
+        ("RndF", "RndF", "-."),
+        ("uSF", "uSF without BN and BM", ":"),
     ):
         mean = runs.loc[runs["rule"] == rule, "last_error"].mean()
-        last.axhline(mean, color=colour, linestyle=style, label=label)
+        last.axhline(mean, color=theme.look(rule).colour, linestyle=style, label=label)
     last.set(title="after the last epoch", xlabel="concordance: probability of the same sign")
     ticks = [0.5, 1, 3, 10, 30, 100]
     last.set(yscale="log", ylim=(0.4, 110), yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])
