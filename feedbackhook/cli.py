@@ -140,7 +140,10 @@ def _parser() -> ArgumentParser:
     )
     table.add_argument("sweep", type=str, help="the folder of the sweep")
     table.add_argument(
-        "--output", type=str | None, help="where table.md, table.csv and table.png go; null: into the sweep"
+        "-o",
+        "--output",
+        type=str | None,
+        help="where table.md, table.csv and table.png go; null: into the sweep",
     )
 
     report = ArgumentParser(

@@ -84,7 +84,7 @@ def test_pairs_share_their_seed_whatever_the_order(tmp_path: Path) -> None:
     leave(tmp_path, "uSF", [a + 1 for a in A[:3]])
     test = compare(collect(tmp_path)).tests.iloc[0]
     assert (test["pairs"], test["difference"]) == (3, pytest.approx(-1))
-    assert test["verdict"] == "too few runs to tell: 3 pairs differ, and it takes 6"
+    assert test["verdict"] == "too few runs to tell: pairs that differ: 3, and it takes 6"
 
 
 def test_no_difference_is_not_taken_for_one(tmp_path: Path) -> None:

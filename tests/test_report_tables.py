@@ -210,6 +210,13 @@ def test_what_is_no_sweep_is_one_clear_error(
         sweep_table(tmp_path)
 
 
+def test_a_typo_and_a_run_are_told_from_a_folder_that_holds_no_sweep(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        sweep_table(folder / "nowhere")
+    with pytest.raises(ConfigError, match=f"but is a run of the one in {folder}"):
+        sweep_table(folder / "MNIST-SGD-rate1-seed0")
+
+
 def test_the_papers_table_is_whole() -> None:
     paper = paper_errors()
     assert paper.shape == (39, 15)

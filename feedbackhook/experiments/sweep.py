@@ -146,6 +146,10 @@ def stored(folder: str | os.PathLike[str]) -> SweepConfig:
 
     path = Path(folder) / "sweep.yaml"
     if not path.is_file():
+        if not path.parent.is_dir():
+            raise ConfigError(f"there is no folder {folder}")
+        if (path.parent.parent / "sweep.yaml").is_file():
+            raise ConfigError(f"{folder} holds no sweep, but is a run of the one in {path.parent.parent}")
         raise ConfigError(f"{folder} holds no sweep: there is no {path}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepConfig)

@@ -104,7 +104,7 @@ def _verdict(test: PairedTest, first: str, second: str) -> str:
     if test.pairs == 0:
         return "nothing to compare: no two runs share dataset and seed"
     if test.p is None:
-        return f"too few runs to tell: {test.differing} pairs differ, and it takes {LEAST_PAIRS}"
+        return f"too few runs to tell: pairs that differ: {test.differing}, and it takes {LEAST_PAIRS}"
     if test.p >= LEVEL:
         return f"no difference shown (p = {test.p:.2g})"
     smaller, larger = (first, second) if (test.effect or 0) < 0 else (second, first)
