@@ -251,10 +251,10 @@ def _sweep(given: Namespace) -> int:
     ended = Counter(result.status for result in results.values())
     console.print(", ".join(f"{count} {status}" for status, count in sorted(ended.items())))
     for name, result in results.items():
-        if result.status not in ("finished", "diverged"):
+        if not result.ended:
             console.print(f"{name} {result.status}: {result.reason}")
     console.print(f"runs: {folder}", f"their table: feedbackhook table {folder}", sep="\n")
-    return 0 if set(ended) <= {"finished", "diverged"} else _FAILED
+    return 0 if all(result.ended for result in results.values()) else _FAILED
 
 
 def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) -> None:

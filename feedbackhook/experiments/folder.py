@@ -55,6 +55,11 @@ class RunResult:
     best_epoch: int | None = None
 
     @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to do: it is finished, or has diverged."""
+        return self.status in ("finished", "diverged")
+
+    @property
     def figures(self) -> list[Path]:
         return sorted((self.folder / "figures").glob("*.png"))
 
@@ -94,7 +99,7 @@ class RunFolder:
     def trained(self) -> bool:
         """Whether there is anything of a run to go on with, or its end."""
         result = self.result()
-        return self._checkpoint.exists() or (result is not None and result.status in ("finished", "diverged"))
+        return self._checkpoint.exists() or (result is not None and result.ended)
 
     def tidy(self) -> None:
         """Remove what a killed process was writing and what an earlier failure left; for the run that has the

@@ -284,7 +284,7 @@ def check(runs: Sequence[PlannedRun]) -> None:
 def ended(run: PlannedRun) -> bool:
     """Whether there is nothing left to do: it is finished, or has diverged."""
     result = run.folder.result()
-    return result is not None and result.status in ("finished", "diverged")
+    return result is not None and result.ended
 
 
 @contextmanager
@@ -396,7 +396,7 @@ def _fail(config: RunConfig, reason: str, details: str | None = None) -> None:
     """Keep that a run failed. One that had ended before, and whose figures could not be drawn, did not."""
     folder = RunFolder(str(config.output))
     result = folder.result()
-    if result is not None and result.status in ("finished", "diverged"):
+    if result is not None and result.ended:
         logger.warning("%s has %s, and then: %s", config.output, result.status, reason)
         return
     if result is None:
@@ -425,7 +425,7 @@ class _Monitor:
     def states(self) -> dict[str, RunResult | None]:
         for run in self._runs:
             known = self._known.get(run.name)
-            if known is None or known.status not in ("finished", "diverged"):
+            if known is None or not known.ended:
                 self._known[run.name] = run.folder.result()
         return dict(self._known)
 

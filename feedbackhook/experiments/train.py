@@ -91,7 +91,7 @@ def train(
     config = resolve(config)
     if before is not None and folder.trained():
         folder.check_same(config)
-        if before.status in ("finished", "diverged"):
+        if before.ended:
             if config.record.figures and not before.figures:
                 _draw(folder)
             return before

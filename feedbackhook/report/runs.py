@@ -16,8 +16,6 @@ from feedbackhook.experiments.config import ConfigError
 from feedbackhook.experiments.folder import RunFolder, RunResult
 from feedbackhook.recorder import parts_of, schema
 
-ENDED = ("finished", "diverged")
-
 # the columns of Runs.runs that a configuration gives, and where they stand in it
 _FROM_CONFIG = {
     "condition": ("condition",),
@@ -139,7 +137,7 @@ def _described(folder: Path) -> dict[str, Any]:
     result = run.result()
     if result is None:
         raise ConfigError("it is empty: it was stopped before it had begun")
-    if result.status not in ENDED:
+    if not result.ended:
         raise ConfigError(_unended(result))
     config = run.stored_config()
     described = {name: _value(config, keys) for name, keys in _FROM_CONFIG.items()}
