@@ -126,7 +126,10 @@ def test_a_torchvision_model_takes_the_place() -> None:
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
     for config, message in (
         (ModelConfig("torchvision/resnet19"), "resnet18"),
-        (ModelConfig("torchvision/resnet18", batch_norm="paper"), "brings its own"),
+        (
+            ModelConfig("torchvision/resnet18", batch_norm="paper"),
+            "without normalisation; this one has Batch",
+        ),
         (ModelConfig("torchvision/resnet18", options={"depth": 3}), "depth"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -227,7 +230,7 @@ def test_a_timm_model_is_built_for_the_data() -> None:
         (ModelConfig(), 8, "takes images of 28x28, not 8x8: set data.size to 28"),
         (ModelConfig(options={"width": 2}), 28, r"has no model.options; it was given \['width'\]"),
         (ModelConfig("timm/resnet81"), 28, "no model named 'resnet81'; near it: resnet"),
-        (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "brings its own"),
+        (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "normalisation; this one has Batch"),
         (ModelConfig("timm/resnet18", options={"wings": 2}), 28, "timm/resnet18 with model.options.*wings"),
         (ModelConfig("timm/vit_tiny_patch16_224"), 28, "cannot take images of 28x28 with 1 channels"),
     ],

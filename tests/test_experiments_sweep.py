@@ -98,7 +98,7 @@ def test_the_network_is_the_papers_for_the_dataset(tmp_path: Path) -> None:
         "SVHN": "liao2016/svhn",
         "STL10": "liao2016/images",
     }
-    given = plan(replace(config, model=SweepModelConfig("timm/resnet18", {"drop_rate": 0.1})))
+    given = plan(replace(config, model=SweepModelConfig("timm/resnet18", options={"drop_rate": 0.1})))
     assert given[0].config.model == ModelConfig("timm/resnet18", options={"drop_rate": 0.1})
 
 

@@ -150,7 +150,7 @@ def test_gradient_angles_are_measured_where_asked_for_and_change_nothing(config:
     assert losses[0] == losses[1]
     table = read(measured.folder)
     angles = table[table.metric == "gradient_angle"]
-    assert sorted(set(angles["step"])) == [0, 4, 8]
+    assert sorted(set(angles["step"])) == [0, 4, 8, 11]  # and in the last step
     assert (angles[angles.layer == "fc2"]["value"] == 0).all()
     assert (angles[angles.layer == "conv1"]["value"] > 1).all()
     assert {"error_angle_per_sample", "error_angle_samples"} < set(table["metric"])
@@ -176,6 +176,7 @@ def test_config_yaml_says_all_that_the_run_was(config: RunConfig) -> None:
     assert stored["feedback"] == {
         "mode": "frSF",
         "options": {"concordance": 0.75},
+        "schedule": {},
         "include": None,
         "exclude": None,
         "seed": 0,

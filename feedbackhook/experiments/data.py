@@ -5,10 +5,12 @@ Shapes: N images, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
+import random
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +66,50 @@ class ImageData:
         images.sub_(self.mean.to(device)).div_(self.std.to(device))
         return images, split.labels[index].to(device)
 
+    def augmentation(self, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """timm's transform of training images: from (N, C, H, W) of uint8, on the CPU, to normalised float32
+        of the same shape. It draws from the generators of Python, numpy and torch; see :func:`seeded`.
+
+        Args:
+            options: of `timm.data.create_transform`.
+
+        Raises:
+            ConfigError: it has no such options, or with them makes other things than such a tensor.
+        """
+        from timm.data import create_transform
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        channels, height, width = self.train.images.shape[1:]
+        shape = (channels, height, width)
+        mean, std = (tuple(values.flatten().tolist()) for values in (self.mean, self.std))
+        try:
+            transform = create_transform(shape, is_training=True, mean=mean, std=std, **options)
+            with seeded(0):
+                first = transform(to_pil_image(self.train.images[0].cpu()))
+        except (TypeError, ValueError, KeyError, AssertionError) as error:
+            raise ConfigError(f"data.augmentation {options} cannot be used: {error}") from error
+        if not isinstance(first, Tensor) or first.dtype != torch.float32 or tuple(first.shape) != shape:
+            raise ConfigError(
+                f"data.augmentation {options} makes something else than one normalised image of the size "
+                f"{shape}: leave out what changes that"
+            )
+        return lambda images: torch.stack([transform(to_pil_image(image)) for image in images.cpu()])
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Python's and numpy's global generators, seeded by ``key`` within the block, and as they were after it;
+    torch's goes on."""
+    before, before_numpy = random.getstate(), np.random.get_state()
+    seeds = np.random.SeedSequence(key).generate_state(2)
+    try:
+        random.seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(before_numpy)
+
 
 def minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """One epoch's mini-batches of ``size`` indices below ``count``, shuffled.
@@ -87,7 +133,7 @@ def load(config: DataConfig) -> ImageData:
     if not 0 <= config.held_out < 1:
         raise ConfigError(f"data.held_out must be a share from 0 to less than 1, not {config.held_out}")
     if config.name == "digits":
-        train, test = _digits(config.size)
+        train, test = _few(config, dict(zip(("train", "test"), _digits(config.size), strict=True))).values()
     else:
         tensors = data_cache.cached(config, data_sources.locations(config), lambda: _decoded(config))
         train, test = (Split(tensors[f"{s}.images"], tensors[f"{s}.labels"]) for s in ("train", "test"))
@@ -112,10 +158,50 @@ def _decoded(config: DataConfig) -> dict[str, Tensor]:
         command = f"feedbackhook data check {shlex.quote(config.name)}{root}"
         others = f" (and {more} more, which {command} lists)" if more else ""
         raise ConfigError(f"{config.name} could not be read: {first}{others}; {sources.way_out}")
+    known = "all" not in sources.splits and all(
+        item.label is not None for items in sources.splits.values() for item in items
+    )
+    if known:  # only those that are wanted are decoded
+        for name, items in sources.splits.items():
+            wanted = _wanted(config, name, torch.tensor([item.label for item in items]))
+            sources.splits[name] = [items[i] for i in wanted]
     splits = {name: _decode(items, config.size) for name, items in sources.splits.items()}
     if "all" in splits:
         splits["train"], splits["test"] = _stratified(splits.pop("all"), _TEST_SHARE)
+    if not known:
+        splits = _few(config, splits)
     return {f"{name}.{key}": t for name, split in splits.items() for key, t in split._asdict().items()}
+
+
+def _few(config: DataConfig, splits: dict[str, Split]) -> dict[str, Split]:
+    """Of each split as many images as are wanted."""
+    wanted = {name: _wanted(config, name, split.labels) for name, split in splits.items()}
+    return {
+        name: split if len(wanted[name]) == len(split.labels) else Split(*(t[wanted[name]] for t in split))
+        for name, split in splits.items()
+    }
+
+
+def _wanted(config: DataConfig, split: str, labels: Tensor) -> Sequence[int]:
+    """The places of the images of a split that are wanted, of each class by its share, in their order.
+
+    Raises:
+        ConfigError: there are fewer, or less than one of each class is wanted.
+    """
+    from sklearn.model_selection import train_test_split
+
+    wanted = {"train": config.train_images, "test": config.test_images}[split]
+    if wanted is None or wanted == len(labels):
+        return range(len(labels))
+    if wanted > len(labels):
+        raise ConfigError(f"data.{split}_images is {wanted}: {config.name} has {len(labels)}")
+    try:
+        drawn, _ = train_test_split(
+            np.arange(len(labels)), train_size=wanted, stratify=labels.numpy(), random_state=_SPLIT_SEED
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.{split}_images {wanted} of {len(labels)}: {error}") from error
+    return sorted(int(i) for i in drawn)
 
 
 def _digits(size: int | None) -> tuple[Split, Split]:

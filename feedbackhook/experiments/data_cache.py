@@ -27,13 +27,13 @@ def cached(
     """What ``read`` gives, from the cache where that holds it.
 
     The tensors of a hit are mapped into memory, so that the processes of one machine share them. A file is
-    taken when name, size, versions of the readers, and path, size and time of change of every file among
-    ``sources`` are those under which it was written, and its checksum holds; else it is written anew, aside
-    and then renamed, so that processes that do so at once end with the same. A cache that cannot be written
-    is a warning.
+    taken when name, size, numbers of images, versions of the readers, and path, size and time of change of
+    every file among ``sources`` are those under which it was written, and its checksum holds; else it is
+    written anew, aside and then renamed, so that processes that do so at once end with the same. A cache that
+    cannot be written is a warning.
 
     Args:
-        config: name and size, and the folder of the cache.
+        config: name, size and numbers of images, and the folder of the cache.
         sources: files and folders that ``read`` reads; where one is missing, or there are none, nothing is
             cached.
         read: gives the tensors.
@@ -62,17 +62,23 @@ def _folder(config: DataConfig) -> Path | None:
 
 
 def _file_name(config: DataConfig, sources: Sequence[Path]) -> str:
-    """One for each dataset, place and size: what is written anew takes the place of what is out of date."""
+    """One for each dataset, place, size and number of images: what is written anew takes the place of what is
+    out of date."""
     kind = re.sub(r"\W+", "-", config.name.partition(":")[0])
     size = "own" if config.size is None else f"{config.size}x{config.size}"
     place = hashlib.sha256("\n".join(os.path.abspath(p) for p in sources).encode(errors="surrogateescape"))
-    return f"{kind}-{size}-{place.hexdigest()[:16]}.safetensors"
+    few = "" if _counts(config) == (None, None) else "-{}+{}".format(*_counts(config))
+    return f"{kind}-{size}{few}-{place.hexdigest()[:16]}.safetensors"
+
+
+def _counts(config: DataConfig) -> tuple[int | None, int | None]:
+    return config.train_images, config.test_images
 
 
 def _key(config: DataConfig, sources: Sequence[Path]) -> str | None:
     """A hash of all that the decoded images follow from, or None where a source is missing."""
     libraries = [version(name) for name in ("torchvision", "pillow")]
-    rows = [f"{config.name} {config.size} {_READER_VERSION} {libraries}"]
+    rows = [f"{config.name} {config.size} {_counts(config)} {_READER_VERSION} {libraries}"]
     try:
         for source in sources:
             for file in _files(source):

@@ -62,10 +62,12 @@ class Item(NamedTuple):
     Args:
         name: its file, or its place where a file holds many.
         read: opens it; gives a PIL image and its class.
+        label: the class, where it is known before the image is read.
     """
 
     name: str
     read: Callable[[], tuple[Image, int]]
+    label: int | None = None
 
 
 @dataclass
@@ -180,7 +182,9 @@ def _class_folders(folder: Path, faults: list[str]) -> dict[str, list[str]]:
 def _numbered(images: dict[str, list[str]], classes: Sequence[str]) -> list[Item]:
     """The images of ``classes``, labelled by their places in it."""
     return [
-        Item(path, partial(_open, path, label)) for label, name in enumerate(classes) for path in images[name]
+        Item(path, partial(_open, path, label), label)
+        for label, name in enumerate(classes)
+        for path in images[name]
     ]
 
 
@@ -276,7 +280,7 @@ def _torchvision(config: DataConfig) -> Sources:
         if labels is not None and len(labels) != len(dataset):
             failures.append(f"{where} holds {len(dataset)} images and {len(labels)} labels")
             continue
-        found.splits[split] = _listed(dataset, where)
+        found.splits[split] = _listed(dataset, where, labels)
     if failures:  # the file, where torchvision publishes which there must be, and else its own words
         found.faults = _published_faults(constructor, root) or list(dict.fromkeys(failures))
         found.way_out = _way_out(config, "download" in given, failures[0])
@@ -294,12 +298,17 @@ def _accepted(constructor: type, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-def _listed(dataset: Any, where: str) -> list[Item]:
+def _listed(dataset: Any, where: str, labels: Any) -> list[Item]:
     """The images of one of torchvision's datasets. Most have no end of iteration, only a length."""
+    known = [None] * len(dataset) if labels is None else [int(label) for label in labels]
     lists = [vars(dataset).get(name) for name in ("samples", "_samples", "_image_files", "_images", "data")]
     files = next((files for files in lists if isinstance(files, list) and _file(files[:1])), None)
     return [
-        Item(f"image {i} of {where}" if files is None else _file(files[i : i + 1]), partial(_get, dataset, i))
+        Item(
+            f"image {i} of {where}" if files is None else _file(files[i : i + 1]),
+            partial(_get, dataset, i),
+            known[i],
+        )
         for i in range(len(dataset))
     ]
 

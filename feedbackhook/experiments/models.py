@@ -1,4 +1,4 @@
-"""The models by name: the paper's networks, timm's and torchvision's.
+"""The models by name: the paper's networks, CIFAR's, timm's and torchvision's.
 
 Shapes: N images, C channels, H x W pixels, K classes.
 """
@@ -6,17 +6,23 @@ Shapes: N images, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 import difflib
+import re
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from feedbackhook import classifier
+from feedbackhook.experiments import cifar, pretrained
+from feedbackhook.experiments.batch_norm import insert_batch_norm
 from feedbackhook.experiments.config import ConfigError, Frozen, ModelConfig
 from feedbackhook.experiments.networks import NETWORKS, build_network
 
 
 def natural_size(config: ModelConfig) -> int | None:
     """The image size that a model is made for, in pixels, or None where images come as they are."""
+    if config.name in cifar.NETWORKS:
+        return cifar.SIZE
     network = NETWORKS.get(config.name)
     return network.input[-1] if network is not None and network.convolutions else None
 
@@ -32,6 +38,8 @@ def default_size(name: str) -> tuple[int, int, int]:
         if len(size) != 3:
             raise ConfigError(f"{name} takes features, not images")
         return size[0], size[1], size[2]
+    if name in cifar.NETWORKS:
+        return 3, cifar.SIZE, cifar.SIZE
     if name.startswith("torchvision/"):
         return 3, 224, 224
     import timm
@@ -46,16 +54,76 @@ def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int
     """The model for K ``classes`` and images of C ``channels`` and H x W = ``size``, on the CPU.
 
     Raises:
-        ConfigError: no such model, options that it does not have, or images that it cannot take.
+        ConfigError: no such model, options that it does not have, images that it cannot take, weights that
+            are missing or of another model, or nothing that would learn.
     """
+    if (given := config.options.get("num_classes", classes)) != classes:
+        raise ConfigError(
+            f"model.options.num_classes is {given}, and the data have {classes} classes: leave it out"
+        )
+    options = {name: value for name, value in config.options.items() if name != "num_classes"}
+    config = replace(config, options=options)
+    if config.weights is not None and not config.name.startswith("timm/"):
+        raise ConfigError(
+            f"model.weights are for timm's models (model.name timm/NAME), not for {config.name}"
+        )
     if config.name in NETWORKS:
         model: nn.Module = _network(config, classes, channels, size)
-    elif config.name.startswith("torchvision/"):
-        model = _torchvision_model(config, classes, channels, size)
     else:
-        model = _timm_model(_timm_name(config.name), config, classes, channels, size)
-    freeze(model, config.frozen)
+        if config.name in cifar.NETWORKS:
+            model = cifar.build(config.name, classes, channels, config.options)
+        elif config.name.startswith("torchvision/"):
+            model = _torchvision_model(config, classes, channels)
+        else:
+            model = _timm_model(_timm_name(config.name), config, classes, channels)
+        if config.batch_norm != "none":
+            insert_batch_norm(model, affine=config.batch_norm == "affine")
+        _try_images(model, config.name, channels, size)
+    if config.trained is None:
+        freeze(model, config.frozen)
+    elif config.frozen is not None:
+        raise ConfigError("model.trained and model.frozen both say what learns: leave one of them out")
+    else:
+        _train_only(model, config.trained)
     return model
+
+
+def statistics(config: ModelConfig, channels: int) -> tuple[Tensor, Tensor] | None:
+    """Mean and std of each of the C ``channels``, each (C, 1, 1), by which the images were normalised on
+    which the model's weights were trained; None for a model that begins anew."""
+    if config.weights is None:
+        return None
+    return pretrained.statistics(_timm_name(config.name), channels)
+
+
+def still(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
+    """The BatchNorm layers that `model.trained` leaves as they are: in training they run as in evaluation."""
+    if config.trained is None:
+        return []
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
+def _train_only(model: nn.Module, pattern: str) -> None:
+    """Freezes every parameter whose full name ``pattern`` does not match as a whole."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"model.trained {pattern!r} is no regular expression: {error}") from error
+    parameters = dict(model.named_parameters())
+    matched = [name for name in parameters if expression.fullmatch(name)]
+    if not matched:
+        near = difflib.get_close_matches(re.sub(r"[^\w.]", "", pattern), parameters, n=3, cutoff=0.3)
+        raise ConfigError(
+            f"model.trained {pattern!r} matches no parameter as a whole; near names: "
+            f"{', '.join(near or list(parameters)[-3:])}"
+        )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in matched)
 
 
 def freeze(model: nn.Module, part: Frozen | None) -> None:
@@ -85,7 +153,7 @@ def _network(config: ModelConfig, classes: int, channels: int, size: tuple[int, 
     return build_network(config.name, classes, channels, config.batch_norm)
 
 
-def _torchvision_model(config: ModelConfig, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
+def _torchvision_model(config: ModelConfig, classes: int, channels: int) -> nn.Module:
     from torchvision import models
 
     name = config.name.partition("/")[2]
@@ -95,18 +163,11 @@ def _torchvision_model(config: ModelConfig, classes: int, channels: int, size: t
         raise ConfigError(f"torchvision has no classification model named {name!r}{hint}")
     if channels != 3:
         raise ConfigError(f"{config.name} takes images of 3 channels, not {channels}")
-    _refuse_batch_norm(config)
     try:
         model: nn.Module = models.get_model(name, num_classes=classes, **config.options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{config.name} with model.options {config.options}: {error}") from error
-    _try_images(model, config.name, channels, size)
     return model
-
-
-def _refuse_batch_norm(config: ModelConfig) -> None:
-    if config.batch_norm != "none":
-        raise ConfigError(f"model.batch_norm is for the paper's networks; {config.name} brings its own")
 
 
 def _timm_name(model: str) -> str:
@@ -115,7 +176,7 @@ def _timm_name(model: str) -> str:
 
     library, _, name = model.partition("/")
     if library != "timm" or not name:
-        known = ", ".join(NETWORKS)
+        known = ", ".join([*NETWORKS, *cifar.NETWORKS])
         raise ConfigError(f"no model is named {model!r}: it is one of {known}, timm/NAME or torchvision/NAME")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name}*")[:3]
@@ -124,17 +185,17 @@ def _timm_name(model: str) -> str:
     return name
 
 
-def _timm_model(
-    name: str, config: ModelConfig, classes: int, channels: int, size: tuple[int, int]
-) -> nn.Module:
+def _timm_model(name: str, config: ModelConfig, classes: int, channels: int) -> nn.Module:
     import timm
 
-    _refuse_batch_norm(config)
+    if "pretrained" in config.options:
+        raise ConfigError("model.options.pretrained: say model.weights hub instead")
     try:
+        if config.weights is not None:
+            return pretrained.build(name, config.weights, classes, channels, config.options)
         model: nn.Module = timm.create_model(name, num_classes=classes, in_chans=channels, **config.options)
     except (TypeError, RuntimeError) as error:
         raise ConfigError(f"timm/{name} with model.options {config.options}: {error}") from error
-    _try_images(model, f"timm/{name}", channels, size)
     return model
 
 
@@ -146,7 +207,13 @@ def _try_images(model: nn.Module, name: str, channels: int, size: tuple[int, int
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{name} cannot take images of {size[0]}x{size[1]} with {channels} channels ({error}): "
-            "set data.size, or the model's own size in model.options"
+            f"set data.size{_made_for(name)}, or the model's own size in model.options, such as "
+            f"{{img_size: {size[0]}}}"
         ) from error
     finally:
         model.train(training)
+
+
+def _made_for(name: str) -> str:
+    """The size of images that a model of timm's was made for, in words."""
+    return f" to {default_size(name)[-1]}" if name.startswith("timm/") else ""

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import joblib
 import torch
@@ -95,15 +95,15 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
         raise ConfigError(f"protocol.seeds must be 1 or more, not {p.seeds}")
     if config.workers is not None and config.workers < 1:
         raise ConfigError(f"workers must be 1 or more, not {config.workers}")
-    conditions = [Condition.parse(name) for name in config.conditions]
     runs = [
-        PlannedRun(dataset, condition.name, rate, seed, large_batch, _run_config(config, *what))
+        PlannedRun(
+            dataset, name, rate, seed, large_batch, _placed(config, run, name, rate, seed, large_batch)
+        )
         for dataset in config.datasets
-        for condition in conditions
-        for large_batch in _procedures(condition, p)
+        for name, run in _conditioned(config, dataset)
+        for large_batch in _procedures(run, p)
         for rate in rates
         for seed in range(p.seed, p.seed + p.seeds)
-        for what in [(dataset, condition.name, rate, seed, large_batch)]
     ]
     if not runs:
         raise ConfigError("a sweep needs conditions, datasets and protocol.rates: one of them is empty")
@@ -206,7 +206,7 @@ def estimate(runs: Sequence[PlannedRun]) -> dict[str, Estimate]:
     estimates = {}
     for run in runs:
         if run.dataset not in rehearsed:
-            patched = [r for r in runs if r.dataset == run.dataset and Condition.parse(r.condition).feedback]
+            patched = [r for r in runs if r.dataset == run.dataset and resolve(r.config).feedback.mode]
             rehearsed[run.dataset] = _rehearse((patched or [run])[0])
         train_images, test_images, _ = _counts(run)
         step, weights, table = rehearsed[run.dataset]
@@ -228,38 +228,98 @@ def _rates(rates: int | list[float]) -> Sequence[float]:
     return rates
 
 
-def _procedures(condition: Condition, protocol: SweepProtocolConfig) -> tuple[bool, ...]:
+def _procedures(run: RunConfig, protocol: SweepProtocolConfig) -> tuple[bool, ...]:
     """The paper lets uSF+BM, and no other condition, take larger mini-batches as well."""
-    usf_bm = replace(condition, spoken=False) == Condition("uSF", manhattan=1)
-    two = usf_bm and protocol.epochs > _LARGE_BATCH_AFTER
+    usf_bm = Condition("uSF", manhattan=1)
+    alike = run.condition in (usf_bm.name, replace(usf_bm, spoken=True).name)
+    two = alike and protocol.epochs > _LARGE_BATCH_AFTER
     return (False, True) if two and not protocol.batch_sizes else (False,)
 
 
-def _run_config(
-    config: SweepConfig, dataset: str, condition: str, rate: float, seed: int, large_batch: bool
-) -> RunConfig:
-    name = "-".join([_slug(dataset), condition.replace(" ", "-"), f"rate{rate:.15g}", f"seed{seed}"])
-    protocol = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)}
-    protocol |= {"seed": seed, "threads": config.protocol.threads or 1}
-    if large_batch:
-        name += f"-batch{_LARGE_BATCH}"
-        protocol["batch_sizes"] = {_LARGE_BATCH_AFTER: _LARGE_BATCH}
+def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunConfig]]:
+    """The name of each condition and its runs' configuration, but for learning rate, seed and folder.
+
+    Raises:
+        ConfigError: a name is unknown, or a condition sets what a run has not, or contradicts what is given.
+    """
+    shared = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)}
     run = RunConfig(
-        condition=condition,
         data=replace(config.data, name=dataset),
-        model=ModelConfig(config.model.name or _papers_network(dataset), options=config.model.options),
+        model=ModelConfig(**vars(config.model) | {"name": config.model.name or ""}),
         feedback=config.feedback,
-        optimizer=replace(config.optimizer, lr=config.optimizer.lr * rate),
-        protocol=ProtocolConfig(**protocol),
+        optimizer=config.optimizer,
+        protocol=ProtocolConfig(**shared | {"threads": config.protocol.threads or 1}),
         record=config.record,
-        output=str(Path(config.output) / name),
     )
-    Condition.parse(condition).configure(run)
-    return run
+    for name in config.conditions:
+        if isinstance(config.conditions, dict):
+            configured = _overridden(run, name, config.conditions[name])
+        else:
+            name = Condition.parse(name).name
+            configured = replace(run, condition=name)
+        if not configured.model.name:
+            configured = replace(configured, model=replace(configured.model, name=_papers_network(dataset)))
+        if configured.condition is not None:
+            Condition.parse(configured.condition).configure(configured)
+        yield name, configured
+
+
+def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfig:
+    """The run with what a condition of one's own sets."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    try:
+        given = parser.instantiate(parser.parse_object(_merged(asdict(run), settings, name)))
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(f"condition {name!r}: {' '.join(str(error).split())}") from error
+    made = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
+    for of_sweep in ("data.name", "protocol.seed", "label", "output"):
+        section, _, key = of_sweep.rpartition(".")
+        before, after = (getattr(getattr(r, section) if section else r, key) for r in (run, made))
+        if before != after:
+            raise ConfigError(f"condition {name!r} sets {of_sweep}, which is the sweep's to set")
+    return replace(made, label=name)
+
+
+def _merged(base: dict[str, Any], settings: Any, where: str) -> dict[str, Any]:
+    """Two levels deep, as a run's configuration is: what is an option's value is not merged."""
+    if not isinstance(settings, dict):
+        raise ConfigError(f"condition {where!r} must map settings of a run to values, not be {settings!r}")
+    merged = dict(base)
+    for key, value in settings.items():
+        section = key in base and isinstance(base[key], dict)
+        merged[key] = base[key] | value if section and isinstance(value, dict) else value
+    return merged
+
+
+def _placed(
+    config: SweepConfig, run: RunConfig, condition: str, rate: float, seed: int, large_batch: bool
+) -> RunConfig:
+    """The run at a learning rate and a seed, in its folder."""
+    words = [_slug(run.data.name), _words(condition), f"rate{rate:.15g}", f"seed{seed}"]
+    protocol = replace(run.protocol, seed=seed)
+    if large_batch:
+        words.append(f"batch{_LARGE_BATCH}")
+        protocol = replace(protocol, batch_sizes={_LARGE_BATCH_AFTER: _LARGE_BATCH})
+    return replace(
+        run,
+        optimizer=replace(run.optimizer, lr=run.optimizer.lr * rate),
+        protocol=protocol,
+        output=str(Path(config.output) / "-".join(words)),
+    )
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name.rstrip("/").replace(":", "/").rpartition("/")[2])
+    return _words(name.rstrip("/").replace(":", "/").rpartition("/")[2])
+
+
+def _words(name: str) -> str:
+    """The name as a part of a file's."""
+    return re.sub(r"[^\w.+=-]+", "-", name)
 
 
 def _papers_network(dataset: str) -> str:

@@ -6,23 +6,22 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import feedbackhook
-from feedbackhook.experiments import data, models
+from feedbackhook.experiments import data, models, optimizers
 from feedbackhook.experiments.batch_norm import estimate_statistics
 from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError, OptimizerConfig, RunConfig
+from feedbackhook.experiments.config import ConfigError, ProtocolConfig, RunConfig
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
-from feedbackhook.optim import BatchManhattan
 from feedbackhook.recorder import Recorder, read
 from feedbackhook.report import plots
 
@@ -111,9 +110,11 @@ def train(
 
 
 def default_output(config: RunConfig) -> str:
-    """runs/DATA-MODE-seedSEED, or the condition in the place of the mode."""
+    """runs/DATA-MODE-seedSEED, or the label or the condition in the place of the mode."""
     name = config.data.name.rstrip("/").replace(":", "/").rpartition("/")[2]
-    what = config.condition or config.feedback.mode or "backprop"
+    mode = config.feedback.mode
+    rule = "mixed" if isinstance(mode, dict) else mode
+    what = config.label or config.condition or rule or "backprop"
     return f"runs/{name}-{what.replace(' ', '-')}-seed{config.protocol.seed}"
 
 
@@ -133,6 +134,9 @@ def resolve(config: RunConfig) -> RunConfig:
         ("protocol.seed", p.seed, 0),
         ("record.every", config.record.every, 1),
         ("record.gradient_angle_every", config.record.gradient_angle_every, 0),
+        ("data.train_images", config.data.train_images, 1),
+        ("data.test_images", config.data.test_images, 1),
+        *(("an epoch in feedback.schedule", epoch, 1) for epoch in config.feedback.schedule),
         *(("protocol.milestones", milestone, 1) for milestone in p.milestones or ()),
         *(("an epoch in protocol.batch_sizes", epoch, 1) for epoch in p.batch_sizes),
         *(("a size in protocol.batch_sizes", size, 1) for size in p.batch_sizes.values()),
@@ -141,8 +145,13 @@ def resolve(config: RunConfig) -> RunConfig:
             raise ConfigError(f"{name} must be {least} or more, not {value}")
     if p.seed >= 2**63:
         raise ConfigError(f"protocol.seed must be less than 2**63, not {p.seed}")
-    if config.optimizer.name == "sgd" and config.optimizer.setting != OptimizerConfig().setting:
-        raise ConfigError("optimizer.setting has no effect with sgd: it is of batch_manhattan")
+    optimizers.check(config.optimizer)
+    if config.feedback.schedule and config.feedback.mode is None:
+        raise ConfigError("feedback.schedule has no effect without feedback.mode")
+    if p.schedule == "cosine" and p.milestones is not None:
+        raise ConfigError(
+            "protocol.milestones have no effect with protocol.schedule cosine: they are of steps"
+        )
     if not 0 < p.rate_factor < math.inf:
         raise ConfigError(f"protocol.rate_factor must be positive, not {p.rate_factor}")
     device = p.device if p.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +166,7 @@ def resolve(config: RunConfig) -> RunConfig:
         feedback=replace(config.feedback, seed=p.seed if seed is None else seed),
         protocol=replace(
             p,
-            milestones=[round(p.epochs * m / 65) for m in (50, 60)] if p.milestones is None else p.milestones,
+            milestones=_milestones(p),
             threads=torch.get_num_threads() if p.threads is None else p.threads,
             device=device,
         ),
@@ -166,6 +175,12 @@ def resolve(config: RunConfig) -> RunConfig:
     )
     as_yaml(resolved)
     return resolved
+
+
+def _milestones(p: ProtocolConfig) -> list[int] | None:
+    if p.milestones is not None or p.schedule != "steps":
+        return p.milestones
+    return [round(p.epochs * m / 65) for m in (50, 60)]
 
 
 class _Run:
@@ -179,12 +194,15 @@ class _Run:
         if (largest := max(p.batch_size, *p.batch_sizes.values(), 0)) > count:
             raise ConfigError(f"a mini-batch of {largest} is more than the {count} training images")
         model = models.build(config.model, self.data.classes, channels, (height, width))
+        if (statistics := models.statistics(config.model, channels)) is not None:
+            self.data = replace(self.data, mean=statistics[0], std=statistics[1])
         # channels last: the same numbers but for rounding, and twice as fast on a CPU
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(config.optimizer, trained)
-        assert p.milestones is not None
-        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, p.milestones, p.rate_factor)
+        self.still = models.still(self.model, config.model)
+        augmentation = config.data.augmentation
+        self.augment = None if augmentation is None else self.data.augmentation(augmentation)
+        self.optimizer = optimizers.build(config.optimizer, self.model)
+        self.schedule = optimizers.schedule(p, self.optimizer)
         self.order = torch.Generator().manual_seed(p.seed)
         self.epoch = self.step = 0
         self.train_loss = math.nan
@@ -228,7 +246,8 @@ class _Run:
                 self.patch.watch(record.every, recorder, step=self.step, per_sample=record.per_sample)
             while self.epoch < self.config.protocol.epochs:
                 self.epoch += 1
-                self._train_epoch(recorder, progress)
+                with data.seeded(self.config.protocol.seed, self.epoch):  # for augmentation
+                    self._train_epoch(recorder, progress)
                 self._evaluate(recorder, progress)
                 self._save(folder, recorder)
             result.status = "finished"
@@ -275,13 +294,19 @@ class _Run:
         rate = float(self.schedule.get_last_lr()[0])
         total, wrong = 0.0, 0
         self.model.train()
+        for module in self.still:
+            module.eval()
         for batch, index in enumerate(data.minibatches(len(train_set.labels), size, self.order), 1):
-            x, y = self.data.batch(train_set, index, self.device)
+            if self.augment is None:
+                x, y = self.data.batch(train_set, index, self.device)
+            else:
+                x = self.augment(train_set.images[index]).to(self.device)
+                y = train_set.labels[index].to(self.device)
             logits = self.model(x)
             loss = F.cross_entropy(logits, y)
             value = _finite("train_loss", loss.item())
             self.optimizer.zero_grad()
-            self._measure_gradients(loss, recorder)
+            self._measure_gradients(loss, recorder, last=self.epoch == p.epochs and batch == batches)
             loss.backward()
             self.optimizer.step()
             self.step += 1
@@ -289,16 +314,18 @@ class _Run:
             wrong += int((logits.argmax(1) != y).sum())
             progress(Progress(self.epoch, p.epochs, batch, batches, total / batch))
         self.schedule.step()
+        if self.patch is not None and self.epoch in self.config.feedback.schedule:
+            self.patch.set(**self.config.feedback.schedule[self.epoch])
         self.train_loss = total / batches
         if self.patch is None:  # else the watch records it
             recorder.add(self.step, self.epoch, "learning_rate", rate)
         recorder.add(self.step, self.epoch, "train_loss", self.train_loss)
         recorder.add(self.step, self.epoch, "train_error", 100 * wrong / (batches * size))
 
-    def _measure_gradients(self, loss: Tensor, recorder: Recorder) -> None:
-        """The angle between the gradients of this step and backprop's, where it is due."""
+    def _measure_gradients(self, loss: Tensor, recorder: Recorder, last: bool) -> None:
+        """The angle between the gradients of this step and backprop's, where it is due, and in the last."""
         every = self.config.record.gradient_angle_every
-        if self.patch is None or not every or self.step % every:
+        if self.patch is None or not every or (self.step % every and not last):
             return
         for row in feedbackhook.measure(self.patch, loss):
             if row.metric == "gradient_angle":
@@ -411,20 +438,6 @@ def _finite(metric: str, value: float) -> float:
     if not math.isfinite(value):
         raise Diverged(metric, value)
     return value
-
-
-def _optimizer(config: OptimizerConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return BatchManhattan(
-        params,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        setting=config.setting,
-    )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import pandas as pd
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.sweep import PlannedRun
+from feedbackhook.experiments.train import resolve
 from feedbackhook.report import theme
 from feedbackhook.report.runs import Runs
 from feedbackhook.report.tables import SweepTable, paper_errors
@@ -56,6 +57,8 @@ class Section(NamedTuple):
 
 def concordance(table: SweepTable) -> Section:
     """Best test error against concordance, brSF beside frSF, and the paper's own curves."""
+    if isinstance(table.config.conditions, dict):
+        return Section({}, {}, ["No curve over concordances: the conditions are this sweep's own."])
     conditions = {name: Condition.parse(name) for name in table.cells["condition"].unique()}
     conditions = {name: known for name, known in conditions.items() if known.feedback in _REDRAWN}
     values = {name: _concordance(condition) for name, condition in conditions.items()}
@@ -131,7 +134,7 @@ def alignment(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> S
     notes = ["A point is the mean over the steps that were measured in an epoch.", *thinned]
     notes += [f"{note} The first layer sends no error on, so it has no error angle." for note in undefined]
     ended = [run for run in planned if run.name in set(runs.runs["run"])]
-    patched = [run for run in ended if Condition.parse(run.condition).feedback]
+    patched = [run for run in ended if resolve(run.config).feedback.mode is not None]
     if backprop := dict.fromkeys(run.condition for run in ended if run not in patched):
         notes.append(f"Without feedback weights, and so without angles: {', '.join(backprop)}.")
     places = [int(place) for place in wide["r"].unique()]

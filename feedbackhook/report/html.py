@@ -28,7 +28,6 @@ from feedbackhook.report.tables import (
     BETTER,
     COLOURS,
     MARKS,
-    REFERENCE,
     THRESHOLD,
     WORSE,
     SweepTable,
@@ -87,8 +86,8 @@ def page(folder: str | os.PathLike[str]) -> str:
             grid=_grid(table),
             colours=COLOURS,
             marks=MARKS,
-            meanings=_meanings(),
-            reference=REFERENCE,
+            meanings=_meanings(table),
+            reference=table.reference,
             sections=sections,
             charts={name: chart for part in sections.values() for name, chart in part.charts.items()},
             data={name: text for part in sections.values() for name, text in part.data.items()},
@@ -208,9 +207,9 @@ def _grid(table: SweepTable) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(name, [by_place[name, dataset] for dataset in datasets]) for name in conditions]
 
 
-def _meanings() -> dict[str, str]:
+def _meanings(table: SweepTable) -> dict[str, str]:
     return {
-        BETTER: f"{THRESHOLD:g} points or more better than {REFERENCE}",
-        ALIKE: f"within {THRESHOLD:g} points of {REFERENCE}",
-        WORSE: f"{THRESHOLD:g} points or more worse than {REFERENCE}",
+        BETTER: f"{THRESHOLD:g} points or more better than {table.reference}",
+        ALIKE: f"within {THRESHOLD:g} points of {table.reference}",
+        WORSE: f"{THRESHOLD:g} points or more worse than {table.reference}",
     }

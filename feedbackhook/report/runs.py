@@ -43,9 +43,9 @@ class Runs:
     Args:
         runs: a row a run: `run` (its name), `folder`, `status`, `reason`, `last_error`, `best_error` (of the
             test set, in percent), `best_epoch`, `concordance` (of the rules that have one, else missing),
-            and of its configuration `condition`, `dataset`, `held_out`, `model`, `rule`, `options`,
-            `batch_norm`, `frozen`, `optimizer`, `setting`, `learning_rate`, `epochs`, `batch_size`,
-            `batch_sizes` and `seed`.
+            and of its configuration `condition` (the label, where it has one), `dataset`, `held_out`,
+            `model`, `rule`, `options`, `batch_norm`, `frozen`, `optimizer`, `setting`, `learning_rate`,
+            `epochs`, `batch_size`, `batch_sizes` and `seed`.
         skipped: why each of the others is left out: it has not ended, has failed, is empty, damaged, or of a
             version whose configuration or table is another. :meth:`rows` adds those whose damage shows when
             they are read.
@@ -149,6 +149,10 @@ def _described(folder: Path) -> dict[str, Any]:
         if not columns.equals(schema()):
             raise ConfigError(f"its table is of another version: it has the columns {columns.names}")
     options = described["options"]
+    if config.get("label") is not None:
+        described["condition"] = config["label"]
+    if isinstance(described["rule"], dict):
+        described["rule"] = "mixed"
     has_concordance = described["rule"] in ("sign", "brSF", "frSF")
     concordance = options.get("concordance", 1.0) if has_concordance else None
     status = {

@@ -56,6 +56,11 @@ class SweepTable:
     missing: dict[str, str]
     rank_correlation: dict[str, tuple[float, int]]
 
+    @property
+    def reference(self) -> str:
+        """The condition that the others are set beside: SGD; of conditions of one's own the first."""
+        return _reference(self.config)
+
 
 def paper_errors() -> pd.DataFrame:
     """The error rates in percent of the paper's Tables 2 to 6: a row a condition, a column a dataset, missing
@@ -91,7 +96,7 @@ def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
         errors, on="run"
     )
     table["status"] = table["run"].map(status).where(table["run"].isin(errors.index), "missing")
-    cells = _compared(pd.DataFrame(_cells(table)))
+    cells = _compared(pd.DataFrame(_cells(table)), _reference(config))
     return SweepTable(config, cells, missing, dict(_rank_correlations(cells)))
 
 
@@ -134,14 +139,15 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     if several:
         yield f"Means over {p.seeds} seeds, with 95% intervals; rate and epoch are those of the first."
     better, worse = MARKS[BETTER].strip(), MARKS[WORSE].strip()
-    yield f"{better} {THRESHOLD:g} points or more better than {REFERENCE}, {worse} worse."
+    yield f"{better} {THRESHOLD:g} points or more better than {table.reference}, {worse} worse."
     if (table.cells["ended"] < table.cells["runs"]).any():
         yield "* not all of its runs are in it."
     yield "Paper: Liao, Leibo and Poggio 2016."
 
 
 def draw(table: SweepTable) -> Figure:
-    """Ours beside the paper's: a row a condition, a column a dataset, coloured at three points from SGD."""
+    """Ours beside the paper's: a row a condition, a column a dataset, coloured at three points from the
+    reference."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -153,8 +159,8 @@ def draw(table: SweepTable) -> Figure:
     width = 2.8 + len(panels) * max(1.6, 0.4 + 0.95 * len(datasets))
     size = (max(5.0, width), 1.7 + 0.3 * len(conditions))
     words = {
-        BETTER: f"▲ {THRESHOLD:g} points or more better than {REFERENCE}",
-        ALIKE: f"within {THRESHOLD:g} points of {REFERENCE}",
+        BETTER: f"▲ {THRESHOLD:g} points or more better than {table.reference}",
+        ALIKE: f"within {THRESHOLD:g} points of {table.reference}",
         WORSE: f"▼ {THRESHOLD:g} points or more worse",
     }
     with theme.style():
@@ -234,10 +240,15 @@ def _interval(name: str, values: pd.Series) -> dict[str, float]:
     return {f"{name}_error": mean, f"{name}_low": low, f"{name}_high": high}
 
 
-def _compared(cells: pd.DataFrame) -> pd.DataFrame:
-    """With the difference from the paper's, and the class of ours and of the paper's error beside SGD's."""
+def _reference(config: SweepConfig) -> str:
+    return next(iter(config.conditions)) if isinstance(config.conditions, dict) else REFERENCE
+
+
+def _compared(cells: pd.DataFrame, name: str) -> pd.DataFrame:
+    """With the difference from the paper's, and the class of ours beside the reference's of this ``name``,
+    and of the paper's beside SGD's."""
     cells = cells.assign(difference=cells["best_error"] - cells["paper_error"])
-    reference = cells[cells["condition"] == REFERENCE].set_index("dataset")["best_error"]
+    reference = cells[cells["condition"] == name].set_index("dataset")["best_error"]
     paper = paper_errors().loc[REFERENCE]
     names = {name: dataset.paper_name for name, dataset in PAPER.items()}
     return cells.assign(

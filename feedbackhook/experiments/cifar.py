@@ -1,0 +1,78 @@
+"""Networks for images of 32 pixels.
+
+Shapes: N images, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from feedbackhook.experiments.config import ConfigError
+
+SIZE = 32
+
+_VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # maps, and convolutions before each pool
+
+
+def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
+    """The network of `NETWORKS` by its name, (N, C, 32, 32) to logits (N, K); weights start as PyTorch's or
+    timm's do.
+
+    Raises:
+        ConfigError: it has no such options.
+    """
+    try:
+        return NETWORKS[name](classes, channels, **options)
+    except TypeError as error:
+        raise ConfigError(f"{name} with model.options {options}: {error}") from error
+
+
+def _resnet20(classes: int, channels: int) -> nn.Module:
+    """Three stages of three blocks, 16 to 64 maps (He et al. 2016, section 4.2)."""
+    return _resnet((3, 3, 3), (16, 32, 64), classes, channels)
+
+
+def _resnet18(classes: int, channels: int) -> nn.Module:
+    """ResNet-18 with a stem of one 3x3 convolution and no pool, as is usual on CIFAR."""
+    return _resnet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels)
+
+
+def _resnet(layers: tuple[int, ...], maps: tuple[int, ...], classes: int, channels: int) -> nn.Module:
+    from timm.models.resnet import BasicBlock, ResNet
+
+    model: nn.Module = ResNet(BasicBlock, layers, num_classes=classes, in_chans=channels, channels=maps)
+    model.conv1 = nn.Conv2d(channels, maps[0], 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    if len(layers) == 3:
+        model.layer4 = nn.Identity()  # timm's forward calls four
+    return model
+
+
+def _vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
+    """The thirteen convolutions of VGG-16 (Simonyan and Zisserman 2015, configuration D) and one fully
+    connected layer, without normalisation and dropout; ``width`` is a factor of the maps."""
+    if not isinstance(width, (int, float)) or not 1 / 64 <= width <= 4:
+        raise ConfigError(f"model.options.width must be a factor from 1/64 to 4, not {width!r}")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    count, before = 0, channels
+    for stage, (maps, convolutions) in enumerate(_VGG16, 1):
+        for _ in range(convolutions):
+            count += 1
+            layers[f"conv{count}"] = nn.Conv2d(before, before := round(maps * width), 3, padding=1)
+            layers[f"relu{count}"] = nn.ReLU()
+        layers[f"pool{stage}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    layers["fc"] = nn.Linear(before, classes)
+    return nn.Sequential(layers)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "cifar/resnet20": _resnet20,
+    "cifar/resnet18": _resnet18,
+    "cifar/vgg16": _vgg16,
+}
+"""By the names that `model.name` takes."""
