@@ -6,6 +6,7 @@ import gzip
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from feedbackhook.experiments.config import ConfigError, DataConfig
-from feedbackhook.experiments.data import ImageData, load, minibatches
+from feedbackhook.experiments.data import ImageData, load, minibatches, seeded
 
 CPU = torch.device("cpu")
 
@@ -223,3 +224,90 @@ def test_a_damaged_image_is_named(folder: Path, damage: Callable[[bytes], bytes]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ConfigError, match=r"test/dog/1\.png cannot be decoded"):
         loaded(folder)
+
+
+def test_a_part_of_the_images_is_a_fixed_draw_of_each_class_by_its_share() -> None:
+    whole, part = load(DataConfig()), load(DataConfig(train_images=200, test_images=100))
+    for split, of, count in ((part.train, whole.train, 200), (part.test, whole.test, 100)):
+        assert len(split.labels) == count
+        share = of.labels.bincount() * count / len(of.labels)
+        assert (split.labels.bincount() - share).abs().max() < 1
+        places = {row.tobytes(): i for i, row in enumerate(of.images.numpy())}
+        found = [places[row.tobytes()] for row in split.images.numpy()]
+        assert torch.equal(split.labels, of.labels[found])
+        assert found == sorted(found)
+    again = load(DataConfig(train_images=200, test_images=100))
+    assert torch.equal(again.train.images, part.train.images)
+    for config, message in (
+        (DataConfig(train_images=1438), "data.train_images is 1438: digits has 1437"),
+        (DataConfig(test_images=4), "data.test_images 4 of 360"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(config)
+
+
+def test_of_a_folder_only_the_wanted_images_are_decoded(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(images(5, 5, 3, seed=i)).save(tmp_path / split / label / f"{i}.png")
+    name = f"imagefolder:{tmp_path}"
+    few = load(DataConfig(name, train_images=2, test_images=4))
+    assert (few.train.labels.tolist(), few.test.labels.tolist()) == ([0, 1], [0, 0, 1, 1])
+    assert load(DataConfig(name)).train.labels.tolist() == [0] * 4 + [1] * 4  # no cached part
+    wanted = {image.tobytes() for image in few.train.images.numpy()}
+    for path in (tmp_path / "train").rglob("*.png"):
+        pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)
+        if pixels.tobytes() not in wanted:
+            path.write_bytes(b"damaged")
+    assert torch.equal(load(DataConfig(name, train_images=2, test_images=4)).train.images, few.train.images)
+    with pytest.raises(ConfigError, match="cannot be decoded"):
+        load(DataConfig(name))
+
+
+def test_augmentation_is_timms_and_follows_the_seed() -> None:
+    data = load(DataConfig(size=16))
+    crop = data.augmentation({"scale": [0.5, 0.5], "ratio": [1, 1], "hflip": 0.0, "color_jitter": 0.0})
+    with seeded(3, 1):
+        first = crop(data.train.images[:4])
+    with seeded(3, 1):
+        torch.manual_seed(9)
+        again = crop(data.train.images[:4])
+    with seeded(3, 2):
+        other = crop(data.train.images[:4])
+    assert first.shape == (4, 1, 16, 16)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    none = data.augmentation({"no_aug": True})
+    expected, _ = data.batch(data.train, slice(4), CPU)
+    torch.testing.assert_close(none(data.train.images[:4]), expected, atol=1e-6, rtol=0)
+
+
+def test_seeded_leaves_the_generators_as_they_were() -> None:
+    import random
+
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.random()
+    random.seed(1)
+    np.random.seed(1)
+    with seeded(5):
+        drawn = random.random(), np.random.random()
+    assert (random.random(), np.random.random()) == expected
+    with seeded(5):
+        assert (random.random(), np.random.random()) == drawn
+    assert drawn != expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sclae": [0.5, 1]}, "sclae"),
+        ({"use_prefetcher": True}, "something else than one normalised image"),
+        ({"is_training": False}, "is_training"),
+    ],
+)
+def test_augmentation_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(DataConfig(size=16)).augmentation(options)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from feedbackhook.experiments.batch_norm import PaperBatchNorm, estimate_statistics
+import feedbackhook
+from feedbackhook.experiments.batch_norm import PaperBatchNorm, estimate_statistics, insert_batch_norm
 from feedbackhook.experiments.config import ConfigError, ModelConfig
 from feedbackhook.experiments.models import build
 from feedbackhook.experiments.networks import NETWORKS, build_network
@@ -239,3 +240,53 @@ def test_a_timm_model_is_built_for_the_data() -> None:
 def test_what_cannot_be_built_is_one_clear_error(config: ModelConfig, size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(config, classes=10, channels=1, size=(size, size))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "weights"),
+    [("cifar/resnet20", 269_722, 20), ("cifar/resnet18", 11_173_962, 18), ("cifar/vgg16", 14_719_818, 14)],
+)
+def test_the_networks_for_cifar_are_those_of_their_papers(name: str, parameters: int, weights: int) -> None:
+    """Without shortcuts ResNet-20 has the 0.27 million of He et al. 2016, whose own have no parameters."""
+    model = build(ModelConfig(name), 10, 3, (32, 32))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    on_the_path = [n for n in layers if "downsample" not in n]
+    assert len(on_the_path) == weights
+    shortcuts = sum(p.numel() for n, p in model.named_parameters() if "downsample" in n)
+    extra = shortcuts if name == "cifar/resnet20" else 0
+    assert sum(p.numel() for p in model.parameters()) - extra == parameters
+    feedbackhook.patch(model, "sign")
+
+
+def test_a_vggs_width_is_a_factor_and_other_options_are_refused() -> None:
+    narrow = build(ModelConfig("cifar/vgg16", options={"width": 0.125}), 10, 3, (32, 32))
+    assert [m.out_channels for m in narrow.modules() if isinstance(m, nn.Conv2d)][-1] == 64
+    for name, options, message in (
+        ("cifar/vgg16", {"width": 0}, "width must be"),
+        ("cifar/vgg16", {"depth": 3}, "depth"),
+        ("cifar/resnet20", {"width": 2}, "width"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(ModelConfig(name, options=options), 10, 3, (32, 32))
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["paper", "affine"])
+def test_batch_norm_goes_behind_each_convolution_of_a_model_without(affine: bool) -> None:
+    torch.manual_seed(0)
+    plain = build(ModelConfig("cifar/vgg16", options={"width": 0.125}), 10, 3, (32, 32))
+    torch.manual_seed(0)
+    config = ModelConfig("cifar/vgg16", "affine" if affine else "paper", options={"width": 0.125})
+    model = build(config, 10, 3, (32, 32))
+    norms = [m for m in model.modules() if isinstance(m, PaperBatchNorm)]
+    assert len(norms) == 13
+    assert all((norm.weight is not None) == affine for norm in norms)
+    for name, weight in plain.named_parameters():
+        place = name.replace(".", ".conv.", 1) if name.startswith("conv") else name
+        assert torch.equal(model.get_parameter(place), weight)
+    x = torch.randn(8, 3, 32, 32)
+    seen = model[0].norm(plain[0](x))  # type: ignore[index, union-attr, operator]
+    torch.testing.assert_close(model[0](x), seen)  # type: ignore[index, operator]
+    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(8), atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="and this model has none"):
+        insert_batch_norm(nn.Sequential(nn.Linear(2, 2)))

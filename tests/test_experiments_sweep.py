@@ -102,6 +102,62 @@ def test_the_network_is_the_papers_for_the_dataset(tmp_path: Path) -> None:
     assert given[0].config.model == ModelConfig("timm/resnet18", options={"drop_rate": 0.1})
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "backprop": {"feedback": {"mode": None}, "optimizer": {"name": "sgd", "lr": 0.02}},
+    "half of the signs": {"feedback": {"mode": "sign", "options": {"concordance": 0.5}}},
+    "the paper's": {"condition": "uSF+BM2"},
+    "other network": {"model": {"name": "liao2016/mnist"}, "data": {"size": 28}, "protocol": {"epochs": 1}},
+}
+
+
+def test_conditions_of_ones_own_set_what_they_name_and_leave_the_rest(tmp_path: Path) -> None:
+    given = tiny(tmp_path, conditions=OWN)
+    runs = {run.condition: run for run in plan(given) if run.rate == 0.1}
+    assert list(runs) == list(OWN)
+    assert runs["half of the signs"].name == "digits-half-of-the-signs-rate0.1-seed0"
+    backprop, half, papers, other = (runs[name].config for name in OWN)
+    assert (backprop.label, backprop.condition, backprop.feedback.mode) == ("backprop", None, None)
+    assert (backprop.optimizer.name, backprop.optimizer.lr) == ("sgd", pytest.approx(0.002))
+    assert half.optimizer == replace(given.optimizer, lr=pytest.approx(5e-5))
+    assert (half.feedback.mode, half.feedback.options) == ("sign", {"concordance": 0.5})
+    assert (papers.condition, papers.label) == ("uSF+BM2", "the paper's")
+    assert (other.model.name, other.data.size, other.protocol.epochs) == ("liao2016/mnist", 28, 1)
+    assert half.data == replace(given.data, name="digits")
+    path = written(given, tmp_path / "sweep.yaml")
+    assert stored(path.parent).conditions == OWN
+
+
+def test_a_sweep_of_ones_own_conditions_has_its_table_and_report(tmp_path: Path) -> None:
+    own = {name: OWN[name] for name in ("backprop", "half of the signs")}
+    protocol = SweepProtocolConfig(epochs=1, rates=1)
+    results = sweep(tiny(tmp_path, conditions=own, protocol=protocol))
+    assert {result.status for result in results.values()} == {"finished"}
+    table = sweep_table(tmp_path)
+    assert list(table.cells["condition"]) == list(own)
+    assert table.reference == "backprop"
+    assert table.cells["class_of_best"].notna().all()
+    assert table.missing == {}
+    for command in (["table"], ["report"], ["compare"]):
+        assert main([*command, str(tmp_path)]) == 0
+    assert "more worse than backprop" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feedback": {"mood": "sign"}}, "condition 'own'.*mood"),
+        ({"optimizer": {"lr": "fast"}}, "condition 'own'.*lr"),
+        ({"data": {"name": "MNIST"}}, "sets data.name, which is the sweep's to set"),
+        ({"protocol": {"seed": 3}}, "sets protocol.seed, which is the sweep's to set"),
+        ({"condition": "uSF", "feedback": {"mode": "random"}}, "makes feedback.mode 'uSF'"),
+        ("sign", "must map settings of a run to values"),
+    ],
+)
+def test_a_condition_of_ones_own_that_cannot_be_is_named(settings: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(tiny(tmp_path, conditions={"own": settings}))
+
+
 def test_usf_with_batch_manhattan_alone_has_two_procedures(tmp_path: Path) -> None:
     conditions = ["uSF+BM", "uSF+BN+BM", "uSF+BM2", "uSF+BM Top", "brSF+BM"]
     protocol = SweepProtocolConfig(epochs=8, rates=1)

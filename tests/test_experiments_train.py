@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from feedbackhook import get_patch
+from feedbackhook.experiments import optimizers
 from feedbackhook.experiments import train as train_module
 from feedbackhook.experiments.config import (
     ConfigError,
@@ -213,8 +214,13 @@ def test_the_kept_weights_are_the_best_and_the_last(config: RunConfig) -> None:
         (None, ModelConfig(), OptimizerConfig("sgd", lr=0.01)),
         ("brSF", ModelConfig(batch_norm="paper"), OptimizerConfig(lr=1e-4, setting=3)),
         ("sign", ModelConfig("timm/test_resnet", options={"drop_rate": 0.3}), OptimizerConfig(lr=1e-4)),
+        (
+            "random",
+            ModelConfig("timm/test_vit", options={"img_size": 28, "patch_size": 7}),
+            OptimizerConfig("timm/adamw"),
+        ),
     ],
-    ids=["backprop", "brSF", "dropout"],
+    ids=["backprop", "brSF", "dropout", "adamw"],
 )
 @pytest.mark.parametrize("batch", [2, None], ids=["within-epoch", "after-evaluation"])
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
@@ -236,7 +242,8 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     ours, theirs = (torch.load(Path(str(c.output)) / "checkpoint.pt") for c in (config, whole))
     for key, state in theirs["optimizer"]["state"].items():
-        assert torch.equal(ours["optimizer"]["state"][key]["momentum_buffer"], state["momentum_buffer"])
+        name = "exp_avg" if optimizer.name == "timm/adamw" else "momentum_buffer"
+        assert torch.equal(ours["optimizer"]["state"][key][name], state[name])
 
 
 def test_an_interruption_before_the_first_checkpoint_starts_anew(config: RunConfig) -> None:
@@ -569,3 +576,102 @@ def test_a_damaged_run_is_not_gone_on_with(damage, tmp_path, monkeypatch):
     damage(tmp_path / "run")
     with pytest.raises(ConfigError, match="run"):
         train(config, resume=True)
+
+
+def test_the_concordance_changes_after_the_epochs_of_the_schedule_and_on_resume(config: RunConfig) -> None:
+    config.feedback = FeedbackConfig("sign", schedule={1: {"concordance": 0.75}, 3: {"concordance": 0.5}})
+    config.record.every = 3  # the first step of each epoch
+    config.record.figures = False
+    whole = train(config)
+    interrupted = replace(config, output=f"{config.output}-interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, progress=at(3, 1, KeyboardInterrupt))
+    again = train(interrupted, resume=True)
+    tables = [read(result.folder) for result in (whole, again)]
+    agreement = tables[0][(tables[0].metric == "sign_agreement") & (tables[0].layer == "fc1")]
+    by_step = agreement.groupby("step")["value"].first()
+    for step, expected in ((0, 1.0), (3, 0.75), (6, 0.75), (9, 0.5)):
+        assert by_step[step] == pytest.approx(expected, abs=0.02)
+    columns = ["step", "epoch", "layer", "metric", "value"]
+    first, second = (t[columns].sort_values(columns).reset_index(drop=True) for t in tables)
+    pandas.testing.assert_frame_equal(first, second)
+
+
+def test_each_layer_may_have_a_rule_of_its_own(config: RunConfig) -> None:
+    config.feedback.mode = {"conv.*": {"mode": "sign", "concordance": 0.75}, "fc1": "random"}
+    config.protocol.epochs = 1
+    config.record.figures = False
+    table = read(train(config).folder)
+    last = table[(table.metric == "sign_agreement") & (table.step == table.step.max())]
+    by_layer = dict(last[["layer", "value"]].to_numpy())
+    assert by_layer["conv2"] == pytest.approx(0.75, abs=0.02)
+    assert by_layer["fc1"] == pytest.approx(0.5, abs=0.02)
+    assert "fc2" not in by_layer
+    assert resolve(replace(config, output=None)).output.endswith("-mixed-seed0")  # type: ignore[union-attr]
+
+
+def test_augmented_runs_go_on_as_if_they_had_not_stopped(config: RunConfig) -> None:
+    config.data.augmentation = {"scale": [0.5, 1], "hflip": 0.5, "color_jitter": 0.4, "re_prob": 0.3}
+    config.record.figures = False
+    whole = train(config)
+    interrupted = replace(config, output=f"{config.output}-interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, progress=at(3, 2, KeyboardInterrupt))
+    again = train(interrupted, resume=True)
+    plain = train(
+        replace(config, data=replace(config.data, augmentation=None), output=f"{config.output}-plain")
+    )
+    losses = [series(read(result.folder), "train_loss") for result in (whole, again, plain)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    weights = [load_file(r.folder / "last.safetensors")["fc1.weight"] for r in (whole, again)]
+    assert torch.equal(*weights)
+
+
+def test_the_rate_follows_half_a_cosine(config: RunConfig) -> None:
+    config.protocol.schedule = "cosine"
+    config.feedback.mode = None
+    config.record.figures = False
+    rates = series(read(train(config).folder), "learning_rate")
+    assert rates == pytest.approx([2e-4 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
+
+
+def test_timms_optimizer_leaves_biases_without_decay(config: RunConfig) -> None:
+    model = build(ModelConfig(), 10, 1, (28, 28))
+    optimizer = optimizers.build(
+        OptimizerConfig("timm/adamw", weight_decay=0.1, options={"eps": 1e-6}), model
+    )
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decay = {p.shape: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay[model.get_parameter("fc1.weight").shape] == 0.1
+    assert decay[model.get_parameter("fc1.bias").shape] == 0.0
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": OptimizerConfig("adamw")}, "'adamw' is none of sgd.*; near it: timm/adamw"),
+        ({"optimizer": OptimizerConfig("timm/adamw", setting=2)}, "setting has no effect with timm/adamw"),
+        ({"optimizer": OptimizerConfig("sgd", options={"eps": 1.0})}, "options have no effect with sgd"),
+        ({"optimizer": OptimizerConfig("timm/adamw", options={"wings": 1})}, "wings"),
+        ({"protocol": ProtocolConfig(schedule="cosine", milestones=[1])}, "milestones have no effect"),
+        ({"feedback": FeedbackConfig(None, schedule={1: {}})}, "no effect without feedback.mode"),
+        ({"feedback": FeedbackConfig("sign", schedule={0: {}})}, "an epoch in feedback.schedule must be 1"),
+        ({"feedback": FeedbackConfig("sign", schedule={1: {"std": 1}})}, "std"),
+        ({"feedback": FeedbackConfig({"conv9": "sign"})}, "conv9"),
+        ({"data": DataConfig(train_images=0)}, "data.train_images must be 1 or more"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_options_without_effect_or_sense_are_refused(
+    config: RunConfig, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(replace(config, **given))
+    assert not Path(str(config.output)).exists()
+
+
+def test_a_resolved_configuration_with_a_cosine_resolves_to_itself(config: RunConfig) -> None:
+    config.protocol.schedule = "cosine"
+    assert resolve(resolve(config)) == resolve(config)

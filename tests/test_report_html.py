@@ -21,6 +21,7 @@ from run_folders import leave_run
 
 from feedbackhook import Recorder
 from feedbackhook.cli import main
+from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, RunConfig, SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.sweep import PlannedRun, plan
 from feedbackhook.report import charts, theme
@@ -353,7 +354,8 @@ def _axis(chart: dict[str, Any], axis: str) -> str:
 
 def test_conditions_have_their_rules_colours_and_no_two_look_alike() -> None:
     names = list(paper_errors().index)
-    looks = dict(zip(names, charts._looks(names), strict=True))
+    rules = [Condition.parse(name).feedback or theme.BACKPROP for name in names]
+    looks = dict(zip(names, charts._looks(rules), strict=True))
     assert len(set(looks.values())) == len(names)
     assert looks["SGD"][0] == theme.RULES[theme.BACKPROP].colour
     assert looks["brSF+BN+BM"][0] == theme.RULES["brSF"].colour

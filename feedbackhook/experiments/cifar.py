@@ -41,14 +41,27 @@ def _resnet18(classes: int, channels: int) -> nn.Module:
     return _resnet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels)
 
 
-def _resnet(layers: tuple[int, ...], maps: tuple[int, ...], classes: int, channels: int) -> nn.Module:
-    from timm.models.resnet import BasicBlock, ResNet
+def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channels: int) -> nn.Module:
+    """Stages of basic blocks, each but the first halving height and width; shortcuts are 1x1 convolutions
+    where the shape changes, and convolutions start as He et al. 2015 have it."""
+    from timm.models.resnet import BasicBlock, downsample_conv
 
-    model: nn.Module = ResNet(BasicBlock, layers, num_classes=classes, in_chans=channels, channels=maps)
-    model.conv1 = nn.Conv2d(channels, maps[0], 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    if len(layers) == 3:
-        model.layer4 = nn.Identity()  # timm's forward calls four
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv1"] = nn.Conv2d(channels, maps[0], 3, padding=1, bias=False)
+    layers["bn1"], layers["relu"] = nn.BatchNorm2d(maps[0]), nn.ReLU()
+    before = maps[0]
+    for stage, (count, width) in enumerate(zip(blocks, maps, strict=True), 1):
+        stride = 1 if stage == 1 else 2
+        shortcut = None if before == width else downsample_conv(before, width, kernel_size=1, stride=stride)
+        first = BasicBlock(before, width, stride, shortcut)
+        layers[f"layer{stage}"] = nn.Sequential(first, *(BasicBlock(width, width) for _ in range(count - 1)))
+        before = width
+    layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers["fc"] = nn.Linear(before, classes)
+    model = nn.Sequential(layers)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 

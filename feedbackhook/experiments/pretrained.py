@@ -109,12 +109,11 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         )
     try:
         entries = load_state_dict(str(path), weights_only=True)
-    except UnpicklingError as error:  # whose own words advise to load it all the same
-        raise ConfigError(
-            f"model.weights {path} is no file of weights, or holds more than tensors; it was not loaded"
-        ) from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
-        raise ConfigError(f"model.weights {path} is no file of weights: {_short(error)}") from error
+    except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+        pickled = isinstance(error, UnpicklingError) or isinstance(error.__cause__, UnpicklingError)
+        # its own words advise to load it all the same
+        reason = "it is none, or holds more than tensors; it was not loaded" if pickled else _short(error)
+        raise ConfigError(f"model.weights {path} cannot be read as a file of weights: {reason}") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, Tensor) for entry in entries.values()):
         raise ConfigError(f"model.weights {path} holds other things than weights by name")
     return dict(entries)

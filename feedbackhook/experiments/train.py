@@ -219,6 +219,10 @@ class _Run:
                 fused=f.fused,
                 **f.options,
             )
+            before = self.patch.state_dict()
+            for options in f.schedule.values():  # whatever is wrong with them shows at the start
+                self.patch.set(**options)
+            self.patch.load_state_dict(before)
 
     def close(self) -> None:
         if self.patch is not None:

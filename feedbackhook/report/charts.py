@@ -23,7 +23,7 @@ from feedbackhook.experiments.sweep import PlannedRun
 from feedbackhook.experiments.train import resolve
 from feedbackhook.report import theme
 from feedbackhook.report.runs import Runs
-from feedbackhook.report.tables import SweepTable, paper_errors
+from feedbackhook.report.tables import SweepTable, base_rate, paper_errors
 
 __all__ = ["Section", "alignment", "concordance", "curves"]
 
@@ -101,8 +101,10 @@ def curves(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> Sect
         return Section({}, {}, ["No learning curves: no run that has ended has an error."])
     wide, thinned = _thin(_wide(rows, ERRORS, planned, "epoch"), _CURVE_ROWS, _CURVE_EPOCHS)
     names = list(table.cells["condition"].unique())
+    of_condition = {run.condition: _rule(run) for run in planned}
+    rules = {name: of_condition[name] for name in names}
     factors = [f"{rate:.15g}" for rate in sorted({run.rate for run in planned}, reverse=True)]
-    rates = [f"{table.config.optimizer.lr:g} × {factor}" for factor in factors]
+    rates = [f"{base_rate(planned)} × {factor}" for factor in factors]
     selects = [
         _Select("dataset", "Dataset", table.config.datasets),
         _Select("condition", "Condition", ["all", *names]),
@@ -115,7 +117,7 @@ def curves(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> Sect
         if wide[metric].isna().all():
             notes.append(f"No run has a {label.partition(' [')[0]}.")
             continue
-        chart = _over_epochs(metric, label, int(wide["epoch"].max()), names, legend=not charts)
+        chart = _over_epochs(metric, label, int(wide["epoch"].max()), rules, legend=not charts)
         chart = chart.add_params(*(select.parameter(bound=not charts) for select in selects))
         charts[metric] = _specification(chart, f"{label} against epoch")
     data = {"runs": _csv(_described(table, planned)), "curves": _csv(wide)}
@@ -134,7 +136,7 @@ def alignment(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> S
     notes = ["A point is the mean over the steps that were measured in an epoch.", *thinned]
     notes += [f"{note} The first layer sends no error on, so it has no error angle." for note in undefined]
     ended = [run for run in planned if run.name in set(runs.runs["run"])]
-    patched = [run for run in ended if resolve(run.config).feedback.mode is not None]
+    patched = [run for run in ended if _rule(run) != theme.BACKPROP]
     if backprop := dict.fromkeys(run.condition for run in ended if run not in patched):
         notes.append(f"Without feedback weights, and so without angles: {', '.join(backprop)}.")
     places = [int(place) for place in wide["r"].unique()]
@@ -174,7 +176,7 @@ def _over_concordance(points: pd.DataFrame) -> alt.LayerChart:
                 axis=_QUARTERS,
             ),
             y=alt.Y("error:Q", title="best test error [%]"),
-            color=_colour("series", names, legend),
+            color=_colour("series", dict(zip(names, rules, strict=True)), legend),
             tooltip=[
                 alt.Tooltip("series:N", title="condition"),
                 alt.Tooltip("source:N"),
@@ -196,7 +198,8 @@ def _over_concordance(points: pd.DataFrame) -> alt.LayerChart:
     return alt.LayerChart(layer=[lines, bars, symbols])
 
 
-def _over_epochs(metric: str, label: str, last: int, names: Sequence[str], legend: bool) -> alt.Chart:
+def _over_epochs(metric: str, label: str, last: int, rules: Mapping[str, str], legend: bool) -> alt.Chart:
+    names = list(rules)
     chosen = (
         "datum.dataset == dataset && (condition == 'all' || datum.condition == condition) && "
         "(rate == 'all' || (rate == 'best' ? datum.best == 1 : datum.rate == rate))"
@@ -209,7 +212,8 @@ def _over_epochs(metric: str, label: str, last: int, names: Sequence[str], legen
         symbolSize=400,
     )
     shown = entries if legend else None
-    dashes = alt.Scale(domain=names, range=[list(dash) or [1, 0] for _, dash in _looks(names)])
+    strokes = [list(dash) or [1, 0] for _, dash in _looks(list(rules.values()))]
+    dashes = alt.Scale(domain=names, range=strokes)
     described = ["run", "dataset", "condition", "rate", "seed", "best"]
     chart: alt.Chart = (
         alt.Chart(_named("curves", "r", "epoch", *ERRORS))
@@ -221,7 +225,7 @@ def _over_epochs(metric: str, label: str, last: int, names: Sequence[str], legen
             x=_epoch(last),
             y=alt.Y(f"{metric}:Q", title=label),
             detail="r:N",
-            color=_colour("condition", names, shown),
+            color=_colour("condition", rules, shown),
             strokeDash=alt.StrokeDash("condition:N", title=None, scale=dashes, legend=shown),
             tooltip=["run:N", "epoch:Q", alt.Tooltip(f"{metric}:Q", title=label, format=".2f")],
         )
@@ -332,12 +336,19 @@ def _thin(rows: pd.DataFrame, most: int, epochs: int) -> tuple[pd.DataFrame, lis
     return kept, [f"Of a run's epochs, of up to {count.max()}, at most {allowed} are drawn, evenly spaced."]
 
 
-def _looks(conditions: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
+def _rule(run: PlannedRun) -> str:
+    """The rule of its feedback weights, by which it is coloured."""
+    mode = resolve(run.config).feedback.mode
+    if isinstance(mode, dict):
+        return "mixed"
+    return mode or theme.BACKPROP
+
+
+def _looks(rules: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
     """A colour and dashes for each: its rule's; the next ones of the rule differ in dashes, then in shade."""
     of_rule: Counter[str] = Counter()
     looks = []
-    for name in conditions:
-        rule = Condition.parse(name).feedback or theme.BACKPROP
+    for rule in rules:
         look = theme.look(rule)
         dashes = [look.dashes, *(dash for dash in _DASHES if dash != look.dashes)]
         shade, place = divmod(of_rule[rule], len(dashes))
@@ -351,8 +362,9 @@ def _mixed(colour: str, other: str, share: float) -> str:
     return "#" + bytes(round((1 - share) * a + share * b) for a, b in pairs).hex()
 
 
-def _colour(field: str, names: Sequence[str], legend: alt.Legend | None) -> alt.Color:
-    scale = alt.Scale(domain=names, range=[colour for colour, _ in _looks(names)])
+def _colour(field: str, rules: Mapping[str, str], legend: alt.Legend | None) -> alt.Color:
+    """The colours of names, each that of its rule."""
+    scale = alt.Scale(domain=list(rules), range=[colour for colour, _ in _looks(list(rules.values()))])
     return alt.Color(f"{field}:N", title=None, scale=scale, legend=legend)
 
 

@@ -31,6 +31,7 @@ from feedbackhook.report.tables import (
     THRESHOLD,
     WORSE,
     SweepTable,
+    base_rate,
     sweep_table,
 )
 
@@ -157,6 +158,7 @@ def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dic
     sizes = [_sizes(p)]
     for size in dict.fromkeys(_sizes(m.run.config.protocol) for m in members if m.run.large_batch):
         sizes.append(f"uSF+BM also {size}")
+    base = base_rate([member.run for member in members])
     held_out = f"{config.data.held_out:.0%} of each class of the training set"
     again = folder if folder.name not in ("", "..") else folder.resolve()
     return {
@@ -164,7 +166,7 @@ def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dic
             "Datasets": ", ".join(config.datasets),
             "Conditions": ", ".join(config.conditions),
             "Epochs": str(p.epochs),
-            "Learning rate in the first epoch": f"{config.optimizer.lr:g} × {', '.join(factors)}",
+            "Learning rate in the first epoch": f"{base} × {', '.join(factors)}",
             "Seeds": ", ".join(str(seed) for seed in range(p.seed, p.seed + p.seeds)),
             "Images a mini-batch": "; ".join(sizes),
             "Held out": held_out if config.data.held_out else "nothing",

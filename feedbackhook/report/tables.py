@@ -6,7 +6,7 @@ The paper is Liao, Leibo and Poggio 2016, "How Important Is Weight Symmetry in B
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 
 from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.sweep import plan, stored
+from feedbackhook.experiments.sweep import PlannedRun, plan, stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import Runs, describe
 from feedbackhook.report.statistics import interval
@@ -122,6 +122,12 @@ def as_markdown(table: SweepTable) -> str:
     return "\n".join(lines)
 
 
+def base_rate(runs: Sequence[PlannedRun]) -> str:
+    """What the factors of the learning rate multiply, in words."""
+    bases = dict.fromkeys(f"{run.config.optimizer.lr / run.rate:.6g}" for run in runs)
+    return next(iter(bases)) if len(bases) == 1 else "that of each condition"
+
+
 def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     """How the figures came about, in sentences."""
     config, p = table.config, table.config.protocol
@@ -129,7 +135,7 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     rates = ", ".join(f"{rate:.15g}" for rate in sorted({run.rate for run in runs}, reverse=True))
     later = "".join(f", of {size} after epoch {epoch}" for epoch, size in sorted(p.batch_sizes.items()))
     yield f"{p.epochs} epochs, mini-batches of {p.batch_size}{later},"
-    yield f"learning rates {config.optimizer.lr:g} times {rates}."
+    yield f"learning rates: {base_rate(runs)} times {rates}."
     if any(run.large_batch for run in runs):
         yield "uSF+BM also with mini-batches of 500 after epoch 3, of which the better counts."
     yield "Best: the smallest test error over epochs and rates, as the paper reports it."
@@ -142,7 +148,8 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     yield f"{better} {THRESHOLD:g} points or more better than {table.reference}, {worse} worse."
     if (table.cells["ended"] < table.cells["runs"]).any():
         yield "* not all of its runs are in it."
-    yield "Paper: Liao, Leibo and Poggio 2016."
+    if table.cells["paper_error"].notna().any():
+        yield "Paper: Liao, Leibo and Poggio 2016."
 
 
 def draw(table: SweepTable) -> Figure:
@@ -284,7 +291,9 @@ def _dataset_lines(cells: pd.DataFrame, several: bool, held_out: bool) -> Iterat
     headings += ["95% interval"] if several else []
     headings += ["chosen"] if held_out else []
     headings += ["95% interval"] if several and held_out else []
-    headings += ["paper", "best - paper", "at rate", "epoch", "runs"]
+    of_paper = cells["paper_error"].notna().any()
+    headings += ["paper", "best - paper"] if of_paper else []
+    headings += ["at rate", "epoch", "runs"]
     yield from _row(*headings)
     yield _rule(len(headings))
     for cell in cells.to_dict("records"):
@@ -292,8 +301,8 @@ def _dataset_lines(cells: pd.DataFrame, several: bool, held_out: bool) -> Iterat
         row += [_span(cell, "best")] if several else []
         row += [_number(cell["chosen_error"])] if held_out else []
         row += [_span(cell, "chosen")] if several and held_out else []
-        row += [_number(cell["paper_error"]), _number(cell["difference"], "+.2f"), _number(cell["rate"], "g")]
-        row += [_number(cell["best_epoch"], ".0f"), _runs(cell)]
+        row += [_number(cell["paper_error"]), _number(cell["difference"], "+.2f")] if of_paper else []
+        row += [_number(cell["rate"], "g"), _number(cell["best_epoch"], ".0f"), _runs(cell)]
         yield from _row(*row)
 
 
