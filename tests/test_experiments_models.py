@@ -259,6 +259,13 @@ def test_the_networks_for_cifar_are_those_of_their_papers(name: str, parameters:
     feedbackhook.patch(model, "sign")
 
 
+def test_a_mixer_takes_images_of_the_size_that_it_is_told() -> None:
+    model = build(ModelConfig("cifar/mixer", options={"img_size": 16}), 10, 1, (16, 16))
+    assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+    with pytest.raises(ConfigError, match=r"cannot take images of 16x16"):
+        build(ModelConfig("cifar/mixer"), 10, 1, (16, 16))
+
+
 def test_a_vggs_width_is_a_factor_and_other_options_are_refused() -> None:
     narrow = build(ModelConfig("cifar/vgg16", options={"width": 0.125}), 10, 3, (32, 32))
     assert [m.out_channels for m in narrow.modules() if isinstance(m, nn.Conv2d)][-1] == 64

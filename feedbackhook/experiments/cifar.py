@@ -19,8 +19,8 @@ _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # maps, and convolut
 
 
 def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    """The network of `NETWORKS` by its name, (N, C, 32, 32) to logits (N, K); weights start as PyTorch's or
-    timm's do.
+    """The network of `NETWORKS` by its name, (N, C, 32, 32) to logits (N, K); the weights of convolutions
+    start as He et al. 2015 have it.
 
     Raises:
         ConfigError: it has no such options.
@@ -43,7 +43,7 @@ def _resnet18(classes: int, channels: int) -> nn.Module:
 
 def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channels: int) -> nn.Module:
     """Stages of basic blocks, each but the first halving height and width; shortcuts are 1x1 convolutions
-    where the shape changes, and convolutions start as He et al. 2015 have it."""
+    where the shape changes."""
     from timm.models.resnet import BasicBlock, downsample_conv
 
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -58,11 +58,7 @@ def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channe
         before = width
     layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     layers["fc"] = nn.Linear(before, classes)
-    model = nn.Sequential(layers)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    return _drawn(nn.Sequential(layers))
 
 
 def _vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
@@ -80,12 +76,45 @@ def _vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
         layers[f"pool{stage}"] = nn.MaxPool2d(2)
     layers["flatten"] = nn.Flatten()
     layers["fc"] = nn.Linear(before, classes)
-    return nn.Sequential(layers)
+    return _drawn(nn.Sequential(layers))
+
+
+def _mixer(
+    classes: int,
+    channels: int,
+    img_size: int = SIZE,
+    patch_size: int = 4,
+    num_blocks: int = 8,
+    embed_dim: int = 128,
+) -> nn.Module:
+    """A small MLP-Mixer (Tolstikhin et al. 2021), as timm builds them; ``img_size`` is in pixels."""
+    from timm.models.mlp_mixer import MlpMixer
+
+    model: nn.Module = MlpMixer(
+        num_classes=classes,
+        in_chans=channels,
+        img_size=img_size,
+        patch_size=patch_size,
+        num_blocks=num_blocks,
+        embed_dim=embed_dim,
+    )
+    return model
+
+
+def _drawn(model: nn.Module) -> nn.Module:
+    """The model with its convolutions drawn anew, by the layers' outputs (He et al. 2015)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cifar/resnet20": _resnet20,
     "cifar/resnet18": _resnet18,
     "cifar/vgg16": _vgg16,
+    "cifar/mixer": _mixer,
 }
 """By the names that `model.name` takes."""

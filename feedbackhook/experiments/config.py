@@ -53,7 +53,7 @@ class ModelConfig:
     Args:
         name: one of the paper's networks, `liao2016/mnist`, `liao2016/cifar`, `liao2016/svhn`,
             `liao2016/timit`, `liao2016/images` (its Table 1); `cifar/resnet20`, `cifar/resnet18`,
-            `cifar/vgg16`, for images of 32 pixels; or `timm/NAME` or `torchvision/NAME`.
+            `cifar/vgg16`, `cifar/mixer`, for images of 32 pixels; or `timm/NAME` or `torchvision/NAME`.
         batch_norm: for the paper's networks, before each hidden ReLU, and for others without normalisation,
             behind each convolution: `none`; `paper`, which has no learnable scale and shift; `affine`, which
             has them.

@@ -1,0 +1,126 @@
+"""What happens if a pretrained network is fine-tuned through feedback weights? How many signs must agree, and
+at which depth?
+
+Fine-tunes a network with ImageNet weights on a part of CIFAR-10: by backprop, by sign feedback with random
+magnitudes at four concordances, and by random feedback; its classifier alone, its last stages, or the whole
+of it. Angles between V and W, and between the gradients and backprop's, are recorded before, during and
+after.
+
+    python recipes/retrofit/finetune.py --data.root data --data.download true
+    python recipes/retrofit/finetune.py --depth head
+    python recipes/retrofit/finetune.py --depth last --protocol.seeds 1
+    python recipes/retrofit/finetune.py --model.name timm/resnet18 --model.weights hub      # or a file's name
+    python recipes/retrofit/finetune.py --smoke                                             # seconds
+
+Conditions, learning rates and protocol are in finetune.yaml, a sweep; any option of `feedbackhook sweep` may
+stand behind the command. The same command goes on where it stopped, and what has ended is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+import seaborn as sns
+import timm
+from matplotlib.figure import Figure
+from timm.models import group_parameters
+
+from feedbackhook.experiments.sweep import stored
+from feedbackhook.report import theme
+from feedbackhook.report.runs import collect
+
+YAML = Path(__file__).with_suffix(".yaml")
+LAST_STAGES = 3  # of the groups in which timm counts a network's layers, the classifier among them
+HEAD = {"backprop": {"feedback": {"mode": None}, "optimizer": {"lr": 0.03}}}
+DEPTHS = ("head", "last", "whole")
+SMOKE = {
+    "datasets": "[digits]",
+    "data.size": "32",
+    "data.train_images": "60",
+    "data.test_images": "50",
+    "model.weights": "null",
+    "protocol.epochs": "1",
+    "protocol.batch_size": "20",
+    "protocol.seeds": "1",
+    "record.gradient_angle_every": "2",
+}
+
+
+def trained(model: str, depth: str) -> list[str]:
+    """The options that let a model of timm's learn at this depth alone. To the classifier every rule is
+    backprop, since no error signal goes on from there."""
+    if depth == "whole":
+        return []
+    network = timm.create_model(model.removeprefix("timm/"))
+    groups = group_parameters(network, network.group_matcher(coarse=True))
+    last = sorted(groups)[-1 if depth == "head" else -LAST_STAGES :]
+    parts = {".".join(name.split(".")[:2]) for group in last for name in groups[group]}
+    pattern = "|".join(sorted(part.replace(".", r"\.") for part in parts))
+    alone = ["--conditions", json.dumps(HEAD)] if depth == "head" else []
+    return ["--model.trained", rf"({pattern})(\..*)?", *alone]
+
+
+def draw(folder: Path) -> Figure:
+    """Error by depth; against epoch, of the deepest; and its gradients' angles to backprop's, by layer."""
+    runs = collect(folder)
+    described = runs.runs.assign(depth=runs.runs["folder"].map(lambda folder: Path(folder).parent.name))
+    depths = [depth for depth in DEPTHS if depth in set(described["depth"])]
+    conditions = list(stored(folder / depths[-1]).conditions)
+    of_run = described.set_index("run")
+    deepest = of_run[of_run["depth"] == depths[-1]]
+    errors = runs.rows(["test_error"])
+    errors = errors[errors["run"].isin(deepest.index)].assign(
+        condition=lambda rows: rows["run"].map(of_run["condition"])
+    )
+    angles = runs.rows(["gradient_angle"], layers=True)
+    angles = angles[angles["run"].isin(deepest.index) & angles["value"].notna()]
+    angles = angles.rename(columns={"depth": "layer_depth"}).assign(
+        condition=lambda rows: rows["run"].map(of_run["condition"])
+    )
+    by = {"hue": "condition", "hue_order": conditions, "palette": common.colours(conditions)}
+    with theme.style():
+        figure = Figure(figsize=theme.figsize(12.0, 7.6), layout="constrained")
+        (by_depth, by_epoch), of_layers = figure.subplots(2, 2)
+        sns.stripplot(
+            described, x="depth", y="last_error", order=depths, dodge=True, ax=by_depth, legend=False, **by
+        )
+        by_depth.set(xlabel="what is trained", ylabel="test error after the last epoch [%]")
+        sns.lineplot(errors, x="epoch", y="value", errorbar=("pi", 100), ax=by_epoch, legend=True, **by)
+        by_epoch.set(xlabel="epoch", ylabel="test error [%]", title=f"training: {depths[-1]}")
+        by_epoch.legend(title=None, frameon=False)
+        for axes, when, title in zip(of_layers, ("min", "max"), ("before", "after"), strict=True):
+            step = angles.groupby("run")["step"].transform(when)
+            sns.lineplot(
+                angles[angles["step"] == step], x="layer_depth", y="value", ax=axes, legend=False, **by
+            )
+            axes.axhline(90, linestyle=":", color=theme.ink())
+            axes.set(
+                xlabel="depth of the layer, 0 at the input",
+                ylabel="angle to backprop's gradient [°]",
+                title=f"{title} training: {depths[-1]}",
+                ylim=(-3, 123),
+                yticks=range(0, 121, 30),
+            )
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, print and draw."""
+    parser = common.parser(__doc__, "runs/finetune")
+    parser.add_argument("--depth", choices=DEPTHS, default="whole", help="what is trained: its end, or all")
+    parser.add_argument("--model.name", dest="model", default="timm/tf_efficientnet_lite0", help="timm/NAME")
+    given, others = parser.parse_known_args(arguments)
+    if given.smoke:
+        given.model = "timm/test_efficientnet"
+        others += common.options(SMOKE)
+    what = ["--model.name", given.model, *trained(given.model, given.depth)]
+    common.sweep(YAML, given.output / given.depth, [*what, *others])
+    draw(given.output).savefig(given.output / "finetune.png", dpi=150)
+    print(given.output / "finetune.png")
+
+
+if __name__ == "__main__":
+    main()

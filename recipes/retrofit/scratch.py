@@ -1,0 +1,105 @@
+"""Which networks learn from scratch through feedback weights?
+
+Trains networks of five kinds by backprop, by sign feedback at concordance 1 and 0.75 and by random feedback,
+with timm's augmentation, and timm's AdamW where that is usual: ResNet-20 and ResNet-18 for small images,
+ViT-tiny, ConvNeXt-atto and an MLP-Mixer.
+
+    python recipes/retrofit/scratch.py
+    python recipes/retrofit/scratch.py --networks resnet20 vit --datasets '[CIFAR10]' --data.root data \\
+        --data.size 32 --data.augmentation '{scale: [0.6, 1], hflip: 0.5, auto_augment: rand-m9-n2}'
+    python recipes/retrofit/scratch.py --smoke                                              # seconds
+
+scratch.yaml holds conditions and protocol, a sweep; any option of `feedbackhook sweep` may stand behind the
+command. The same command goes on where it stopped, and what has ended is not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from feedbackhook.experiments.sweep import stored
+from feedbackhook.report import theme
+from feedbackhook.report.tables import sweep_table
+
+YAML = Path(__file__).with_suffix(".yaml")
+SGD = {"optimizer.name": "sgd", "optimizer.lr": "0.05"}
+ADAMW = {"optimizer.name": "timm/adamw", "optimizer.lr": "0.001", "optimizer.weight_decay": "0.05"}
+NETWORKS: dict[str, dict[str, str]] = {
+    "resnet20": {"model.name": "cifar/resnet20", **SGD},
+    "resnet18": {"model.name": "cifar/resnet18", **SGD},
+    "vit": {
+        "model.name": "timm/vit_tiny_patch16_224",
+        "model.options": "{{img_size: {size}, patch_size: 4}}",
+        **ADAMW,
+    },
+    "convnext": {"model.name": "timm/convnext_atto", "model.options": "{{patch_size: {patch}}}", **ADAMW},
+    "mixer": {
+        "model.name": "cifar/mixer",
+        "model.options": "{{img_size: {size}}}",
+        **ADAMW,
+    },
+}
+SMOKE = {
+    "data.held_out": "0",
+    "data.train_images": "60",
+    "data.test_images": "50",
+    "protocol.epochs": "1",
+    "protocol.batch_size": "20",
+    "protocol.rates": "1",
+    "record.every": "100",
+}
+
+
+def draw(folder: Path, networks: Sequence[str]) -> Figure:
+    """Best errors by network and condition."""
+    tables = {name: sweep_table(folder / name).cells.assign(network=name) for name in networks}
+    conditions = list(stored(folder / networks[0]).conditions)
+    cells = pd.concat(tables.values())
+    with theme.style():
+        figure = Figure(figsize=theme.figsize(9.0, 4.4), layout="constrained")
+        axes = figure.subplots()
+        sns.barplot(
+            cells,
+            x="network",
+            y="best_error",
+            hue="condition",
+            hue_order=conditions,
+            palette=common.colours(conditions),
+            ax=axes,
+        )
+        for container in axes.containers:
+            axes.bar_label(container, fmt="%.0f", fontsize="small")
+        axes.set(xlabel="", ylabel="best test error [%]")
+        axes.legend(title=None, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, print and draw."""
+    parser = common.parser(__doc__, "runs/scratch")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--data.size", dest="size", type=int, default=16, help="pixels of an image's side, 16 or 32"
+    )
+    given, others = parser.parse_known_args(arguments)
+    if given.smoke:
+        others += common.options(SMOKE)
+    for name in given.networks:
+        network = {
+            key: value.format(size=given.size, patch=given.size // 16)
+            for key, value in NETWORKS[name].items()
+        }
+        what = common.options({**network, "data.size": str(given.size)})
+        common.sweep(YAML, given.output / name, [*what, *others])
+    draw(given.output, given.networks).savefig(given.output / "scratch.png", dpi=150)
+    print(given.output / "scratch.png")
+
+
+if __name__ == "__main__":
+    main()
