@@ -12,6 +12,11 @@ class ConfigError(ValueError):
     """A run cannot start as it is configured; the message says what to change."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks, to be a part of another's message."""
+    return " ".join(str(error).split())
+
+
 @dataclass
 class DataConfig:
     """The images.

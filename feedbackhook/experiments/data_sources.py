@@ -17,7 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from feedbackhook.experiments.config import ConfigError, DataConfig
+from feedbackhook.experiments.config import ConfigError, DataConfig, one_line
 from feedbackhook.experiments.datasets import PAPER, Dataset, Draw
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _class_folders(folder: Path, faults: list[str]) -> dict[str, list[str]]:
         faults.append(f"{folder} holds no folders of classes")
         return {}
     except OSError as error:
-        faults.append(f"{folder} cannot be read: {_line(error)}")
+        faults.append(f"{folder} cannot be read: {one_line(error)}")
         return {}
     images: dict[str, list[str]] = {name: [] for name in found.classes}
     for path, label in found.samples:
@@ -251,7 +251,7 @@ def _download(config: DataConfig) -> str | None:
     try:
         getattr(datasets, _undrawn(config.name))(root=str(_root(config)), download=True)
     except _UNREADABLE as error:
-        return _line(error)
+        return one_line(error)
     return None
 
 
@@ -273,7 +273,7 @@ def _torchvision(config: DataConfig) -> Sources:
         try:
             dataset = constructor(**given, **arguments)
         except _UNREADABLE as error:
-            failures.append(_line(error))
+            failures.append(one_line(error))
             continue
         where = f"{', '.join(map(str, locations(config))) or root} ({split})"
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
@@ -344,7 +344,7 @@ def _published_faults(constructor: type, root: Path) -> list[str]:
         try:
             test(path)
         except _UNREADABLE as error:
-            faults.append(f"{path} is damaged: {_line(error)}")
+            faults.append(f"{path} is damaged: {one_line(error)}")
     return faults
 
 
@@ -397,7 +397,3 @@ def _holds_tensors(path: Path) -> None:
         raise ValueError("it holds other things than tensors, and was not loaded") from error
     if len(images) != len(labels):
         raise ValueError(f"it holds {len(images)} images and {len(labels)} labels")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from safetensors.torch import save_model
 from torch import nn
 
-from feedbackhook.experiments.config import ConfigError, RunConfig
+from feedbackhook.experiments.config import ConfigError, RunConfig, one_line
 from feedbackhook.recorder import written_aside
 
 Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
@@ -125,7 +125,7 @@ class RunFolder:
         try:
             stored = yaml.load(self._config.read_text(), _YAML)
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot go on: {self._config} is damaged ({_line(error)})") from error
+            raise ConfigError(f"cannot go on: {self._config} is damaged ({one_line(error)})") from error
         if not isinstance(stored, dict):
             raise ConfigError(f"cannot go on: {self._config} is damaged")
         return stored
@@ -160,7 +160,7 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise ConfigError(f"cannot go on: {self._checkpoint} is damaged ({_line(error)})") from error
+            raise ConfigError(f"cannot go on: {self._checkpoint} is damaged ({one_line(error)})") from error
         return state
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ def as_yaml(config: RunConfig) -> dict[str, Any]:
     try:
         content: dict[str, Any] = yaml.safe_load(yaml.safe_dump(asdict(config)))
     except yaml.YAMLError as error:
-        raise ConfigError(f"the configuration cannot be written to config.yaml: {_line(error)}") from error
+        raise ConfigError(f"the configuration cannot be written to config.yaml: {one_line(error)}") from error
     return content
 
 
@@ -212,7 +212,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

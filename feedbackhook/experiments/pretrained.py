@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedbackhook.experiments.config import ConfigError
+from feedbackhook.experiments.config import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def build(name: str, weights: str, classes: int, channels: int, options: dict[st
             model = timm.create_model(name, **own)
         except OSError as error:
             raise ConfigError(
-                f"the weights of {name} could not be fetched from the hub ({_line(error)}): is there a "
+                f"the weights of {name} could not be fetched from the hub ({one_line(error)}): is there a "
                 f"network? Else fetch them elsewhere, and set model.weights to the file{_or_package(name)}"
             ) from error
     else:
@@ -155,9 +155,5 @@ def _classes(name: str, entries: dict[str, Tensor]) -> int | None:
 
 
 def _short(error: Exception) -> str:
-    text = _line(error)
+    text = one_line(error)
     return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -33,6 +33,7 @@ from feedbackhook.experiments.config import (
     RunConfig,
     SweepConfig,
     SweepProtocolConfig,
+    one_line,
 )
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.datasets import PAPER
@@ -156,7 +157,7 @@ def stored(folder: str | os.PathLike[str]) -> SweepConfig:
     try:
         given = parser.instantiate(parser.parse_path(str(path)))
     except (ArgumentError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is damaged: {one_line(error)}") from error
     config = SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
     return replace(config, output=str(folder))
 
@@ -275,7 +276,7 @@ def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfi
     try:
         given = parser.instantiate(parser.parse_object(_merged(asdict(run), settings, name)))
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(f"condition {name!r}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"condition {name!r}: {one_line(error)}") from error
     made = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
     for of_sweep in ("data.name", "protocol.seed", "label", "output"):
         section, _, key = of_sweep.rpartition(".")

@@ -19,7 +19,7 @@ import feedbackhook
 from feedbackhook.experiments import data, models, optimizers
 from feedbackhook.experiments.batch_norm import estimate_statistics
 from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError, ProtocolConfig, RunConfig
+from feedbackhook.experiments.config import ConfigError, ProtocolConfig, RunConfig, one_line
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
 from feedbackhook.recorder import Recorder, read
@@ -279,7 +279,7 @@ class _Run:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"cannot go on: {folder.path}/checkpoint.pt does not fit this run ({type(error).__name__}: "
-                f"{' '.join(str(error).split())}): give another output"
+                f"{one_line(error)}): give another output"
             ) from error
         with _one_clear_error():
             recorder.drop_after(self.step, self.epoch)

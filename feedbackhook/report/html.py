@@ -17,7 +17,7 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, StrictUndefined, Template
 
-from feedbackhook.experiments.config import ConfigError, ProtocolConfig
+from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_line
 from feedbackhook.experiments.folder import RunResult
 from feedbackhook.experiments.sweep import PlannedRun, plan
 from feedbackhook.recorder import written_aside
@@ -145,7 +145,7 @@ def _member(run: PlannedRun) -> _Member:
         content = run.folder.stored_config()
         return _Member(run, result, file.read_text(encoding="utf-8"), _mapping(content.get("provenance")))
     except (ValueError, OSError) as error:
-        return _Member(run, fault=" ".join(str(error).split()))
+        return _Member(run, fault=one_line(error))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from feedbackhook.experiments.config import ConfigError
+from feedbackhook.experiments.config import ConfigError, one_line
 from feedbackhook.experiments.folder import RunFolder, RunResult
 from feedbackhook.recorder import parts_of, schema
 
@@ -81,7 +81,7 @@ class Runs:
             try:
                 yield _scan({folder: run}, condition)
             except (OSError, pa.ArrowException) as error:
-                self.skipped[run] = f"its table is damaged: {_line(error)}"
+                self.skipped[run] = f"its table is damaged: {one_line(error)}"
 
 
 def collect(*paths: str | os.PathLike[str]) -> Runs:
@@ -111,7 +111,7 @@ def describe(folders: Iterable[Path]) -> Runs:
         try:
             rows.append({"run": name, "folder": str(folder), **_described(folder)})
         except (ConfigError, ValueError, OSError, pa.ArrowException) as error:
-            skipped[name] = _line(error)
+            skipped[name] = one_line(error)
     columns = ["run", "folder", "status", "reason", "last_error", "best_error", "best_epoch"]
     return Runs(pd.DataFrame(rows, columns=[*columns, *_FROM_CONFIG, "concordance"]), skipped)
 
@@ -190,7 +190,3 @@ def _scan(folders: Mapping[Path, str], condition: ds.Expression) -> pd.DataFrame
     table = source.to_table(columns=[*schema().names, "__filename"], filter=condition).to_pandas()
     table["run"] = table.pop("__filename").map(parts)
     return table.astype({"depth": "Int64"})
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
