@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import joblib
 import torch
@@ -41,6 +42,9 @@ from feedbackhook.experiments.folder import RunFolder, RunResult
 from feedbackhook.experiments.models import default_size
 from feedbackhook.experiments.train import resolve, train
 from feedbackhook.recorder import written_aside
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 logger = logging.getLogger(__name__)
 
@@ -269,10 +273,7 @@ def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfi
     """The run with what a condition of one's own sets."""
     from argparse import ArgumentError
 
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig)
+    parser = _parser()
     try:
         given = parser.instantiate(parser.parse_object(_merged(asdict(run), settings, name)))
     except (ArgumentError, TypeError) as error:
@@ -284,6 +285,15 @@ def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfi
         if before != after:
             raise ConfigError(f"condition {name!r} sets {of_sweep}, which is the sweep's to set")
     return replace(made, label=name)
+
+
+@cache
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    return parser
 
 
 def _merged(base: dict[str, Any], settings: Any, where: str) -> dict[str, Any]:

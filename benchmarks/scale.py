@@ -1,0 +1,113 @@
+"""How do `feedbackhook table` and `report` bear a sweep of ten thousand runs? Seconds and memory.
+
+Makes run folders as a sweep of the paper's conditions leaves them, with curves of 65 epochs that are drawn
+and not trained, and runs both commands on them, each in a process of its own.
+
+    python benchmarks/scale.py
+    python benchmarks/scale.py --runs 500
+
+Adds to benchmarks/results/scale.csv, a row a command. The folders stay, and are not made twice.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import yaml
+from common import RESULTS
+from jsonargparse import auto_cli
+
+from feedbackhook import Recorder
+from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
+from feedbackhook.experiments.sweep import plan
+from feedbackhook.experiments.train import resolve
+from feedbackhook.report.tables import paper_errors
+
+EPOCHS, STEPS_AN_EPOCH = 65, 500
+LAYERS = ("conv1", "conv2", "fc1", "fc2")
+ANGLES = ("weight_angle", "error_angle", "sign_agreement", "norm_ratio")
+ERRORS = (
+    "train_loss",
+    "train_error",
+    "held_out_loss",
+    "held_out_error",
+    "test_loss",
+    "test_error",
+    "test_accuracy",
+)
+
+
+def main(runs: int = 10_000, folder: Path = Path("runs/scale")) -> None:
+    """Makes, measures and prints.
+
+    Args:
+        runs: run folders, at least as many; a multiple of conditions and learning rates.
+        folder: where they are made, in one for each number of runs.
+    """
+    conditions = list(paper_errors().index)
+    seeds = -(-runs // (len(conditions) * 5))
+    config = SweepConfig(
+        conditions, ["digits"], protocol=SweepProtocolConfig(seeds=seeds), output=str(folder / f"{runs}")
+    )
+    planned = plan(config)
+    made = joblib.Parallel(n_jobs=-1)(joblib.delayed(_leave)(run.config, i) for i, run in enumerate(planned))
+    (Path(config.output) / "sweep.yaml").write_text(yaml.safe_dump(as_yaml(config), sort_keys=False))  # type: ignore[arg-type]
+    print(f"{len(planned)} runs in {config.output}, {sum(made)} of them made now")
+    rows = []
+    for command in ("table", "report"):
+        seconds, peak = _measured([sys.executable, "-m", "feedbackhook", command, config.output])
+        rows.append({"runs": len(planned), "command": command, "seconds": seconds, "peak_mb": peak})
+        print(f"{command}: {seconds:.1f} s, {peak:.0f} MB")
+    report = Path(config.output, "report.html").stat().st_size / 1e6
+    print(f"report.html: {report:.1f} MB")
+    path = RESULTS / "scale.csv"
+    known = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    known = known[known["runs"] != len(planned)] if len(known) else known
+    table = pd.concat([known, pd.DataFrame(rows)]).sort_values("runs", kind="stable")
+    table.to_csv(path, index=False, float_format="%.1f")
+
+
+def _leave(config: RunConfig, number: int) -> bool:
+    """A run folder with drawn curves; False where it is there."""
+    folder = RunFolder(str(config.output))
+    if folder.result() is not None:
+        return False
+    rng = np.random.default_rng(number)
+    final = rng.uniform(1, 30)
+    with Recorder(folder.path) as recorder:
+        for epoch in range(EPOCHS + 1):
+            step = epoch * STEPS_AN_EPOCH
+            error = final + (90 - final) * np.exp(-epoch / 8) + rng.normal(0, 0.1)
+            for name in ERRORS:
+                recorder.add(step, epoch, name, 100 - error if name == "test_accuracy" else error)
+            for depth, layer in enumerate(LAYERS):
+                for name in ANGLES:
+                    recorder.add(step, epoch, name, 45 + rng.normal(), layer, depth)
+    folder.write_config(resolve(config))
+    folder.write_result(
+        RunResult(folder.path, "finished", None, EPOCHS, EPOCHS * STEPS_AN_EPOCH, error, error, EPOCHS)
+    )
+    return True
+
+
+def _measured(command: list[str]) -> tuple[float, float]:
+    """Seconds, and the most memory at a time in megabytes, of a command."""
+    began = time.perf_counter()
+    process = os.posix_spawn(
+        command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    )
+    _, status, usage = os.wait4(process, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command[2:])} ended with {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    auto_cli(main)
