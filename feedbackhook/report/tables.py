@@ -200,21 +200,25 @@ def write(table: SweepTable, folder: str | os.PathLike[str]) -> list[Path]:
 def _errors(runs: Runs) -> pd.DataFrame:
     """Of each run its smallest test error after training began, and that at the epoch that is best on what
     was held out. A run that diverged before its first epoch ended has the untrained network's."""
-    columns = ["best_error", "best_epoch", "held_out_error", "chosen_error"]
     rows = runs.rows(["test_error", "held_out_error"])
-    errors = {}
-    for run, part in rows.groupby("run"):
-        by_epoch = part.pivot_table("value", "epoch", "metric").reindex(
-            columns=["test_error", "held_out_error"]
-        )
-        by_epoch = by_epoch[np.isfinite(by_epoch["test_error"])]
-        trained = by_epoch[by_epoch.index > 0] if (by_epoch.index > 0).any() else by_epoch
-        if trained.empty:
-            continue
-        best, held_out = trained["test_error"].idxmin(), trained["held_out_error"]
-        chosen = np.nan if held_out.isna().all() else trained["test_error"].loc[held_out.idxmin()]
-        errors[run] = (trained["test_error"].loc[best], best, held_out.min(), chosen)
-    return pd.DataFrame.from_dict(errors, orient="index", columns=columns)
+    by_epoch = rows.pivot_table("value", ["run", "epoch"], "metric").reindex(
+        columns=["test_error", "held_out_error"]
+    )
+    by_epoch = by_epoch[np.isfinite(by_epoch["test_error"])].reset_index("epoch")
+    began = (by_epoch["epoch"] > 0).groupby("run").transform("any")
+    trained = by_epoch[(by_epoch["epoch"] > 0) | ~began].reset_index()
+    best = trained.loc[trained.groupby("run")["test_error"].idxmin()].set_index("run")
+    held_out = trained.dropna(subset="held_out_error")
+    chosen = held_out.loc[held_out.groupby("run")["held_out_error"].idxmin()].set_index("run")
+    return pd.DataFrame(
+        {
+            "best_error": best["test_error"],
+            "best_epoch": best["epoch"],
+            "held_out_error": chosen["held_out_error"],
+            "chosen_error": chosen["test_error"],
+        },
+        index=best.index,
+    )
 
 
 def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
