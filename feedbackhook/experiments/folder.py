@@ -26,7 +26,8 @@ Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 
 # what a run may be given anew when it is resumed
 _FREE_ON_RESUME = ("output", "provenance", "data.root", "data.download", "data.cache", "record.figures")
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast, where it is built in
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's are ten times as fast, where it is built in
+_YAML_OUT = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _PACKAGES = ("feedbackhook", "torchvision", "timm", "numpy", "scikit-learn")
 
 
@@ -133,7 +134,7 @@ class RunFolder:
     def write_config(self, config: RunConfig) -> None:
         content = {**asdict(config), "provenance": provenance()}
         with written_aside(self._config) as aside:
-            aside.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            aside.write_text(yaml.dump(content, Dumper=_YAML_OUT, sort_keys=False, allow_unicode=True))
 
     def check_same(self, config: RunConfig) -> None:
         """Refuse to go on with a run under another configuration than it began with.
@@ -184,7 +185,7 @@ def as_yaml(config: RunConfig) -> dict[str, Any]:
         ConfigError: it holds what YAML cannot, such as a tensor.
     """
     try:
-        content: dict[str, Any] = yaml.safe_load(yaml.safe_dump(asdict(config)))
+        content: dict[str, Any] = yaml.load(yaml.dump(asdict(config), Dumper=_YAML_OUT), _YAML)
     except yaml.YAMLError as error:
         raise ConfigError(f"the configuration cannot be written to config.yaml: {one_line(error)}") from error
     return content

@@ -74,6 +74,13 @@ class PlannedRun(NamedTuple):
         return Path(str(self.config.output)).name
 
     @property
+    def mode(self) -> str | dict[str, Any] | None:
+        """The rule of its feedback weights, or a mapping of rules; None is backprop."""
+        if self.config.condition is not None:
+            return Condition.parse(self.config.condition).feedback
+        return self.config.feedback.mode
+
+    @property
     def folder(self) -> RunFolder:
         return RunFolder(str(self.config.output))
 
@@ -211,7 +218,7 @@ def estimate(runs: Sequence[PlannedRun]) -> dict[str, Estimate]:
     estimates = {}
     for run in runs:
         if run.dataset not in rehearsed:
-            patched = [r for r in runs if r.dataset == run.dataset and resolve(r.config).feedback.mode]
+            patched = [r for r in runs if r.dataset == run.dataset and r.mode is not None]
             rehearsed[run.dataset] = _rehearse((patched or [run])[0])
         train_images, test_images, _ = _counts(run)
         step, weights, table = rehearsed[run.dataset]

@@ -20,9 +20,7 @@ import pandas as pd
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.sweep import PlannedRun
-from feedbackhook.experiments.train import resolve
 from feedbackhook.report import theme
-from feedbackhook.report.runs import Runs
 from feedbackhook.report.tables import SweepTable, base_rate, paper_errors
 
 __all__ = ["Section", "alignment", "concordance", "curves"]
@@ -88,15 +86,10 @@ def concordance(table: SweepTable) -> Section:
     return Section({"concordance": specification}, {"concordance": _csv(points)}, notes)
 
 
-def curves(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> Section:
-    """Test and training error against the epoch, filtered by dataset, condition and learning rate.
-
-    Args:
-        table: the sweep's.
-        planned: its runs.
-        runs: those of them that have ended.
-    """
-    rows, notes = _finite(runs.rows(ERRORS))
+def curves(table: SweepTable) -> Section:
+    """Test and training error against the epoch, filtered by dataset, condition and learning rate."""
+    planned = table.planned
+    rows, notes = _finite(table.runs.rows(ERRORS))
     if rows.empty:
         return Section({}, {}, ["No learning curves: no run that has ended has an error."])
     wide, thinned = _thin(_wide(rows, ERRORS, planned, "epoch"), _CURVE_ROWS, _CURVE_EPOCHS)
@@ -120,13 +113,13 @@ def curves(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> Sect
         chart = _over_epochs(metric, label, int(wide["epoch"].max()), rules, legend=not charts)
         chart = chart.add_params(*(select.parameter(bound=not charts) for select in selects))
         charts[metric] = _specification(chart, f"{label} against epoch")
-    data = {"runs": _csv(_described(table, planned)), "curves": _csv(wide)}
+    data = {"runs": _csv(_described(table)), "curves": _csv(wide)}
     return Section(charts, data, [*notes, *thinned])
 
 
-def alignment(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> Section:
-    """Weight and error angle of each layer against the epoch, of the run that is chosen; arguments as those
-    of :func:`curves`."""
+def alignment(table: SweepTable) -> Section:
+    """Weight and error angle of each layer against the epoch, of the run that is chosen."""
+    planned, runs = table.planned, table.runs
     rows, undefined = _finite(runs.rows(ANGLES, layers=True))
     if rows.empty:
         return Section({}, {}, ["No alignment angles: no run that has ended has one."])
@@ -135,12 +128,13 @@ def alignment(table: SweepTable, planned: Sequence[PlannedRun], runs: Runs) -> S
     wide, thinned = _thin(_wide(rows, ANGLES, planned, "epoch", "l"), _ANGLE_ROWS, _ANGLE_EPOCHS)
     notes = ["A point is the mean over the steps that were measured in an epoch.", *thinned]
     notes += [f"{note} The first layer sends no error on, so it has no error angle." for note in undefined]
-    ended = [run for run in planned if run.name in set(runs.runs["run"])]
+    names = set(runs.runs["run"])
+    ended = [run for run in planned if run.name in names]
     patched = [run for run in ended if _rule(run) != theme.BACKPROP]
     if backprop := dict.fromkeys(run.condition for run in ended if run not in patched):
         notes.append(f"Without feedback weights, and so without angles: {', '.join(backprop)}.")
     places = [int(place) for place in wide["r"].unique()]
-    best = _described(table, planned)["best"]
+    best = _described(table)["best"]
     first = next((place for place in places if best[place]), places[0])
     select = _Select("run", "Run", places, [planned[place].name for place in places], first)
     charts: dict[str, dict[str, Any]] = {}
@@ -298,11 +292,11 @@ def _papers_points(datasets: Iterable[str], series: set[str]) -> Iterator[dict[s
                 yield {"dataset": dataset, "series": _series(condition), "source": _PAPER, **point}
 
 
-def _described(table: SweepTable, planned: Iterable[PlannedRun]) -> pd.DataFrame:
+def _described(table: SweepTable) -> pd.DataFrame:
     """What the charts know of each run; `best` is 1 at the rate of its cell in the table."""
     rate = table.cells.set_index(["dataset", "condition"])["rate"].to_dict()
     rows = []
-    for place, run in enumerate(planned):
+    for place, run in enumerate(table.planned):
         best = int(rate[run.dataset, run.condition] == run.rate)
         rows.append((place, run.name, run.dataset, run.condition, f"{run.rate:.15g}", run.seed, best))
     return pd.DataFrame(rows, columns=["r", "run", "dataset", "condition", "rate", "seed", "best"])
@@ -338,10 +332,7 @@ def _thin(rows: pd.DataFrame, most: int, epochs: int) -> tuple[pd.DataFrame, lis
 
 def _rule(run: PlannedRun) -> str:
     """The rule of its feedback weights, by which it is coloured."""
-    mode = resolve(run.config).feedback.mode
-    if isinstance(mode, dict):
-        return "mixed"
-    return mode or theme.BACKPROP
+    return "mixed" if isinstance(run.mode, dict) else run.mode or theme.BACKPROP
 
 
 def _looks(rules: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:

@@ -19,10 +19,9 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_line
 from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.sweep import PlannedRun, plan
+from feedbackhook.experiments.sweep import PlannedRun
 from feedbackhook.recorder import written_aside
 from feedbackhook.report.charts import alignment, concordance, curves
-from feedbackhook.report.runs import describe
 from feedbackhook.report.tables import (
     ALIKE,
     BETTER,
@@ -69,15 +68,9 @@ def page(folder: str | os.PathLike[str]) -> str:
     """
     folder = Path(folder)
     table = sweep_table(folder)
-    planned = plan(table.config)
-    runs = describe(run.folder.path for run in planned if run.folder.path.is_dir())
-    sections = {
-        "concordance": concordance(table),
-        "curves": curves(table, planned, runs),
-        "alignment": alignment(table, planned, runs),
-    }
-    members = [_member(run) for run in planned]
-    left_out = table.missing | runs.skipped  # by now with those whose damage showed when they were read
+    sections = {"concordance": concordance(table), "curves": curves(table), "alignment": alignment(table)}
+    members = [_member(run) for run in table.planned]
+    left_out = table.missing | table.runs.skipped  # by now with those whose damage showed when they were read
     return str(
         _template().render(
             name=folder.resolve().name,

@@ -39,6 +39,8 @@ class SweepTable:
 
     Args:
         config: the sweep.
+        planned: its runs.
+        runs: those of them that have ended.
         cells: a row a condition and dataset, in the order of the sweep; errors in percent. `best_error` is
             the smallest test error over epochs and learning rates, as the paper reports it; `chosen_error`
             the test error at the epoch and the rate whose error on what was held out of the training set is
@@ -52,6 +54,8 @@ class SweepTable:
     """
 
     config: SweepConfig
+    planned: list[PlannedRun]
+    runs: Runs
     cells: pd.DataFrame
     missing: dict[str, str]
     rank_correlation: dict[str, tuple[float, int]]
@@ -97,7 +101,7 @@ def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
     )
     table["status"] = table["run"].map(status).where(table["run"].isin(errors.index), "missing")
     cells = _compared(pd.DataFrame(_cells(table)), _reference(config))
-    return SweepTable(config, cells, missing, dict(_rank_correlations(cells)))
+    return SweepTable(config, planned, found, cells, missing, dict(_rank_correlations(cells)))
 
 
 def as_markdown(table: SweepTable) -> str:
@@ -109,9 +113,11 @@ def as_markdown(table: SweepTable) -> str:
     datasets = list(cells["dataset"].unique())
     if len(datasets) > 1:
         lines += ["## Best, and the paper's in brackets", "", *_overview(cells, datasets), ""]
+        lines += _notes(datasets)
     for dataset in datasets:
         part = cells[cells["dataset"] == dataset]
         lines += [f"## {dataset}", "", *_dataset_lines(part, several, bool(held_out)), ""]
+        lines += _notes([dataset])
         if dataset in table.rank_correlation:
             value, count = table.rank_correlation[dataset]
             lines += [f"Spearman's rank correlation with the paper's, {count} conditions: {value:.2f}.", ""]
@@ -130,8 +136,7 @@ def base_rate(runs: Sequence[PlannedRun]) -> str:
 
 def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     """How the figures came about, in sentences."""
-    config, p = table.config, table.config.protocol
-    runs = plan(config)
+    config, p, runs = table.config, table.config.protocol, table.planned
     rates = ", ".join(f"{rate:.15g}" for rate in sorted({run.rate for run in runs}, reverse=True))
     later = "".join(f", of {size} after epoch {epoch}" for epoch, size in sorted(p.batch_sizes.items()))
     yield f"{p.epochs} epochs, mini-batches of {p.batch_size}{later},"
@@ -279,6 +284,13 @@ def _rank_correlations(cells: pd.DataFrame) -> Iterator[tuple[str, tuple[float, 
         both = part[["best_error", "paper_error"]].dropna()
         if len(both) >= 3 and both.nunique().min() > 1:  # else nothing is ranked
             yield dataset, (both["best_error"].corr(both["paper_error"], method="spearman"), len(both))
+
+
+def _notes(datasets: list[str]) -> Iterator[str]:
+    """A line for each dataset of which something is ours, or is not known to be as in the paper."""
+    for dataset in datasets:
+        if dataset in PAPER and PAPER[dataset].note:
+            yield from (f"{dataset}: {PAPER[dataset].note}", "")
 
 
 def _overview(cells: pd.DataFrame, datasets: list[str]) -> Iterator[str]:
