@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import common
+import pandas as pd
 import seaborn as sns
 import timm
 from matplotlib.figure import Figure
@@ -63,48 +64,76 @@ def trained(model: str, depth: str) -> list[str]:
     return ["--model.trained", rf"({pattern})(\..*)?", *alone]
 
 
+def recorded(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """A row a run; their test errors by epoch; and the angles of each layer by step. `trained` is the depth
+    of training, `depth` that of a layer."""
+    found = collect(folder)
+    runs = found.runs.assign(trained=found.runs["folder"].map(lambda run: Path(run).parent.name))
+    what = runs.set_index("run")[["trained", "condition", "seed"]]
+    errors = found.rows(["test_error"]).join(what, on="run")
+    angles = found.rows(["gradient_angle", "weight_angle"], layers=True).join(what, on="run")
+    columns = ["run", *what.columns, "learning_rate", "last_error", "best_error", "best_epoch"]
+    return runs[columns], errors, angles
+
+
 def draw(folder: Path) -> Figure:
     """Error by depth; against epoch, of the deepest; and its gradients' angles to backprop's, by layer."""
-    runs = collect(folder)
-    described = runs.runs.assign(depth=runs.runs["folder"].map(lambda folder: Path(folder).parent.name))
-    depths = [depth for depth in DEPTHS if depth in set(described["depth"])]
-    conditions = list(stored(folder / depths[-1]).conditions)
-    of_run = described.set_index("run")
-    deepest = of_run[of_run["depth"] == depths[-1]]
-    errors = runs.rows(["test_error"])
-    errors = errors[errors["run"].isin(deepest.index)].assign(
-        condition=lambda rows: rows["run"].map(of_run["condition"])
-    )
-    angles = runs.rows(["gradient_angle"], layers=True)
-    angles = angles[angles["run"].isin(deepest.index) & angles["value"].notna()]
-    angles = angles.rename(columns={"depth": "layer_depth"}).assign(
-        condition=lambda rows: rows["run"].map(of_run["condition"])
+    runs, errors, angles = recorded(folder)
+    depths = [depth for depth in DEPTHS if depth in set(runs["trained"])]
+    deepest = depths[-1]
+    conditions = list(stored(folder / deepest).conditions)
+    errors = errors[errors["trained"] == deepest]
+    angles = angles[(angles["trained"] == deepest) & (angles["metric"] == "gradient_angle")].dropna(
+        subset="value"
     )
     by = {"hue": "condition", "hue_order": conditions, "palette": common.colours(conditions)}
     with theme.style():
         figure = Figure(figsize=theme.figsize(12.0, 7.6), layout="constrained")
         (by_depth, by_epoch), of_layers = figure.subplots(2, 2)
         sns.stripplot(
-            described, x="depth", y="last_error", order=depths, dodge=True, ax=by_depth, legend=False, **by
+            runs, x="trained", y="last_error", order=depths, dodge=True, ax=by_depth, legend=False, **by
         )
-        by_depth.set(xlabel="what is trained", ylabel="test error after the last epoch [%]")
+        by_depth.set(
+            xlabel="what is trained",
+            ylabel="test error [%]",
+            title="after the last epoch, a point a seed",
+            ylim=(0, None),
+        )
         sns.lineplot(errors, x="epoch", y="value", errorbar=("pi", 100), ax=by_epoch, legend=True, **by)
-        by_epoch.set(xlabel="epoch", ylabel="test error [%]", title=f"training: {depths[-1]}")
-        by_epoch.legend(title=None, frameon=False)
+        by_epoch.set(xlabel="epoch", ylabel="test error [%]", title=f"training: {deepest}", ylim=(0, 100))
+        by_epoch.legend(title=None, frameon=False, loc="lower left", fontsize="small")
         for axes, when, title in zip(of_layers, ("min", "max"), ("before", "after"), strict=True):
             step = angles.groupby("run")["step"].transform(when)
             sns.lineplot(
-                angles[angles["step"] == step], x="layer_depth", y="value", ax=axes, legend=False, **by
+                angles[angles["step"] == step],
+                x="depth",
+                y="value",
+                errorbar=("pi", 100),
+                ax=axes,
+                legend=False,
+                **by,
             )
             axes.axhline(90, linestyle=":", color=theme.ink())
             axes.set(
                 xlabel="depth of the layer, 0 at the input",
                 ylabel="angle to backprop's gradient [°]",
-                title=f"{title} training: {depths[-1]}",
+                title=f"{title} training: {deepest}",
                 ylim=(-3, 123),
                 yticks=range(0, 121, 30),
             )
     return figure
+
+
+def write(folder: Path) -> list[Path]:
+    """runs.csv; angles.csv, means over seeds; and the figure."""
+    runs, _, angles = recorded(folder)
+    keys = ["trained", "condition", "step", "layer", "depth", "metric"]
+    means = angles.groupby(keys, sort=False)["value"].mean().reset_index()
+    paths = [folder / name for name in ("runs.csv", "angles.csv", "finetune.png")]
+    runs.to_csv(paths[0], index=False, float_format="%.4g")
+    means.to_csv(paths[1], index=False, float_format="%.1f")
+    draw(folder).savefig(paths[2], dpi=150)
+    return paths
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,8 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others += common.options(SMOKE)
     what = ["--model.name", given.model, *trained(given.model, given.depth)]
     common.sweep(YAML, given.output / given.depth, [*what, *others])
-    draw(given.output).savefig(given.output / "finetune.png", dpi=150)
-    print(given.output / "finetune.png")
+    print(*write(given.output), sep="\n")
 
 
 if __name__ == "__main__":
