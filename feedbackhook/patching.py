@@ -324,7 +324,14 @@ class Patch:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)
         ]
         patched = {name for layer in self._bracket.layers for name in layer.names}
-        if left := [name or "(root)" for name in patchable(self._model) if name not in patched]:
+        modules = dict(self._model.named_modules())
+        moved = {layer.module for layer in self._bracket.layers}  # since then, perhaps, to another name
+        left = [
+            name or "(root)"
+            for name in patchable(self._model)
+            if name not in patched and modules.get(name, modules.get(name.rpartition(".")[0])) not in moved
+        ]
+        if left:
             lines.append(f"exact: {', '.join(left)}")
         return "\n".join(line.rstrip() for line in lines)
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -195,6 +196,15 @@ def test_tied_weights_share_one_feedback():
         v = patch.feedback("encoder")
         torch.testing.assert_close(x.grad, torch.ones(3, 4) @ v @ v)
         assert patch.layers[0].rerouted == 2
+
+
+def test_a_layer_that_has_moved_since_it_was_patched_is_not_called_exact():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    patch = feedbackhook.patch(model, "sign", exclude=["2"])
+    model[1] = nn.Sequential(OrderedDict(inner=model[1]))
+    model(torch.randn(2, 3)).sum().backward()
+    assert [row.rerouted for row in patch.layers] == [0, 1]
+    assert str(patch).splitlines()[-1] == "exact: 2"
 
 
 def test_the_table_tells_what_was_rerouted():

@@ -1,0 +1,143 @@
+"""I train with Hugging Face's Trainer; where does the one line go?
+
+Between the model and the Trainer: `feedbackhook.patch(model)`, then `Trainer(model=model, ...)`; with
+`model_init`, inside that function. `bf16`, `gradient_accumulation_steps` and `gradient_checkpointing` work as
+without a patch. A small callback puts what decides V beside each of the Trainer's checkpoints, so that a run
+which goes on from one goes on with the same V.
+
+On a machine with several GPUs start it by torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES=0): otherwise
+the Trainer takes nn.DataParallel, under which a patched model raises.
+
+The model is a BERT of two layers, made from its configuration without a download. It reads scikit-learn's
+digits as sentences of 64 words, the pixels, from a vocabulary of 17 words, their intensities.
+
+    pip install -e '.[trainers]'
+    python recipes/retrofit/trainers/hf_trainer.py
+    python recipes/retrofit/trainers/hf_trainer.py --epochs 20 --resume runs/hf/checkpoint-570
+    python recipes/retrofit/trainers/hf_trainer.py --smoke true
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from sklearn.datasets import load_digits
+from summary import summarise
+from torch import Tensor
+
+import feedbackhook
+
+try:
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+        set_seed,
+    )
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing}; this recipe needs: pip install -e '.[trainers]'") from missing
+
+
+class KeepFeedback(TrainerCallback):
+    """Puts the patch's state into `feedback.pt` of each checkpoint's folder."""
+
+    def __init__(self, patch: feedbackhook.Patch) -> None:
+        self.patch = patch
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            torch.save(self.patch.state_dict(), folder / "feedback.pt")
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    """Two layers for sentences of 64 words out of 17, and 10 classes."""
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=17,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=64,
+            num_labels=10,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def digits() -> list[dict[str, Tensor]]:
+    """scikit-learn's digits, each as 64 words and a label."""
+    found = load_digits()
+    words, labels = torch.from_numpy(found.data).long(), torch.from_numpy(found.target).long()
+    return [{"input_ids": word, "labels": label} for word, label in zip(words, labels, strict=True)]
+
+
+def main(
+    feedback: dict[str, Any] | None = None,
+    epochs: int = 10,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    optimizer: str = "adamw_torch",
+    seed: int = 0,
+    output: Path = Path("runs/hf"),
+    resume: Path | None = None,
+    smoke: bool = False,
+) -> None:
+    """Train, save checkpoints, print.
+
+    Args:
+        feedback: the arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
+        epochs: passes over the digits, those of a resumed run included.
+        batch_size: digits a step.
+        lr: learning rate at the start; it falls to zero in a line.
+        optimizer: one of the Trainer's, as of `TrainingArguments.optim`.
+        seed: of the weights and of the order of the digits.
+        output: the folder of the checkpoints.
+        resume: a checkpoint's folder to go on from.
+        smoke: a few steps, to see that it works: seconds.
+    """
+    console = Console(soft_wrap=True, width=200)  # no name in the table is cut
+    set_seed(seed)
+    model = tiny_bert()
+    patch = feedbackhook.patch(model, **(feedback or {}))  # the one line
+    if resume is not None:
+        patch.load_state_dict(torch.load(resume / "feedback.pt", weights_only=True))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=epochs,
+            max_steps=3 if smoke else -1,
+            per_device_train_batch_size=batch_size,
+            learning_rate=lr,
+            optim=optimizer,
+            seed=seed,
+            logging_steps=1 if smoke else 10,
+            logging_first_step=True,
+            save_strategy="steps" if smoke else "epoch",
+            save_steps=1,
+            save_total_limit=2,
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=digits(),
+        callbacks=[KeepFeedback(patch)],
+    )
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    summarise(console, patch, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False, default_config_files=[str(Path(__file__).with_suffix(".yaml"))])
