@@ -43,19 +43,23 @@ def dataset_table(datasets: Iterable[Dataset]) -> Table:
     from rich import box
     from rich.table import Table
 
+    datasets = list(datasets)
+
     table = Table(box=box.SIMPLE, pad_edge=False)
+    _write_below(table, [f"{dataset.name}: {dataset.note}" for dataset in datasets if dataset.note])
     for heading in ("name", "in the paper", "classes", "training", "test", "downloads"):
         right = heading in ("classes", "training", "test")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for heading in ("in data.root", "licence", "source"):
         table.add_column(heading, overflow="fold")
+    about = {True: "≈ ", False: ""}
     for dataset in datasets:
         table.add_row(
             dataset.name,
             dataset.paper_name,
             str(dataset.classes),
-            f"{dataset.train:,}",
-            f"{'≤ ' if dataset.test_at_most else ''}{dataset.test:,}",
+            f"{'≤ ' if dataset.train_at_most else about[dataset.about]}{dataset.train:,}",
+            f"{'≤ ' if dataset.test_at_most else about[dataset.about]}{dataset.test:,}",
             "yes" if dataset.downloads else "no",
             ", ".join(dataset.where),
             dataset.licence,
@@ -64,13 +68,24 @@ def dataset_table(datasets: Iterable[Dataset]) -> Table:
     return table
 
 
+def _write_below(table: Table, lines: Sequence[str]) -> None:
+    """Lines under a table, which hold paths: they are not cut or wrapped."""
+    from rich.text import Text
+
+    if lines:
+        table.caption = Text("\n".join(lines), style="none", no_wrap=True, overflow="ignore")
+        table.caption_justify = "left"
+
+
 def checked_table(found: Checked) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("split", "classes", "images", "expected"):
-        right = heading in ("classes", "images")
+    note = [f"Note: {found.note}"] if found.note else []
+    _write_below(table, [*found.short, *note])
+    for heading in ("split", "classes", "samples", "expected"):
+        right = heading in ("classes", "samples")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for split in found.splits:
         table.add_row(split.name, f"{split.classes:,}", f"{split.images:,}", split.expected or "not known")
@@ -158,9 +173,10 @@ def layer_totals(found: Inspection) -> list[str]:
     rerouted = sum(layer.rule is not None and bool(layer.upstream) for layer in found.layers)
     share = 100 * found.patched_weights / found.parameters
     channels, height, width = found.image
+    of = f"an image of {channels}x{height}x{width}" if height > 1 else f"{channels} features"
     return [
-        f"{found.model} on an image of {channels}x{height}x{width}: {len(found.layers)} layers, {patched} "
-        f"patched, {rerouted} of these with an error signal to send on",
+        f"{found.model} on {of}: {len(found.layers)} layers, {patched} patched, "
+        f"{rerouted} of these with an error signal to send on",
         f"{found.parameters:,} parameters, {found.patched_weights:,} of them ({share:.1f}%) patched weights",
     ]
 

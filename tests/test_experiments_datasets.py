@@ -24,11 +24,12 @@ from test_experiments_data import images, write_mnist
 from torch._subclasses import FakeTensorMode
 
 from feedbackhook.cli import main
-from feedbackhook.experiments import data_cache, data_sources, datasets
+from feedbackhook.experiments import data_cache, data_folders, data_sources, datasets
 from feedbackhook.experiments.config import ConfigError, DataConfig
 from feedbackhook.experiments.data import ImageData, Split, load
 from feedbackhook.experiments.data_check import check
 from feedbackhook.experiments.networks import NETWORKS
+from feedbackhook.report.tables import paper_errors
 
 SIZE = 8
 
@@ -216,16 +217,26 @@ def test_the_registry_has_the_published_counts() -> None:
         "STL10": (10, 5000, 8000),
         "Caltech101": (102, 3060, 1020),
         "Caltech256-101": (102, 3060, 1020),
+        "iCubWorld": (10, 6000, 2001),
+        "Flowers17": (17, 680, 340),
         "Flowers102": (102, 1020, 6149),
+        "PubFig83-ID": (80, 6800, 1200),
+        "SUFR-W-ID": (80, 800, 400),
         "LFW-ID": (80, 800, 400),
+        "MIT-Indoor67": (67, 5360, 1340),
+        "TIMIT-80": (61, 24400, 6100),
     }
+    assert list(paper_errors()) == [dataset.paper_name for dataset in datasets.PAPER.values()]
     for dataset in datasets.PAPER.values():
         assert dataset.network in NETWORKS
         if dataset.draw is not None:
             assert dataset.train == dataset.classes * dataset.draw.train
             assert dataset.test == dataset.classes * dataset.draw.test
             assert dataset.classes <= dataset.draw.of
-    assert [name for name, d in datasets.PAPER.items() if d.test_at_most] == ["Caltech101"]
+    fewer = ["PubFig83-ID", "SUFR-W-ID", "TIMIT-80"]
+    assert [name for name, d in datasets.PAPER.items() if d.test_at_most] == ["Caltech101", *fewer]
+    assert [name for name, d in datasets.PAPER.items() if d.train_at_most] == fewer
+    assert [name for name, d in datasets.PAPER.items() if d.about] == ["iCubWorld"]
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -363,7 +374,7 @@ def test_a_draw_is_fixed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert drawn(name, roots[0]) == first
     moved = tuple({path.replace(str(roots[1]), str(roots[0])) for path in s} for s in drawn(name, roots[1]))
     assert moved == first
-    monkeypatch.setattr(data_sources, "_DRAW_SEED", 1)
+    monkeypatch.setattr(data_folders, "_DRAW_SEED", 1)
     assert drawn(name, roots[0]) != first
 
 
@@ -372,7 +383,7 @@ def test_a_draw_leaves_out_what_is_no_class(tmp_path: Path, monkeypatch: pytest.
     lfw(tmp_path, monkeypatch)
     seen = set()
     for seed in range(20):
-        monkeypatch.setattr(data_sources, "_DRAW_SEED", seed)
+        monkeypatch.setattr(data_folders, "_DRAW_SEED", seed)
         for name in ("Caltech256-101", "LFW-ID"):
             paths = set.union(*drawn(name, tmp_path))
             assert len({Path(path).parent for path in paths}) == datasets.PAPER[name].classes

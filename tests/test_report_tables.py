@@ -16,6 +16,7 @@ from run_folders import leave_run
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.folder import RunResult
 from feedbackhook.experiments.sweep import plan
 from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table, write
@@ -107,6 +108,23 @@ def test_runs_that_are_in_no_mean_are_named(folder: Path) -> None:
     assert "3 of 4 *" in row
     assert "| uSF | 79.50 ▼ |" in markdown
     assert "4, 3 diverged" in markdown
+
+
+def test_a_note_on_a_dataset_stands_below_its_tables(tmp_path: Path) -> None:
+    def shown(*datasets: str) -> list[str]:
+        output = tmp_path / "-".join(datasets)
+        output.mkdir()
+        config = SweepConfig(["SGD"], list(datasets), output=str(output))
+        (output / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
+        return as_markdown(sweep_table(output)).splitlines()
+
+    note = f"TIMIT-80: {PAPER['TIMIT-80'].note}"
+    assert "61 phones" in note
+    lines = shown("TIMIT-80")
+    assert lines.index(note) > lines.index("## TIMIT-80")
+    assert lines[lines.index(note) - 2].startswith("| SGD |")
+    assert shown("MNIST", "TIMIT-80").count(note) == 2  # below what is best of all, and its own
+    assert not any("ours" in line for line in shown("MNIST", "Caltech101"))
 
 
 @pytest.mark.parametrize("status", ["failed", "running", "interrupted"])

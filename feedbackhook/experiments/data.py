@@ -1,10 +1,12 @@
 """The images, decoded once into tensors that are held in memory.
 
-Shapes: N images, C channels, H x W pixels, K classes.
+Shapes: N images, C channels, H x W pixels, K classes. Data of F features a sample, such as TIMIT-80's, are
+(N, F, 1, 1) of float32 in the place of (N, C, H, W) of uint8.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from feedbackhook.experiments import data_cache, data_sources
 from feedbackhook.experiments.config import ConfigError, DataConfig
+from feedbackhook.experiments.datasets import PAPER
+
+logger = logging.getLogger(__name__)
 
 _SPLIT_SEED = 0  # of the splits that are ours: the same for every run
 _TEST_SHARE = 0.2  # of data that come without a split
@@ -25,7 +30,7 @@ _DEVICE_SHARE = 0.5  # of a GPU's free memory that images may take; the rest is 
 
 
 class Split(NamedTuple):
-    """Images (N, C, H, W) of uint8 and their classes (N,) of int64."""
+    """Images (N, C, H, W) of uint8, or features (N, F, 1, 1) of float32, and their classes (N,) of int64."""
 
     images: Tensor
     labels: Tensor
@@ -34,7 +39,8 @@ class Split(NamedTuple):
 @dataclass(frozen=True)
 class ImageData:
     """A training and a test set, perhaps a set held out of the former, and the mean and std of what is
-    trained on, each (C, 1, 1), in units of 0 to 1. All are on the CPU until :meth:`to` moves them."""
+    trained on, each (C, 1, 1), in units of 0 to 1, or (F, 1, 1) in those of the features. All are on the CPU
+    until :meth:`to` moves them."""
 
     train: Split
     test: Split
@@ -62,7 +68,8 @@ class ImageData:
     def batch(self, split: Split, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images at ``index`` (a slice, or a tensor on the CPU or with the images) as normalised float32
         (N, C, H, W), and their classes (N,)."""
-        images = split.images[index].to(device).float().div_(255)
+        images = split.images[index].to(device)
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
         images.sub_(self.mean.to(device)).div_(self.std.to(device))
         return images, split.labels[index].to(device)
 
@@ -79,6 +86,8 @@ class ImageData:
         from timm.data import create_transform
         from torchvision.transforms.v2.functional import to_pil_image
 
+        if self.train.images.dtype != torch.uint8:
+            raise ConfigError("data.augmentation is of images, and these data are features: leave it out")
         channels, height, width = self.train.images.shape[1:]
         shape = (channels, height, width)
         mean, std = (tuple(values.flatten().tolist()) for values in (self.mean, self.std))
@@ -137,6 +146,9 @@ def load(config: DataConfig) -> ImageData:
     else:
         tensors = data_cache.cached(config, data_sources.locations(config), lambda: _decoded(config))
         train, test = (Split(tensors[f"{s}.images"], tensors[f"{s}.labels"]) for s in ("train", "test"))
+        _tell_what_is_short(config, len(train.labels), len(test.labels))
+        if config.size is not None and train.images.dtype != torch.uint8:
+            logger.warning("data.size %d has no effect: %s is features, not images", config.size, config.name)
     channels = max(train.images.shape[1], test.images.shape[1])
     train, test = (Split(s.images.expand(-1, channels, -1, -1), s.labels) for s in (train, test))
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -171,6 +183,22 @@ def _decoded(config: DataConfig) -> dict[str, Tensor]:
     if not known:
         splits = _few(config, splits)
     return {f"{name}.{key}": t for name, split in splits.items() for key, t in split._asdict().items()}
+
+
+def _tell_what_is_short(config: DataConfig, train: int, test: int) -> None:
+    """A warning where classes of a draw, used with what they have, have fewer images than are drawn."""
+    dataset = PAPER.get(config.name)
+    if dataset is None or dataset.draw is None or dataset.draw.least_train is None:
+        return
+    wanted = (config.train_images or dataset.train, config.test_images or dataset.test)
+    if (train, test) != wanted:
+        logger.warning(
+            "%s: some classes have fewer samples than are drawn: %d of %d to train on, %d of %d to test on; "
+            "feedbackhook data check %s lists them",
+            config.name,
+            *(train, wanted[0], test, wanted[1]),
+            config.name,
+        )
 
 
 def _few(config: DataConfig, splits: dict[str, Split]) -> dict[str, Split]:
@@ -238,9 +266,12 @@ def _decode(items: Sequence[data_sources.Item], size: int | None) -> Split:
 
     images, labels = [], []
     for image, label in map(data_sources.decode, items):
+        labels.append(label)
+        if isinstance(image, np.ndarray):
+            images.append(torch.from_numpy(image)[:, None, None])
+            continue
         mode = "L" if image.mode in ("1", "L") else "RGB"
         images.append(_resize(pil_to_tensor(image.convert(mode)), size))
-        labels.append(label)
     sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         (h, w), (h2, w2) = sorted(sizes)[0], sorted(sizes)[-1]
@@ -257,7 +288,12 @@ def _resize(images: Tensor, size: int | None) -> Tensor:
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of each channel over all images and pixels, (C, 1, 1), from counts of the 256 values."""
+    """Mean and std of each channel over all images and pixels, (C, 1, 1), of uint8 from counts of the 256
+    values; of each feature over all samples, (F, 1, 1)."""
+    if images.dtype != torch.uint8:
+        std, mean = torch.std_mean(images.double(), (0, 2, 3), correction=0)
+        std[std == 0] = 1.0
+        return mean.float()[:, None, None], std.float()[:, None, None]
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)

@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,9 @@ from feedbackhook.recorder import written_aside
 
 logger = logging.getLogger(__name__)
 
+_LIBRARIES = {
+    "TIMIT-80": ("librosa", "soundfile")
+}  # by which it is read; all others by torchvision and pillow
 _READER_VERSION = 1  # to be raised when the readers make other images of the same files
 
 
@@ -77,7 +80,7 @@ def _counts(config: DataConfig) -> tuple[int | None, int | None]:
 
 def _key(config: DataConfig, sources: Sequence[Path]) -> str | None:
     """A hash of all that the decoded images follow from, or None where a source is missing."""
-    libraries = [version(name) for name in ("torchvision", "pillow")]
+    libraries = [_version(name) for name in _LIBRARIES.get(config.name, ("torchvision", "pillow"))]
     rows = [f"{config.name} {config.size} {_counts(config)} {_READER_VERSION} {libraries}"]
     try:
         for source in sources:
@@ -88,6 +91,13 @@ def _key(config: DataConfig, sources: Sequence[Path]) -> str | None:
     except OSError:
         return None
     return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _files(source: Path) -> Iterator[Path]:

@@ -28,15 +28,14 @@ def natural_size(config: ModelConfig) -> int | None:
 
 
 def default_size(name: str) -> tuple[int, int, int]:
-    """Channels, height and width of the images for which a model was made.
+    """Channels, height and width of the images for which a model was made; of one that takes features, their
+    number, 1 and 1.
 
     Raises:
         ConfigError: no such model.
     """
     if name in NETWORKS:
-        size = NETWORKS[name].input
-        if len(size) != 3:
-            raise ConfigError(f"{name} takes features, not images")
+        size = (*NETWORKS[name].input, 1, 1)
         return size[0], size[1], size[2]
     if name in cifar.NETWORKS:
         return 3, cifar.SIZE, cifar.SIZE
@@ -57,6 +56,12 @@ def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int
         ConfigError: no such model, options that it does not have, images that it cannot take, weights that
             are missing or of another model, or nothing that would learn.
     """
+    features = config.name in NETWORKS and not NETWORKS[config.name].convolutions
+    if size == (1, 1) and not features:  # see `data`
+        raise ConfigError(
+            f"{config.name} takes images, and the data are {channels} features: set model.name to "
+            "liao2016/timit"
+        )
     if (given := config.options.get("num_classes", classes)) != classes:
         raise ConfigError(
             f"model.options.num_classes is {given}, and the data have {classes} classes: leave it out"
