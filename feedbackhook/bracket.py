@@ -215,6 +215,7 @@ class Bracket:
             handle.remove()
         self._hooks.clear()
         self._clock.clear()
+        _take_off_the_retired()
         self._guards.clear()
         self._by_weight.clear()
         self._known_weights.clear()
@@ -311,12 +312,13 @@ class Bracket:
     def _resolve(self, layers: list[Layer]) -> None:
         """Sees that today's parameters are known and guarded: copies and `assign=True` bring new ones."""
         if not self._clock:
+            _take_off_the_retired()
             self._clock = [
                 register_optimizer_step_pre_hook(_Clock(self, Bracket.before_step)),
                 register_optimizer_step_post_hook(_Clock(self, Bracket.after_step)),
             ]
             for handle in self._clock:
-                weakref.finalize(self, handle.remove)
+                weakref.finalize(self, _RETIRED.append, handle)
         for layer in layers:
             if self._is_resolved(layer):
                 continue
@@ -379,6 +381,17 @@ class Bracket:
         """The layers whose weight the optimizer holds."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [layer for layer in self.layers if any(id(p) in held for p in layer.parameters())]
+
+
+_RETIRED: list[RemovableHandle] = []
+"""Clocks of brackets that were collected without a `remove()`. They do nothing any more, and stay until the
+next patch: the collector may run while an optimizer walks torch's dict of hooks, which then must not
+change."""
+
+
+def _take_off_the_retired() -> None:
+    while _RETIRED:
+        _RETIRED.pop().remove()
 
 
 class _Clock:

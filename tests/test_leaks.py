@@ -61,6 +61,7 @@ def test_a_patched_model_that_is_dropped_is_freed():
         del model
         gc.collect()
         assert alive() is None
+    feedbackhook.patch(mlp()).remove()  # takes off what the last of them has left with torch
     assert_no_more_than(before)
 
 
@@ -72,3 +73,30 @@ def test_a_graph_keeps_no_feedback_beyond_its_backward():
         loss.backward()
         gradients = sum(p.numel() for p in model.parameters())
         assert census()["numbers"] <= before + gradients
+
+
+def test_a_model_that_is_collected_while_an_optimizer_walks_its_hooks_does_no_harm():
+    """A patch that was never removed leaves hooks with torch that do nothing, until the next is removed."""
+
+    def trained():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        feedbackhook.patch(model, "random")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    before = len(optimizers._global_optimizer_post_hooks)
+    gc.disable()
+    try:
+        trained()  # a cycle, and so left to the collector
+        handle = optimizers.register_optimizer_step_post_hook(lambda *_: gc.collect() and None)
+        try:
+            trained()
+            trained()
+        finally:
+            handle.remove()
+    finally:
+        gc.enable()
+    gc.collect()
+    feedbackhook.patch(mlp()).remove()
+    assert len(optimizers._global_optimizer_post_hooks) == before
