@@ -125,10 +125,13 @@ def draw(folder: Path) -> Figure:
 
 
 def write(folder: Path) -> list[Path]:
-    """runs.csv; angles.csv, means over seeds; and the figure."""
+    """runs.csv; angles.csv, means over seeds, of V and W at the start and the end; and the figure."""
     runs, _, angles = recorded(folder)
     keys = ["trained", "condition", "step", "layer", "depth", "metric"]
     means = angles.groupby(keys, sort=False)["value"].mean().reset_index()
+    steps = means.groupby("metric")["step"]
+    ends = (means["step"] == 0) | (means["step"] == steps.transform("max"))
+    means = means[ends | (means["metric"] == "gradient_angle")]
     paths = [folder / name for name in ("runs.csv", "angles.csv", "finetune.png")]
     runs.to_csv(paths[0], index=False, float_format="%.4g")
     means.to_csv(paths[1], index=False, float_format="%.1f")
