@@ -74,7 +74,7 @@ def draw(folder: Path, networks: Sequence[str]) -> Figure:
             ax=axes,
         )
         for container in axes.containers:
-            axes.bar_label(container, fmt="%.0f", fontsize="small")
+            axes.bar_label(container, fmt="%.1f", fontsize="small")
         axes.set(xlabel="", ylabel="best test error [%]")
         axes.legend(title=None, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
