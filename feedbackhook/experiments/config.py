@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -105,6 +106,11 @@ class FeedbackConfig:
     seed: int | None = None
     recompute: bool = False
     fused: bool = False
+
+
+def rule_name(mode: str | Mapping[str, Any] | None) -> str | None:
+    """The rule of a `feedback.mode`; of a mapping "mixed", of backprop None."""
+    return "mixed" if isinstance(mode, Mapping) else mode
 
 
 @dataclass

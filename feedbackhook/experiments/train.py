@@ -19,7 +19,7 @@ import feedbackhook
 from feedbackhook.experiments import data, models, optimizers
 from feedbackhook.experiments.batch_norm import estimate_statistics
 from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError, ProtocolConfig, RunConfig, one_line
+from feedbackhook.experiments.config import ConfigError, ProtocolConfig, RunConfig, one_line, rule_name
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
 from feedbackhook.recorder import Recorder, read
@@ -112,9 +112,7 @@ def train(
 def default_output(config: RunConfig) -> str:
     """runs/DATA-MODE-seedSEED, or the label or the condition in the place of the mode."""
     name = config.data.name.rstrip("/").replace(":", "/").rpartition("/")[2]
-    mode = config.feedback.mode
-    rule = "mixed" if isinstance(mode, dict) else mode
-    what = config.label or config.condition or rule or "backprop"
+    what = config.label or config.condition or rule_name(config.feedback.mode) or "backprop"
     return f"runs/{name}-{what.replace(' ', '-')}-seed{config.protocol.seed}"
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from feedbackhook.experiments.conditions import Condition
+from feedbackhook.experiments.config import rule_name
 from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.sweep import PlannedRun
 from feedbackhook.report import theme
@@ -332,7 +333,7 @@ def _thin(rows: pd.DataFrame, most: int, epochs: int) -> tuple[pd.DataFrame, lis
 
 def _rule(run: PlannedRun) -> str:
     """The rule of its feedback weights, by which it is coloured."""
-    return "mixed" if isinstance(run.mode, dict) else run.mode or theme.BACKPROP
+    return rule_name(run.mode) or theme.BACKPROP
 
 
 def _looks(rules: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from feedbackhook.experiments.config import ConfigError, one_line
+from feedbackhook.experiments.config import ConfigError, one_line, rule_name
 from feedbackhook.experiments.folder import RunFolder, RunResult
 from feedbackhook.recorder import parts_of, schema
 
@@ -151,8 +151,7 @@ def _described(folder: Path) -> dict[str, Any]:
     options = described["options"]
     if config.get("label") is not None:
         described["condition"] = config["label"]
-    if isinstance(described["rule"], dict):
-        described["rule"] = "mixed"
+    described["rule"] = rule_name(described["rule"])
     has_concordance = described["rule"] in ("sign", "brSF", "frSF")
     concordance = options.get("concordance", 1.0) if has_concordance else None
     status = {

@@ -38,6 +38,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import feedbackhook
+from feedbackhook.recorder import written_aside
 from feedbackhook.report import theme
 
 HEAD_ALONE = "head alone"  # not a rule of feedback: all but the last layer stays as it was drawn
@@ -242,9 +243,8 @@ def train(texts: tuple[str, str, str], settings: dict[str, Any], folder: Path) -
         "seconds": round(time.perf_counter() - began, 1),
         "torch": torch.__version__,
     }
-    aside = kept.with_suffix(".part")
-    aside.write_text(json.dumps(result, indent=1))
-    aside.replace(kept)
+    with written_aside(kept) as aside:
+        aside.write_text(json.dumps(result, indent=1))
     return result
 
 

@@ -10,6 +10,15 @@ from pathlib import Path
 from feedbackhook import cli
 from feedbackhook.report import theme
 
+SMOKE = {
+    "data.held_out": "0",
+    "data.train_images": "60",
+    "data.test_images": "50",
+    "protocol.epochs": "1",
+    "protocol.batch_size": "20",
+}
+"""What makes a sweep on digits one of seconds."""
+
 
 def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     """Of the options that are a recipe's own; all others are those of `feedbackhook sweep`."""

@@ -38,13 +38,10 @@ LAST_STAGES = 3  # of the groups in which timm counts a network's layers, the cl
 HEAD = {"backprop": {"feedback": {"mode": None}, "optimizer": {"lr": 0.03}}}
 DEPTHS = ("head", "last", "whole")
 SMOKE = {
+    **common.SMOKE,
     "datasets": "[digits]",
     "data.size": "32",
-    "data.train_images": "60",
-    "data.test_images": "50",
     "model.weights": "null",
-    "protocol.epochs": "1",
-    "protocol.batch_size": "20",
     "protocol.seeds": "1",
     "record.gradient_angle_every": "2",
 }

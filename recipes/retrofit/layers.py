@@ -36,11 +36,7 @@ YAML = Path(__file__).with_suffix(".yaml")
 CONCORDANCES = (1.0, 0.75, 0.5)
 ALONE, BUT = "only {} at {:g}", "all but {} at {:g}"
 SMOKE = {
-    "data.held_out": "0",
-    "data.train_images": "60",
-    "data.test_images": "50",
-    "protocol.epochs": "1",
-    "protocol.batch_size": "20",
+    **common.SMOKE,
     "protocol.seeds": "1",
 }
 

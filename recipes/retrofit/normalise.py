@@ -31,11 +31,7 @@ from feedbackhook.report.tables import sweep_table
 
 YAML = Path(__file__).with_suffix(".yaml")
 SMOKE = {
-    "data.held_out": "0",
-    "data.train_images": "60",
-    "data.test_images": "50",
-    "protocol.epochs": "1",
-    "protocol.batch_size": "20",
+    **common.SMOKE,
     "protocol.rates": "1",
     "record.every": "2",
 }

@@ -23,7 +23,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from feedbackhook.experiments.sweep import stored
 from feedbackhook.report import theme
 from feedbackhook.report.tables import sweep_table
 
@@ -46,21 +45,21 @@ NETWORKS: dict[str, dict[str, str]] = {
     },
 }
 SMOKE = {
-    "data.held_out": "0",
-    "data.train_images": "60",
-    "data.test_images": "50",
-    "protocol.epochs": "1",
-    "protocol.batch_size": "20",
+    **common.SMOKE,
     "protocol.rates": "1",
     "record.every": "100",
 }
 
 
-def draw(folder: Path, networks: Sequence[str]) -> Figure:
+def errors(folder: Path, networks: Sequence[str]) -> pd.DataFrame:
     """Best errors by network and condition."""
-    tables = {name: sweep_table(folder / name).cells.assign(network=name) for name in networks}
-    conditions = list(stored(folder / networks[0]).conditions)
-    cells = pd.concat(tables.values())
+    cells = pd.concat(sweep_table(folder / name).cells.assign(network=name) for name in networks)
+    return cells[["network", "condition", "best_error", "best_epoch", "runs", "ended"]]
+
+
+def draw(cells: pd.DataFrame) -> Figure:
+    """The same as bars."""
+    conditions = list(cells["condition"].unique())
     with theme.style():
         figure = Figure(figsize=theme.figsize(9.0, 4.4), layout="constrained")
         axes = figure.subplots()
@@ -97,8 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         what = common.options({**network, "data.size": str(given.size)})
         common.sweep(YAML, given.output / name, [*what, *others])
-    draw(given.output, given.networks).savefig(given.output / "scratch.png", dpi=150)
-    print(given.output / "scratch.png")
+    found = errors(given.output, given.networks)
+    found.to_csv(given.output / "errors.csv", index=False, float_format="%.2f")
+    draw(found).savefig(given.output / "scratch.png", dpi=150)
+    print(given.output / "errors.csv", given.output / "scratch.png", sep="\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from torch import Tensor, nn
 
 import feedbackhook
+from feedbackhook.recorder import written_aside
 from feedbackhook.report import theme
 from feedbackhook.report.statistics import interval
 
@@ -156,9 +157,8 @@ def train(settings: dict[str, Any], kept: Path) -> dict[str, Any]:
             patch.remove()  # this process goes on with other models
     seconds = round(time.perf_counter() - began, 2)
     result = {"settings": settings, "scores": scores, "angles": angles, "seconds": seconds}
-    aside = kept.with_suffix(".part")
-    aside.write_text(json.dumps(result, indent=1))
-    aside.replace(kept)
+    with written_aside(kept) as aside:
+        aside.write_text(json.dumps(result, indent=1))
     return result
 
 
