@@ -1,4 +1,4 @@
-"""Settings shared by all tests: reproducible hypothesis, fixed seeds, and no function mode left behind."""
+"""Settings shared by all tests: reproducible hypothesis, fixed seeds, nothing left from test to test."""
 
 import os
 
@@ -7,6 +7,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from feedbackhook.rules import _RULES
 
 pytest.register_assert_rewrite("oracle", "problems")
 
@@ -37,6 +39,15 @@ def _cache_of_its_own(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_rule_left_behind():
+    """A rule that a test or a recipe registers is known to no other test."""
+    known = dict(_RULES)
+    yield
+    _RULES.clear()
+    _RULES.update(known)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import nn
 
 import feedbackhook
-from feedbackhook.rules import _RULES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -20,14 +19,6 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def _small_timm(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create("resnet10t", **options))
-
-
-@pytest.fixture
-def _forget_new_rules():
-    known = dict(_RULES)
-    yield
-    _RULES.clear()
-    _RULES.update(known)
 
 
 def test_the_first_lines(capsys):
@@ -80,7 +71,6 @@ def test_the_watched_run(tmp_path, monkeypatch):
     assert {"error_angle", "gradient_norm", "learning_rate"} < set(table["metric"])
 
 
-@pytest.mark.usefixtures("_forget_new_rules")
 def test_the_rule_of_ones_own():
     model = nn.Linear(4, 4)
     exec(BLOCKS[3], {"feedbackhook": feedbackhook, "model": model})

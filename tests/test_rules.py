@@ -186,15 +186,6 @@ def test_bad_options_are_refused_by_name(mode, options, error, message):
         make_rule(mode, options)
 
 
-@pytest.fixture
-def _forget_test_rules():
-    known = dict(feedbackhook.rules._RULES)
-    yield
-    feedbackhook.rules._RULES.clear()
-    feedbackhook.rules._RULES.update(known)
-
-
-@pytest.mark.usefixtures("_forget_test_rules")
 def test_a_rule_of_ones_own():
     @feedbackhook.register_rule("noisy")
     @dataclass(frozen=True)
@@ -216,7 +207,6 @@ def test_a_rule_of_ones_own():
         assert patch.layers[1].rule == "noisy(std=0.5)"
 
 
-@pytest.mark.usefixtures("_forget_test_rules")
 def test_what_is_no_rule_is_refused():
     @dataclass
     class Thawed:
