@@ -26,7 +26,7 @@ from jsonargparse import auto_cli
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
-from feedbackhook.experiments.sweep import plan
+from feedbackhook.experiments.plan import plan
 from feedbackhook.experiments.train import resolve
 from feedbackhook.report.tables import paper_errors
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from feedbackhook.experiments.config import SweepConfig
-    from feedbackhook.experiments.sweep import PlannedRun
+    from feedbackhook.experiments.plan import PlannedRun
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,8 @@ def _sweep(given: Namespace) -> int:
     from rich.console import Console
 
     from feedbackhook.experiments.config import SweepConfig
-    from feedbackhook.experiments.sweep import plan, shrink, sweep
+    from feedbackhook.experiments.plan import plan, shrink
+    from feedbackhook.experiments.sweep import sweep
 
     config = SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -244,7 +245,7 @@ def _sweep(given: Namespace) -> int:
         return 0
     try:
         with sweep_progress(console, runs) as progress:
-            results = sweep(config, progress)
+            results = sweep(config, progress, console.print)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on")
         return _INTERRUPTED
@@ -258,7 +259,9 @@ def _sweep(given: Namespace) -> int:
 
 
 def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
-    from feedbackhook.experiments.sweep import check, ended, estimate, shrink, workers
+    from feedbackhook.experiments.estimates import estimate
+    from feedbackhook.experiments.plan import check, ended, shrink
+    from feedbackhook.experiments.pool import workers
 
     check(runs)
     estimates = estimate(runs)
@@ -267,7 +270,7 @@ def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) 
         state = "  (has ended)" if ended(run) else ""
         console.print(f"{run.name}  {duration(seconds)}, {file_size(size)}{state}")
     left = [run for run in runs if not ended(run)]
-    count = workers(config, runs)
+    count = 1 if config.backend == "dask" else workers(config, runs)
     seconds = sum(estimates[run.name].seconds for run in left) / count
     size = sum(estimates[run.name].size for run in left)
     console.print(

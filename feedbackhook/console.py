@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from feedbackhook.experiments.datasets import Dataset
     from feedbackhook.experiments.folder import RunResult
     from feedbackhook.experiments.inspection import Inspection
-    from feedbackhook.experiments.sweep import PlannedRun
+    from feedbackhook.experiments.plan import PlannedRun
     from feedbackhook.experiments.train import Progress
     from feedbackhook.report.compare import Comparison
 
@@ -288,7 +288,7 @@ class _SweepClock:
 
     def _weights(self, states: dict[str, RunResult | None]) -> dict[str, float]:
         from feedbackhook.experiments.config import ConfigError
-        from feedbackhook.experiments.sweep import estimate
+        from feedbackhook.experiments.estimates import estimate
 
         left = [
             run for run in self._runs if (result := states[run.name]) is None or result.status not in _ENDED

@@ -15,8 +15,9 @@ from feedbackhook.experiments import audio, data_folders, data_sources, datasets
 from feedbackhook.experiments.config import ConfigError, DataConfig, ModelConfig, SweepConfig
 from feedbackhook.experiments.data import load
 from feedbackhook.experiments.data_check import check
+from feedbackhook.experiments.estimates import estimate
 from feedbackhook.experiments.models import build
-from feedbackhook.experiments.sweep import estimate, plan
+from feedbackhook.experiments.plan import plan
 from feedbackhook.recorder import read
 
 soundfile = pytest.importorskip("soundfile")

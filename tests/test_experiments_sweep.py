@@ -20,6 +20,7 @@ import yaml
 
 from feedbackhook import console
 from feedbackhook.cli import main
+from feedbackhook.experiments import estimates, pool, worker
 from feedbackhook.experiments import sweep as sweep_module
 from feedbackhook.experiments.config import (
     ConfigError,
@@ -30,8 +31,11 @@ from feedbackhook.experiments.config import (
     SweepModelConfig,
     SweepProtocolConfig,
 )
+from feedbackhook.experiments.estimates import estimate
 from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.sweep import PlannedRun, ended, estimate, plan, stored, sweep, workers
+from feedbackhook.experiments.plan import PlannedRun, ended, plan, stored
+from feedbackhook.experiments.pool import workers
+from feedbackhook.experiments.sweep import sweep
 from feedbackhook.report.tables import sweep_table
 
 TINY = SweepModelConfig("timm/test_resnet")  # with images of 16x16 an epoch on digits takes half a second
@@ -224,7 +228,7 @@ def test_a_sweep_runs_all_and_then_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert seen[-1] == results
     assert stored(tmp_path / "sweep") == config
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
-    monkeypatch.setattr(sweep_module, "train", None)
+    monkeypatch.setattr(pool, "run_all", None)
     assert sweep(config) == results
     after = {path: path.stat().st_mtime_ns for path in before}
     del before[tmp_path / "sweep" / "sweep.yaml"], after[tmp_path / "sweep" / "sweep.yaml"]
@@ -251,12 +255,12 @@ def test_data_that_are_not_there_stop_a_sweep_before_its_first_run(tmp_path: Pat
 
 
 FAILED = "digits-uSF-rate1-seed0"
-_run_one = sweep_module._run_one
+_run_one = worker.run_one
 
 
 def _failing(config: Any, sweeper: int) -> str:
     """In a worker: one run fails in the middle of its training."""
-    real = sweep_module.train
+    real = worker.train
 
     def train(run: Any, **given: Any) -> Any:
         if Path(run.output).name == FAILED:
@@ -264,7 +268,7 @@ def _failing(config: Any, sweeper: int) -> str:
         return real(run, **given)
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(sweep_module, "train", train)
+        context.setattr(worker, "train", train)
         return _run_one(config, sweeper)
 
 
@@ -274,7 +278,7 @@ def test_a_run_that_fails_is_kept_with_its_reason_and_stops_no_other(
     config = tiny(tmp_path / "sweep", workers=1)
     path = written(config, tmp_path / "sweep.yaml")
     with monkeypatch.context() as context:
-        context.setattr(sweep_module, "_run_one", _failing)
+        context.setattr(pool, "run_one", _failing)
         assert main(["sweep", str(path)]) == 1
     assert f"{FAILED} failed: RuntimeError: the disk [/dev/x] is full" in capsys.readouterr().out
     states = {run.name: run.folder.result() for run in plan(config)}
@@ -313,7 +317,7 @@ def test_a_run_that_was_killed_before_it_had_begun_begins(tmp_path: Path, left: 
 def test_a_finished_run_does_not_fail_for_its_figures(tmp_path: Path) -> None:
     config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1), workers=1)
     before = sweep(config)
-    sweep_module._fail(plan(config)[0].config, "RuntimeError: no font")
+    worker.fail(plan(config)[0].config, "RuntimeError: no font")
     assert plan(config)[0].folder.result() == before["digits-SGD-rate1-seed0"]
 
 
@@ -361,7 +365,7 @@ def test_a_run_whose_process_is_killed_each_time_fails_and_the_others_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEEDBACKHOOK_TEST_POISON", "digits-uSF-rate1-seed0")
-    monkeypatch.setattr(sweep_module, "_run_one", _poisoned)
+    monkeypatch.setattr(pool, "run_one", _poisoned)
     results = sweep(tiny(tmp_path, workers=2))
     statuses = {name: result.status for name, result in results.items()}
     assert statuses.pop("digits-uSF-rate1-seed0") == "failed"
@@ -405,9 +409,9 @@ def test_epochs_weigh_what_a_rehearsal_took_where_datasets_differ(
     runs = plan(tiny(tmp_path, conditions=["SGD"], datasets=["digits", "MNIST"]))
     seconds = {run.name: 9.0 if run.dataset == "MNIST" else 1.0 for run in runs}
     monkeypatch.setattr(
-        sweep_module,
+        estimates,
         "estimate",
-        lambda left: {r.name: sweep_module.Estimate(seconds[r.name], 0) for r in left},
+        lambda left: {r.name: estimates.Estimate(seconds[r.name], 0) for r in left},
     )
     clock = console._SweepClock(runs)
     clock.left(dict.fromkeys(names(runs)))

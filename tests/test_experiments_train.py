@@ -424,7 +424,7 @@ def test_digits_are_learned_with_sign_concordant_feedback(tmp_path: Path) -> Non
         ),
         ({"protocol": ProtocolConfig(rate_factor=0.0)}, "rate_factor must be positive"),
         ({"protocol": ProtocolConfig(milestones=[0])}, "milestones must be 1 or more"),
-        ({"protocol": ProtocolConfig(device="abacus")}, "device 'abacus' cannot be used"),
+        ({"protocol": ProtocolConfig(device="abacus")}, "device 'abacus' is none of torch's"),
         ({"record": RecordConfig(every=0)}, "record.every"),
         ({"record": RecordConfig(gradient_angle_every=-1)}, "record.gradient_angle_every"),
         ({"model": ModelConfig("timm/nothing")}, "no model named 'nothing'"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.sweep import plan
+from feedbackhook.experiments.plan import plan
 from feedbackhook.report.tables import paper_errors
 
 RECIPES = Path(__file__).parents[1] / "recipes"

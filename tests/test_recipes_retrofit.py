@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import feedbackhook
 from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.experiments.models import build
-from feedbackhook.experiments.sweep import plan, stored
+from feedbackhook.experiments.plan import plan, stored
 from feedbackhook.report.runs import collect
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "retrofit"

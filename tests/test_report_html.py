@@ -23,7 +23,7 @@ from feedbackhook import Recorder
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, RunConfig, SweepConfig, SweepProtocolConfig
-from feedbackhook.experiments.sweep import PlannedRun, plan
+from feedbackhook.experiments.plan import PlannedRun, plan
 from feedbackhook.report import charts, theme
 from feedbackhook.report.html import page, write
 from feedbackhook.report.tables import COLOURS, MARKS, paper_errors, sweep_table
@@ -261,7 +261,7 @@ def test_the_command_of_the_sweep_is_that_sweep_in_another_folder(
 ) -> None:
     lines = [shlex.split(line) for line in parsed.texts["summary"].splitlines() if "sweep.yaml" in line]
     given: list[SweepConfig] = []
-    monkeypatch.setattr("feedbackhook.experiments.sweep.sweep", lambda config, _: given.append(config) or {})
+    monkeypatch.setattr("feedbackhook.experiments.sweep.sweep", lambda config, *_: given.append(config) or {})
     for line in lines:
         assert main(line[1:]) == 0
     again, on = given

@@ -18,7 +18,7 @@ from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.sweep import plan
+from feedbackhook.experiments.plan import plan
 from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table, write
 
 CONDITIONS = ["SGD", "uSF", "RndF", "uSF+BM2 Top"]

@@ -13,6 +13,10 @@ class ConfigError(ValueError):
     """A run cannot start as it is configured; the message says what to change."""
 
 
+class FolderInUse(ConfigError):
+    """Another process is at work in the run's folder."""
+
+
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks, to be a part of another's message."""
     return " ".join(str(error).split())
@@ -263,6 +267,27 @@ class SweepProtocolConfig(ProtocolConfig):
 
 
 @dataclass
+class ClusterConfig:
+    """A cluster of dask.distributed; `address` or `slurm`, for backend `dask`.
+
+    Args:
+        address: of a scheduler that runs, such as `tcp://login1:8786`, or its scheduler file. As many runs
+            are at work at a time as its workers have threads.
+        slurm: what a job asks for, as arguments of `dask_jobqueue.SLURMCluster`, such as
+            `{queue: long, cores: 16, memory: 32GB, walltime: "24:00:00"}`. The jobs end with the sweep.
+        jobs: of SLURM, at a time.
+        gpus: of each job of SLURM; 0: it trains on `cores / protocol.threads` CPU threads at a time.
+        runs_per_gpu: runs that share a GPU.
+    """
+
+    address: str | None = None
+    slurm: dict[str, Any] | None = None
+    jobs: int = 1
+    gpus: int = 0
+    runs_per_gpu: int = 1
+
+
+@dataclass
 class SweepConfig:
     """The product of conditions, datasets, learning rates and seeds.
 
@@ -278,8 +303,10 @@ class SweepConfig:
         record: what is recorded
         small: one dataset, such as `digits` or `MNIST`, in the place of all, in a folder of its own; with 8
             epochs in the place of 65, and 3 learning rates in the place of 5.
-        workers: runs at a time, each in a process of its own; null: as many as there are cores, or 1 on a
-            GPU.
+        backend: `joblib`: processes on this machine; `dask`: a cluster, see `cluster`.
+        cluster: where backend `dask` runs
+        workers: of backend `joblib`, runs at a time, each in a process of its own; null: as many as there are
+            cores, or 1 on a GPU.
         output: the folder of the run folders and of sweep.yaml, which is this configuration.
     """
 
@@ -292,5 +319,7 @@ class SweepConfig:
     protocol: SweepProtocolConfig = field(default_factory=SweepProtocolConfig)
     record: RecordConfig = field(default_factory=lambda: RecordConfig(figures=False))
     small: str | None = None
+    backend: Literal["joblib", "dask"] = "joblib"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     workers: int | None = None
     output: str = "runs/sweep"

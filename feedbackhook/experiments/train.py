@@ -19,7 +19,14 @@ import feedbackhook
 from feedbackhook.experiments import data, models, optimizers
 from feedbackhook.experiments.batch_norm import estimate_statistics
 from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError, ProtocolConfig, RunConfig, one_line, rule_name
+from feedbackhook.experiments.config import (
+    ConfigError,
+    FolderInUse,
+    ProtocolConfig,
+    RunConfig,
+    one_line,
+    rule_name,
+)
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
 from feedbackhook.recorder import Recorder, read
@@ -75,25 +82,19 @@ def train(
     """
     folder = RunFolder(config.output or default_output(config))
     before = folder.result()
-    if before is not None:
-        if not resume:
-            raise ConfigError(
-                f"{folder.path} holds a run ({before.status}, epoch {before.epoch}): "
-                "go on with it by --resume, or give another --output"
-            )
-        if config.protocol.threads is None and folder.trained():
-            try:
-                threads = folder.stored_config()["protocol"]["threads"]
-            except (KeyError, TypeError) as error:
-                raise ConfigError(f"{folder.path}/config.yaml is damaged: give another output") from error
-            config = replace(config, protocol=replace(config.protocol, threads=threads))
-    config = resolve(config)
+    if before is not None and not resume:
+        raise ConfigError(
+            f"{folder.path} holds a run ({before.status}, epoch {before.epoch}): "
+            "go on with it by --resume, or give another --output"
+        )
+    config = resolve(as_begun(config, folder))
     if before is not None and folder.trained():
         folder.check_same(config)
         if before.ended:
             if config.record.figures and not before.figures:
                 _draw(folder)
             return before
+    check_device(config)
     with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
         with _one_clear_error():
             run = _Run(config, data.load(config.data) if images is None else images)
@@ -116,11 +117,29 @@ def default_output(config: RunConfig) -> str:
     return f"runs/{name}-{what.replace(' ', '-')}-seed{config.protocol.seed}"
 
 
+def as_begun(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """``config``, and where it leaves threads or the device to the machine those of the run in the folder.
+
+    Raises:
+        ConfigError: config.yaml is damaged.
+    """
+    p = config.protocol
+    if not folder.trained() or (p.threads is not None and p.device != "auto"):
+        return config
+    try:
+        stored = folder.stored_config()["protocol"]
+        threads = stored["threads"] if p.threads is None else p.threads
+        device = stored["device"] if p.device == "auto" else p.device
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder.path}/config.yaml is damaged: give another output") from error
+    return replace(config, protocol=replace(p, threads=threads, device=device))
+
+
 def resolve(config: RunConfig) -> RunConfig:
     """``config`` with every null that stands for a default filled in, and its numbers checked.
 
     Raises:
-        ConfigError: a number is out of its range, or the device is not there.
+        ConfigError: a number is out of its range, or the device is none that torch knows.
     """
     if config.condition is not None:
         config = Condition.parse(config.condition).configure(config)
@@ -154,9 +173,9 @@ def resolve(config: RunConfig) -> RunConfig:
         raise ConfigError(f"protocol.rate_factor must be positive, not {p.rate_factor}")
     device = p.device if p.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"protocol.device {device!r} cannot be used: {error}") from error
+        torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"protocol.device {device!r} is none of torch's: {one_line(error)}") from error
     size, seed = config.data.size, config.feedback.seed
     resolved = replace(
         config,
@@ -173,6 +192,19 @@ def resolve(config: RunConfig) -> RunConfig:
     )
     as_yaml(resolved)
     return resolved
+
+
+def check_device(config: RunConfig) -> None:
+    """See that this machine has the device of a resolved configuration.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    device = config.protocol.device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"protocol.device {device!r} cannot be used: {error}") from error
 
 
 def _milestones(p: ProtocolConfig) -> list[int] | None:
@@ -430,9 +462,9 @@ def _recorder(folder: RunFolder, config: RunConfig) -> Recorder:
     while True:
         try:
             return Recorder(folder.path, tensorboard=config.record.tensorboard)
-        except BlockingIOError:
+        except BlockingIOError as error:
             if time.monotonic() > until:
-                raise
+                raise FolderInUse(str(error)) from error
             time.sleep(0.1)
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import rule_name
 from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.sweep import PlannedRun
+from feedbackhook.experiments.plan import PlannedRun
 from feedbackhook.report import theme
 from feedbackhook.report.tables import SweepTable, base_rate, paper_errors
 

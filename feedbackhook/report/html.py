@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_line
 from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.sweep import PlannedRun
+from feedbackhook.experiments.plan import PlannedRun
 from feedbackhook.recorder import written_aside
 from feedbackhook.report.charts import alignment, concordance, curves
 from feedbackhook.report.tables import (

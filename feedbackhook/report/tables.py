@@ -17,7 +17,7 @@ import pandas as pd
 
 from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.sweep import PlannedRun, plan, stored
+from feedbackhook.experiments.plan import PlannedRun, plan, stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import Runs, describe
 from feedbackhook.report.statistics import interval

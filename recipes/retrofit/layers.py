@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from feedbackhook.experiments.config import ModelConfig
 from feedbackhook.experiments.models import build
-from feedbackhook.experiments.sweep import stored
+from feedbackhook.experiments.plan import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
 from feedbackhook.targets import patchable

@@ -1,0 +1,326 @@
+"""The runs of a sweep on a cluster, by dask.distributed.
+
+The scheduler has a task for each run. A task starts a process of its own for it, so that runs share neither
+random state nor memory, however many threads a worker has, and a run that is killed takes no worker with it.
+Which run is whose is not left to the scheduler alone: it may take a worker for lost that only stands still,
+and give its run to another. So a run's folder is locked by the process that is at work in it, and whoever
+comes second waits. For that the file system must share its locks, which is tried first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from feedbackhook.experiments.config import ClusterConfig, ConfigError, RunConfig, SweepConfig, one_line
+from feedbackhook.experiments.plan import PlannedRun
+from feedbackhook.experiments.worker import ATTEMPTS, fail, fail_for_lost_processes
+
+try:
+    import distributed
+    from distributed.scheduler import KilledWorker
+except ImportError as error:
+    raise ConfigError(f"backend dask: {error}: pip install 'feedbackhook[cluster]'") from error
+
+logger = logging.getLogger(__name__)
+
+_POLL = 1.0  # seconds
+_PATIENCE = 120.0  # seconds: a network file system may show another machine's files late
+_INTERRUPTED = 130
+_VERSIONS = ("feedbackhook", "torch")
+
+
+# --- on the worker ----------------------------------------------------------------------------------------
+
+
+class _View(NamedTuple):
+    """What a worker's machine is, and what it sees."""
+
+    versions: dict[str, str]
+    gpus: int
+    sees_folder: bool
+    sees_lock: bool
+
+
+_children: dict[str, set[subprocess.Popen[bytes]]] = defaultdict(set)  # by the sweep's folder
+
+
+def _look(place: str, folder: str) -> _View:
+    """``folder`` is that of a sweep which is locked, relative to ``place``."""
+    path = Path(place, folder)
+    sees_folder, sees_lock = (path / ".lock").exists(), False
+    if sees_folder:
+        try:
+            FileLock(path / ".lock", timeout=0).acquire()
+        except Timeout:
+            sees_lock = True
+    return _View(_versions(), len(_visible_gpus()), sees_folder, sees_lock)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name).partition("+")[0] for name in _VERSIONS}
+
+
+def _run(config: RunConfig, place: str, runs_per_gpu: int) -> bool:
+    """One run, in a process of its own, which begins in the folder ``place``; whether it has used up its
+    attempts."""
+    with _gpu(config.protocol.device, runs_per_gpu) as environment:
+        for attempt in range(1, ATTEMPTS + 1):
+            status = _run_child(config, place, environment)
+            if status in (0, _INTERRUPTED):
+                return False
+            logger.warning("the process of %s ended by %d (attempt %d)", config.output, status, attempt)
+    return True
+
+
+def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "feedbackhook.experiments.worker"],
+        stdin=subprocess.PIPE,
+        cwd=place,
+        env={**os.environ, **environment},
+    )
+    siblings = _children[str(Path(str(config.output)).parent)]
+    siblings.add(process)
+    try:
+        process.communicate(pickle.dumps((config, os.getpid())))
+    finally:
+        siblings.discard(process)
+    return process.returncode
+
+
+def _interrupt(folder: str) -> None:
+    """Stop the runs of the sweep in a folder."""
+    for process in list(_children[folder]):
+        process.send_signal(signal.SIGINT)
+
+
+@contextmanager
+def _gpu(device: str, runs_per_gpu: int) -> Iterator[dict[str, str]]:
+    """The environment in which a process sees one GPU alone, which no more than ``runs_per_gpu`` runs of this
+    user have at a time, whichever worker they belong to; waits for one. Nothing where runs use no GPU, or a
+    certain one."""
+    gpus = _visible_gpus() if device in ("auto", "cuda") else []
+    if not gpus:
+        yield {}
+        return
+    slots = [(gpu, number) for number in range(runs_per_gpu) for gpu in gpus]
+    name = f"{tempfile.gettempdir()}/feedbackhook-{os.getuid()}-gpu"
+    while True:
+        for gpu, number in slots:
+            try:
+                with FileLock(f"{name}-{gpu}-{number}.lock", timeout=0):
+                    yield {"CUDA_VISIBLE_DEVICES": gpu}
+                    return
+            except Timeout:
+                continue
+        time.sleep(_POLL)
+
+
+def _visible_gpus() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+# --- on the machine of the sweep --------------------------------------------------------------------------
+
+
+@contextmanager
+def connected(config: SweepConfig, tell: Callable[[str], None] = logger.info) -> Iterator[Cluster]:
+    """The cluster of a sweep whose folder is locked; waits for its first worker.
+
+    Raises:
+        ConfigError: there is no scheduler, or a worker cannot do the sweep's runs.
+    """
+    with _client(config) as client:
+        tell(f"dashboard: {client.dashboard_link}")
+        if not client.nthreads():
+            tell("waiting for the first worker")
+        client.wait_for_workers(1)
+        cluster = Cluster(client, config)
+        cluster.check()
+        threads = client.nthreads()
+        tell(f"{len(threads)} workers, {sum(threads.values())} runs at a time")
+        yield cluster
+
+
+@contextmanager
+def _client(config: SweepConfig) -> Iterator[distributed.Client]:
+    cluster = config.cluster
+    if cluster.slurm is not None:
+        with _slurm(cluster, config.protocol.threads or 1) as jobs, distributed.Client(jobs) as client:
+            yield client
+        return
+    assert cluster.address is not None
+    try:
+        if "://" not in cluster.address and Path(cluster.address).is_file():
+            client = distributed.Client(scheduler_file=cluster.address)
+        else:
+            client = distributed.Client(cluster.address)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no scheduler answers at cluster.address {cluster.address}: {one_line(error)} (dask scheduler "
+            "starts one, dask worker ADDRESS its workers)"
+        ) from error
+    with client:
+        yield client
+
+
+def _slurm(cluster: ClusterConfig, threads: int) -> Any:
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError as error:
+        raise ConfigError(f"cluster.slurm: {error}: pip install 'feedbackhook[cluster]'") from error
+    options = dict(cluster.slurm or {})
+    directives = list(options.pop("job_extra_directives", []))
+    if cluster.gpus and not any("gres" in line or "gpus" in line for line in directives):
+        directives.append(f"--gres=gpu:{cluster.gpus}")
+    at_once = cluster.gpus * cluster.runs_per_gpu or max(1, int(options.get("cores", 1)) // threads)
+    # one worker a job: each of its threads waits for the process of a run
+    of_worker = [*options.pop("worker_extra_args", []), "--nthreads", str(at_once)]
+    try:
+        jobs = SLURMCluster(
+            **{"processes": 1, **options}, job_extra_directives=directives, worker_extra_args=of_worker
+        )
+        jobs.scale(jobs=cluster.jobs)
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"cluster.slurm: {one_line(error)}") from error
+    return jobs
+
+
+class Cluster:
+    """A cluster at work for one sweep."""
+
+    def __init__(self, client: distributed.Client, config: SweepConfig) -> None:
+        self._client = client
+        self._folder, self._place = config.output, os.getcwd()
+        self._runs_per_gpu = config.cluster.runs_per_gpu
+
+    def check(self) -> None:
+        """See that the workers that are there can do the sweep's runs.
+
+        Raises:
+            ConfigError: naming a worker and what is wrong with it.
+        """
+        threads = self._client.nthreads()
+        views = self._client.run(_look, self._place, self._folder, on_error="return")
+        for worker, view in views.items():
+            if isinstance(view, Exception):
+                raise ConfigError(f"the worker {worker} cannot run feedbackhook: {one_line(view)}") from view
+            for name, here in _versions().items():
+                if view.versions[name] != here:
+                    raise ConfigError(
+                        f"the worker {worker} has {name} {view.versions[name]}, this machine {here}: install "
+                        "the same on both"
+                    )
+            folder = Path(self._place, self._folder)
+            if not view.sees_folder:
+                raise ConfigError(
+                    f"the worker {worker} does not see {folder}: give an output on a file system that all "
+                    "machines share"
+                )
+            if not view.sees_lock:
+                raise ConfigError(
+                    f"the worker {worker} can lock {folder}/.lock, which this machine has locked: a run "
+                    "could be done twice at once; give an output on a file system that shares locks (flock)"
+                )
+            if view.gpus and threads[worker] > view.gpus * self._runs_per_gpu:
+                raise ConfigError(
+                    f"the worker {worker} has {threads[worker]} threads, and its {view.gpus} GPUs take "
+                    f"{view.gpus * self._runs_per_gpu} runs: start it by dask worker --nthreads "
+                    f"{view.gpus * self._runs_per_gpu}, or give cluster.runs_per_gpu"
+                )
+
+    def run_all(self, pending: list[PlannedRun]) -> None:
+        """Run them until each has ended or failed.
+
+        The scheduler keeps the tasks when this process ends, and knows them by their keys when it, or another
+        sweep in this folder, asks again.
+
+        Raises:
+            ConfigError: the scheduler is gone, or what a run leaves does not show here.
+        """
+        runs = dict(zip(self._submit(pending, 0), pending, strict=True))
+        lost: Counter[str] = Counter()
+        done = distributed.as_completed(list(runs))
+        try:
+            for future in done:
+                run = runs.pop(future)
+                if future.status not in ("finished", "error"):
+                    raise ConfigError(
+                        f"the scheduler let go of {run.name} ({future.status}): the same command goes on "
+                        "when it is there again"
+                    )
+                error = future.exception()
+                if isinstance(error, KilledWorker):
+                    lost[run.name] += 1
+                    if lost[run.name] < ATTEMPTS:
+                        (again,) = self._submit([run], lost[run.name])
+                        runs[again] = run
+                        done.add(again)
+                        continue
+                if error is not None:
+                    fail(run.config, f"{type(error).__name__}: {one_line(error)}")
+                elif future.result():
+                    fail_for_lost_processes(run.config)
+                self._see(run)
+        except KeyboardInterrupt:
+            self._stop(list(runs))
+            raise
+
+    def _submit(self, runs: list[PlannedRun], attempt: int) -> list[distributed.Future]:
+        group = f"feedbackhook-{Path(self._folder).name}"  # of one group the scheduler keeps a queue
+        keys = [(group, run.name, self._token(run), attempt) for run in runs]
+        futures = self._client.map(
+            _run,
+            [run.config for run in runs],
+            key=keys,
+            place=self._place,
+            runs_per_gpu=self._runs_per_gpu,
+        )
+        distributed.fire_and_forget(futures)
+        return list(futures)
+
+    def _token(self, run: PlannedRun) -> str:
+        """Of what a run is: one asked for otherwise is another task."""
+        content = json.dumps(
+            [asdict(run.config), self._place, self._runs_per_gpu], sort_keys=True, default=str
+        )
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def _see(self, run: PlannedRun) -> None:
+        """Wait until what has become of a run shows on this machine."""
+        until = time.monotonic() + _PATIENCE
+        while (result := run.folder.result()) is None or result.status == "running":
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"{run.name} has been run, and {run.folder.path} does not show it on this machine: give "
+                    "an output on a file system that all machines share"
+                )
+            time.sleep(_POLL)
+
+    def _stop(self, futures: list[distributed.Future]) -> None:
+        """End the runs; what has been done of them is kept."""
+        self._client.cancel(futures, force=True)
+        for _ in range(2):  # a task may just have begun
+            self._client.run(_interrupt, self._folder, on_error="ignore")
+            time.sleep(_POLL)

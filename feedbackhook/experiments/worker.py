@@ -1,0 +1,102 @@
+"""What a process of a sweep does: one run, whatever becomes of it.
+
+``python -m feedbackhook.experiments.worker`` is such a process by itself, which reads from its standard input
+what it is to run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from feedbackhook.experiments.config import FolderInUse, RunConfig
+from feedbackhook.experiments.folder import RunFolder, RunResult
+from feedbackhook.experiments.train import resolve, train
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3  # processes that a run may lose before it is kept as failed
+_POLL = 0.25  # seconds
+
+
+def run_one(config: RunConfig, parent: int) -> str:
+    """One run, from its checkpoint if there is one; how it went is in its folder. Returns the folder's name.
+
+    A folder in which another process is at work is waited for: a process that only seemed lost goes on.
+
+    Args:
+        config: of the run.
+        parent: the process with which this one is to end.
+    """
+    try:
+        with _bound_to(parent):
+            while True:
+                try:
+                    train(config, resume=True)
+                    break
+                except FolderInUse as other:
+                    logger.warning("%s; waiting", other)
+                    time.sleep(_POLL)
+    except Exception as error:  # whatever ends a run is kept with it, and ends no other
+        try:
+            fail(config, f"{type(error).__name__}: {error}", traceback.format_exc())
+        except OSError as full:  # the disk, perhaps
+            logger.error("%s failed (%s), and that could not be kept: %s", config.output, error, full)
+    return Path(str(config.output)).name
+
+
+def fail(config: RunConfig, reason: str, details: str | None = None) -> None:
+    """Keep that a run failed. One that had ended before, and whose figures could not be drawn, did not."""
+    folder = RunFolder(str(config.output))
+    result = folder.result()
+    if result is not None and result.ended:
+        logger.warning("%s has %s, and then: %s", config.output, result.status, reason)
+        return
+    if result is None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        result = RunResult(folder.path)
+        folder.write_result(result)  # a folder without a status is none of a run, whenever this is killed
+    if not folder.trained():
+        folder.write_config(resolve(config))
+    if details is not None:
+        folder.write_traceback(details)
+    result.status, result.reason = "failed", reason
+    folder.write_result(result)
+
+
+def fail_for_lost_processes(config: RunConfig) -> None:
+    """Keep that a run failed because it has used up its attempts."""
+    fail(config, f"its process ended {ATTEMPTS} times: killed, or out of memory?")
+
+
+@contextmanager
+def _bound_to(parent: int) -> Iterator[None]:
+    """Within the block this process ends when ``parent`` does, however that ends: the next sweep must find
+    nobody at work in the folders."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_POLL):
+            if parent not in (os.getpid(), os.getppid()):
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+if __name__ == "__main__":
+    try:
+        run_one(*pickle.load(sys.stdin.buffer))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it

@@ -1,0 +1,414 @@
+"""A sweep on a cluster: a real scheduler and worker processes on the loopback address."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_experiments_sweep import children, how_many, runs, tiny, written
+
+import feedbackhook
+from feedbackhook.cli import main
+from feedbackhook.experiments import cluster
+from feedbackhook.experiments import sweep as sweep_module
+from feedbackhook.experiments.config import ClusterConfig, ConfigError, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.plan import plan, stored
+from feedbackhook.experiments.sweep import sweep
+from feedbackhook.report.tables import sweep_table
+
+LOOPBACK = {"scheduler_options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
+DASK = [sys.executable, "-m", "dask"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+class Machines:
+    """A scheduler, and workers that come and go."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.folder, self.file = folder, folder / "scheduler.json"
+        self._environment = ENVIRONMENT | environment
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.scheduler = self._start(
+            "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self.file)
+        )
+        wait_until(self.file.exists)
+
+    def _start(self, kind: str, *options: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{kind}-{time.monotonic_ns()}.log").open("wb")
+        command = [*DASK, kind, *options, "--dashboard-address", "127.0.0.1:0"]
+        return subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+
+    def add_worker(self, threads: int = 1) -> None:
+        options = ("--scheduler-file", str(self.file), "--host", "127.0.0.1", "--no-nanny")
+        local = ("--nthreads", str(threads), "--local-directory", str(self.folder))
+        self.workers.append(self._start("worker", *options, *local))
+
+    def close(self) -> None:
+        for process in [*self.workers, self.scheduler]:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Callable[..., Machines]]:
+    with ExitStack() as stack:
+
+        def start(workers: int, **environment: str) -> Machines:
+            folder = tmp_path / "machines"
+            folder.mkdir()
+            made = Machines(folder, **environment)
+            stack.callback(made.close)
+            for _ in range(workers):
+                made.add_worker()
+            return made
+
+        yield start
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def on(machines: Machines, config: SweepConfig) -> SweepConfig:
+    return replace(config, backend="dask", cluster=ClusterConfig(address=str(machines.file)))
+
+
+def started(config: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "feedbackhook", "sweep", str(config)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def rows(folder: Path) -> pd.DataFrame:
+    """All that the runs of a sweep have recorded, in an order of its own."""
+    table = feedbackhook.read(folder)
+    return table.sort_values([*table.columns]).reset_index(drop=True)
+
+
+def assert_equal(folder: Path, reference: Path) -> None:
+    """The same table, and of each run the same rows to the last bit: none lost, none doubled."""
+    ours, theirs = sweep_table(folder), sweep_table(reference)
+    assert not ours.missing
+    assert ours.cells.to_csv() == theirs.cells.to_csv()
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        path.name for path in reference.iterdir() if path.is_dir()
+    }
+    pd.testing.assert_frame_equal(rows(folder), rows(reference), check_exact=True)
+
+
+def test_a_sweep_on_a_cluster_is_that_of_one_machine(
+    tmp_path: Path, machines: Callable[..., Machines], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path / "sweep", conditions=["brSF concordance=0.5"])
+    there = machines(1)
+    path = written(on(there, config), tmp_path / "sweep.yaml")
+    assert main(["sweep", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "dashboard: http://127.0.0.1:" in out
+    assert "1 workers, 1 runs at a time" in out
+    assert "2 finished" in out
+    assert stored(tmp_path / "sweep").cluster.address == str(there.file)
+    sweep(replace(config, output=str(tmp_path / "reference")))
+    assert_equal(tmp_path / "sweep", tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cluster": ClusterConfig(address="tcp://a:1")}, "no effect with backend joblib"),
+        ({"backend": "dask"}, "needs cluster.address, of a scheduler that runs, or cluster.slurm"),
+        (
+            {"backend": "dask", "cluster": ClusterConfig(address="tcp://a:1", slurm={"cores": 1})},
+            "needs cluster.address, of a scheduler that runs, or cluster.slurm",
+        ),
+        ({"backend": "dask", "workers": 3}, "workers has no effect with backend dask"),
+        (
+            {"backend": "dask", "cluster": ClusterConfig(address="tcp://a:1", jobs=0)},
+            "cluster.jobs must be 1 or more",
+        ),
+        (
+            {"backend": "dask", "cluster": ClusterConfig(address="tcp://a:1", runs_per_gpu=0)},
+            "cluster.runs_per_gpu must be 1 or more",
+        ),
+        (
+            {"backend": "dask", "cluster": ClusterConfig(address="tcp://a:1", gpus=-1)},
+            "cluster.gpus must be 0 or more",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_cluster_that_cannot_be_is_one_clear_error(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(tiny(tmp_path, **given))
+
+
+def test_no_scheduler_at_the_address_stops_the_sweep_before_its_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dask = pytest.importorskip("dask")
+    nobody = ClusterConfig(address="tcp://127.0.0.1:9")
+    config = tiny(tmp_path / "sweep", backend="dask", cluster=nobody)
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        pytest.raises(ConfigError, match=r"no scheduler answers at cluster\.address tcp://127\.0\.0\.1:9"),
+    ):
+        sweep(config)
+    assert not (tmp_path / "sweep").exists()
+
+
+class FakeClient:
+    def __init__(self, view: Any, threads: int = 1) -> None:
+        self._view, self._threads = view, threads
+
+    def nthreads(self) -> dict[str, int]:
+        return {"tcp://far": self._threads}
+
+    def run(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"tcp://far": self._view}
+
+
+HERE = cluster._View(cluster._versions(), 0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (ModuleNotFoundError("No module named 'feedbackhook'"), "cannot run feedbackhook: No module named"),
+        (HERE._replace(versions={**HERE.versions, "torch": "1.0"}), "has torch 1.0, this machine"),
+        (HERE._replace(sees_folder=False), "does not see .*sweep: give an output on a file system that all"),
+        (HERE._replace(sees_lock=False), r"can lock .*sweep/\.lock, which this machine has locked"),
+        (HERE._replace(gpus=1), "has 4 threads, and its 1 GPUs take 2 runs: .* --nthreads 2"),
+    ],
+    ids=["import", "version", "folder", "lock", "gpu"],
+)
+def test_a_worker_that_cannot_do_it_is_named(tmp_path: Path, view: Any, message: str) -> None:
+    config = tiny(tmp_path / "sweep", cluster=ClusterConfig(address="tcp://a:1", runs_per_gpu=2))
+    with pytest.raises(ConfigError, match=f"the worker tcp://far {message}"):
+        cluster.Cluster(FakeClient(view, 4), config).check()
+    cluster.Cluster(FakeClient(HERE._replace(gpus=2), 4), config).check()
+
+
+def test_a_worker_sees_whether_the_folder_and_its_lock_are_shared(tmp_path: Path) -> None:
+    place, folder = str(tmp_path), "sweep"
+    assert cluster._look(place, folder)[2:] == (False, False)
+    with sweep_module._alone(tmp_path / "sweep"):
+        assert cluster._look(place, folder)[2:] == (True, True)
+        (tmp_path / "sweep" / "keep").touch()
+    assert cluster._look(place, folder)[2:] == (True, False)
+
+
+def test_gpus_are_shared_out_evenly_and_no_more_runs_have_one_than_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(cluster, "_visible_gpus", lambda: ["2", "5"])
+    had: list[str] = []
+    with ExitStack() as all_slots:
+        first = all_slots.enter_context(cluster._gpu("auto", 2))
+        with ExitStack() as rest:
+            given = [first, *(rest.enter_context(cluster._gpu("cuda", 2)) for _ in range(3))]
+            assert [one["CUDA_VISIBLE_DEVICES"] for one in given] == ["2", "5", "2", "5"]
+
+            def wait_for_one() -> None:
+                with cluster._gpu("auto", 2) as late:
+                    had.append(late["CUDA_VISIBLE_DEVICES"])
+
+            waiting = threading.Thread(target=wait_for_one)
+            waiting.start()
+            waiting.join(0.5)
+            assert waiting.is_alive()
+            assert had == []
+        waiting.join(10)
+        assert had == ["5"]
+        with cluster._gpu("cpu", 1) as none, cluster._gpu("cuda:1", 1) as certain:
+            assert none == certain == {}
+
+
+def test_visible_gpus_are_those_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cluster._visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-4f1c")
+    assert cluster._visible_gpus() == ["3", "GPU-4f1c"]
+
+
+def test_a_run_whose_process_is_killed_each_time_has_used_up_its_attempts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    statuses = [-9, 1, -9, 0]
+    monkeypatch.setattr(cluster, "_run_child", lambda *_: statuses.pop(0))
+    config = plan(tiny(Path("sweep")))[0].config
+    assert cluster._run(config, ".", 1)
+    assert statuses == [0]
+    assert not cluster._run(config, ".", 1)
+
+
+@pytest.mark.parametrize(
+    ("cluster_options", "lines"),
+    [
+        ({"slurm": {"cores": 6, "queue": "long"}}, ["-p long", "--nthreads 3"]),
+        ({"slurm": {"cores": 8}, "gpus": 2, "runs_per_gpu": 3}, ["--gres=gpu:2", "--nthreads 6"]),
+        (
+            {"slurm": {"cores": 8, "job_extra_directives": ["--gpus=1"]}, "gpus": 1},
+            ["#SBATCH --gpus=1", "--nthreads 1"],
+        ),
+    ],
+    ids=["cpu", "gpu", "own"],
+)
+def test_a_job_asks_for_what_is_given(
+    monkeypatch: pytest.MonkeyPatch, cluster_options: dict[str, Any], lines: list[str]
+) -> None:
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    asked: list[int] = []
+    monkeypatch.setattr(jobqueue.SLURMCluster, "scale", lambda _, jobs: asked.append(jobs))
+    slurm = {"memory": "4GB", **LOOPBACK, **cluster_options.pop("slurm")}
+    with cluster._slurm(ClusterConfig(slurm=slurm, **cluster_options, jobs=5), threads=2) as jobs:
+        script = jobs.job_script()
+    assert asked[0] == 5  # it closes by asking for none
+    assert all(line in script for line in lines)
+    assert script.count("gpu") == (1 if "gpus" in cluster_options else 0)
+
+
+def test_a_wrong_option_of_slurm_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.slurm: .*quue"):
+        cluster._slurm(ClusterConfig(slurm={"cores": 1, "memory": "1GB", "quue": "long", **LOOPBACK}), 1)
+    with pytest.raises(ConfigError, match=r"cluster\.slurm: You must specify how much cores and memory"):
+        cluster._slurm(ClusterConfig(slurm={}), 1)
+
+
+# what follows takes minutes
+
+
+@pytest.mark.slow
+def test_jobs_of_slurm_run_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of SLURM two scripts, which start a job as a process and end it."""
+    commands = {"sbatch": 'setsid bash "$1" > /dev/null 2>&1 &\necho Submitted batch job $!'}
+    commands["scancel"] = 'kill -- "-$1"'
+    for name, content in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asked = {"cores": 2, "memory": "4GB", "local_directory": str(tmp_path), **LOOPBACK}
+    config = tiny(tmp_path / "sweep", conditions=["brSF concordance=0.5"])
+    told: list[str] = []
+    results = sweep(replace(config, backend="dask", cluster=ClusterConfig(slurm=asked)), tell=told.append)
+    assert {result.status for result in results.values()} == {"finished"}
+    assert "1 workers, 2 runs at a time" in told
+    sweep(replace(config, output=str(tmp_path / "reference")))
+    assert_equal(tmp_path / "sweep", tmp_path / "reference")
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_stops_its_runs_and_goes_on(
+    tmp_path: Path, machines: Callable[..., Machines]
+) -> None:
+    there = machines(1)
+    protocol = SweepProtocolConfig(epochs=60, rates=1, seeds=2)
+    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=protocol)
+    path, folder = written(on(there, config), tmp_path / "sweep.yaml"), tmp_path / "sweep"
+    process = started(path)
+    wait_until(lambda: how_many(folder, "running") == 1)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130, out
+    assert "interrupted; the same command goes on" in out
+    wait_until(lambda: how_many(folder, "interrupted") == 1, 30)
+    time.sleep(5)
+    assert how_many(folder, "running") == 0  # nor has the second begun
+    again = started(path)
+    out = again.communicate(timeout=300)[0].decode()
+    assert again.returncode == 0, out
+    assert "2 finished" in out
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_three_times_fails(
+    tmp_path: Path, machines: Callable[..., Machines]
+) -> None:
+    there = machines(1)
+    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, rates=1))
+    process = started(written(on(there, config), tmp_path / "sweep.yaml"))
+    worker = there.workers[0].pid
+    killed: set[int] = set()
+    while len(killed) < 3:
+        wait_until(lambda: bool(set(children(worker)) - killed))
+        victim = (set(children(worker)) - killed).pop()
+        os.kill(victim, signal.SIGKILL)
+        killed.add(victim)
+    out = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 1, out
+    assert "failed: its process ended 3 times: killed, or out of memory?" in out
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_ends_is_named_and_the_runs_end_with_it(
+    tmp_path: Path, machines: Callable[..., Machines]
+) -> None:
+    there = machines(1)
+    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, rates=1))
+    process = started(written(on(there, config), tmp_path / "sweep.yaml"))
+    wait_until(lambda: how_many(tmp_path / "sweep", "running") == 1)
+    left = children(there.workers[0].pid)
+    there.scheduler.kill()
+    out = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 2, out
+    assert "the same command goes on when it is there again" in out
+    wait_until(lambda: not any(runs(pid) for pid in left), 60)
+
+
+@pytest.mark.slow
+def test_48_runs_with_a_killed_a_stopped_worker_and_a_killed_client(
+    tmp_path: Path, machines: Callable[..., Machines]
+) -> None:
+    """The scheduler takes the stopped worker for lost, and gives its run to another that then must wait."""
+    grid = tiny(tmp_path / "sweep", protocol=SweepProtocolConfig(2, rates=[10.0, 1.0, 0.1, 0.01], seeds=4))
+    assert len(plan(grid)) == 48
+    reference = replace(grid, output=str(tmp_path / "reference"), workers=2)
+    sweep(reference)
+
+    there = machines(3, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="15s")
+    path, folder = written(on(there, grid), tmp_path / "sweep.yaml"), tmp_path / "sweep"
+    killed, stopped, _ = there.workers
+    client = started(path)
+    wait_until(lambda: how_many(folder, "finished") >= 6)
+    killed.kill()
+    killed.wait()
+
+    wait_until(lambda: how_many(folder, "finished") >= 12)
+    wait_until(lambda: bool(children(stopped.pid)) and how_many(folder, "running") >= 1)
+    frozen = [stopped.pid, *children(stopped.pid)]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    awake = time.monotonic() + 60
+
+    before = how_many(folder, "finished")
+    wait_until(lambda: how_many(folder, "finished") >= before + 2)
+    client.kill()
+    client.wait()
+    before = how_many(folder, "finished")
+    wait_until(lambda: how_many(folder, "finished") >= before + 3)  # the cluster goes on without it
+    client = started(path)
+    time.sleep(max(0.0, awake - time.monotonic()))
+    for pid in reversed(frozen):
+        if runs(pid):
+            os.kill(pid, signal.SIGCONT)
+    out = client.communicate(timeout=900)[0].decode()
+    assert client.returncode == 0, out
+    assert how_many(folder, "finished") + how_many(folder, "diverged") == 48
+    assert_equal(folder, tmp_path / "reference")
