@@ -298,8 +298,11 @@ def test_a_wrong_option_of_slurm_is_one_clear_error() -> None:
 @pytest.mark.slow
 def test_jobs_of_slurm_run_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of SLURM two scripts, which start a job as a process and end it."""
-    commands = {"sbatch": 'setsid bash "$1" > /dev/null 2>&1 &\necho Submitted batch job $!'}
-    commands["scancel"] = 'kill -- "-$1"'
+    job = tmp_path / "job"
+    commands = {
+        "sbatch": f'cp "$1" {job}\nsetsid bash {job} > {job}.log 2>&1 &\necho Submitted batch job $!',
+        "scancel": 'kill -- "-$1"',
+    }
     for name, content in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
         (tmp_path / name).chmod(0o755)
@@ -319,7 +322,7 @@ def test_an_interrupted_sweep_stops_its_runs_and_goes_on(
     tmp_path: Path, machines: Callable[..., Machines]
 ) -> None:
     there = machines(1)
-    protocol = SweepProtocolConfig(epochs=60, rates=1, seeds=2)
+    protocol = SweepProtocolConfig(epochs=150, rates=1, seeds=2)
     config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=protocol)
     path, folder = written(on(there, config), tmp_path / "sweep.yaml"), tmp_path / "sweep"
     process = started(path)

@@ -462,11 +462,12 @@ def started(config: Path) -> subprocess.Popen[bytes]:
 
 
 def children(pid: int) -> list[int]:
-    """The worker processes of a sweep."""
+    """The processes that a sweep or a worker has begun."""
     found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
-            found.append(int(child))
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
     return found
 
 

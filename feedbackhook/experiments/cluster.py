@@ -36,6 +36,7 @@ from feedbackhook.experiments.worker import ATTEMPTS, fail, fail_for_lost_proces
 
 try:
     import distributed
+    from distributed.core import Status
     from distributed.scheduler import KilledWorker
 except ImportError as error:
     raise ConfigError(f"backend dask: {error}: pip install 'feedbackhook[cluster]'") from error
@@ -44,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds
 _PATIENCE = 120.0  # seconds: a network file system may show another machine's files late
-_INTERRUPTED = 130
+_ENDED = (0, 130, -signal.SIGINT)  # by itself, or interrupted: while it ran, or while it began
+_CLOSING = (Status.closing, Status.closed, Status.failed)
 _VERSIONS = ("feedbackhook", "torch")
 
 
@@ -85,13 +87,14 @@ def _run(config: RunConfig, place: str, runs_per_gpu: int) -> bool:
     with _gpu(config.protocol.device, runs_per_gpu) as environment:
         for attempt in range(1, ATTEMPTS + 1):
             status = _run_child(config, place, environment)
-            if status in (0, _INTERRUPTED):
+            if status in _ENDED:
                 return False
             logger.warning("the process of %s ended by %d (attempt %d)", config.output, status, attempt)
     return True
 
 
 def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> int:
+    worker = distributed.get_worker()
     process = subprocess.Popen(
         [sys.executable, "-m", "feedbackhook.experiments.worker"],
         stdin=subprocess.PIPE,
@@ -100,17 +103,28 @@ def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> in
     )
     siblings = _children[str(Path(str(config.output)).parent)]
     siblings.add(process)
-    try:
-        process.communicate(pickle.dumps((config, os.getpid())))
-    finally:
-        siblings.discard(process)
+    message: bytes | None = pickle.dumps((config, os.getpid()))
+    while process.returncode is None:
+        try:
+            process.communicate(message, timeout=_POLL)
+        except subprocess.TimeoutExpired:
+            message = None  # it is on its way
+            if worker.status in _CLOSING and process in siblings:
+                _interrupt_one(siblings, process)  # the worker would wait for it
+    siblings.discard(process)
     return process.returncode
 
 
 def _interrupt(folder: str) -> None:
     """Stop the runs of the sweep in a folder."""
     for process in list(_children[folder]):
-        process.send_signal(signal.SIGINT)
+        _interrupt_one(_children[folder], process)
+
+
+def _interrupt_one(siblings: set[subprocess.Popen[bytes]], process: subprocess.Popen[bytes]) -> None:
+    """Once: a second signal would cut short how it ends."""
+    siblings.discard(process)
+    process.send_signal(signal.SIGINT)
 
 
 @contextmanager
@@ -214,6 +228,7 @@ class Cluster:
         self._client = client
         self._folder, self._place = config.output, os.getcwd()
         self._runs_per_gpu = config.cluster.runs_per_gpu
+        self._keys: list[tuple[str, str, str, int]] = []  # of all tasks that were asked for
 
     def check(self) -> None:
         """See that the workers that are there can do the sweep's runs.
@@ -259,37 +274,41 @@ class Cluster:
         Raises:
             ConfigError: the scheduler is gone, or what a run leaves does not show here.
         """
+        try:
+            self._run_all(pending)
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+
+    def _run_all(self, pending: list[PlannedRun]) -> None:
         runs = dict(zip(self._submit(pending, 0), pending, strict=True))
         lost: Counter[str] = Counter()
         done = distributed.as_completed(list(runs))
-        try:
-            for future in done:
-                run = runs.pop(future)
-                if future.status not in ("finished", "error"):
-                    raise ConfigError(
-                        f"the scheduler let go of {run.name} ({future.status}): the same command goes on "
-                        "when it is there again"
-                    )
-                error = future.exception()
-                if isinstance(error, KilledWorker):
-                    lost[run.name] += 1
-                    if lost[run.name] < ATTEMPTS:
-                        (again,) = self._submit([run], lost[run.name])
-                        runs[again] = run
-                        done.add(again)
-                        continue
-                if error is not None:
-                    fail(run.config, f"{type(error).__name__}: {one_line(error)}")
-                elif future.result():
-                    fail_for_lost_processes(run.config)
-                self._see(run)
-        except KeyboardInterrupt:
-            self._stop(list(runs))
-            raise
+        for future in done:
+            run = runs.pop(future)
+            if future.status not in ("finished", "error"):
+                raise ConfigError(
+                    f"the scheduler let go of {run.name} ({future.status}): the same command goes on when it "
+                    "is there again"
+                )
+            error = future.exception()
+            if isinstance(error, KilledWorker):
+                lost[run.name] += 1
+                if lost[run.name] < ATTEMPTS:
+                    (again,) = self._submit([run], lost[run.name])
+                    runs[again] = run
+                    done.add(again)
+                    continue
+            if error is not None:
+                fail(run.config, f"{type(error).__name__}: {one_line(error)}")
+            elif future.result():
+                fail_for_lost_processes(run.config)
+            self._see(run)
 
     def _submit(self, runs: list[PlannedRun], attempt: int) -> list[distributed.Future]:
         group = f"feedbackhook-{Path(self._folder).name}"  # of one group the scheduler keeps a queue
         keys = [(group, run.name, self._token(run), attempt) for run in runs]
+        self._keys += keys
         futures = self._client.map(
             _run,
             [run.config for run in runs],
@@ -318,8 +337,9 @@ class Cluster:
                 )
             time.sleep(_POLL)
 
-    def _stop(self, futures: list[distributed.Future]) -> None:
+    def _stop(self) -> None:
         """End the runs; what has been done of them is kept."""
+        futures = [distributed.Future(key, self._client) for key in self._keys]
         self._client.cancel(futures, force=True)
         for _ in range(2):  # a task may just have begun
             self._client.run(_interrupt, self._folder, on_error="ignore")

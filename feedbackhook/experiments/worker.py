@@ -38,19 +38,27 @@ def run_one(config: RunConfig, parent: int) -> str:
     """
     try:
         with _bound_to(parent):
-            while True:
-                try:
-                    train(config, resume=True)
-                    break
-                except FolderInUse as other:
-                    logger.warning("%s; waiting", other)
-                    time.sleep(_POLL)
+            _train(config)
     except Exception as error:  # whatever ends a run is kept with it, and ends no other
         try:
             fail(config, f"{type(error).__name__}: {error}", traceback.format_exc())
         except OSError as full:  # the disk, perhaps
             logger.error("%s failed (%s), and that could not be kept: %s", config.output, error, full)
     return Path(str(config.output)).name
+
+
+def _train(config: RunConfig) -> None:
+    waiting = False
+    while True:
+        try:
+            train(config, resume=True)
+        except FolderInUse as other:
+            if not waiting:
+                logger.warning("%s", other)
+            waiting = True
+            time.sleep(_POLL)
+        else:
+            return
 
 
 def fail(config: RunConfig, reason: str, details: str | None = None) -> None:
