@@ -90,7 +90,13 @@ def on(machines: Machines, config: SweepConfig) -> SweepConfig:
 
 def started(config: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "feedbackhook", "sweep", str(config)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # where it is ignored
+    )
 
 
 def rows(folder: Path) -> pd.DataFrame:
