@@ -208,15 +208,17 @@ def test_a_worker_that_cannot_do_it_is_named(tmp_path: Path, view: Any, message:
     with pytest.raises(ConfigError, match=f"the worker tcp://far {message}"):
         cluster.Cluster(FakeClient(view, 4), config).check()
     cluster.Cluster(FakeClient(HERE._replace(gpus=2), 4), config).check()
+    on_cpu = replace(config, protocol=replace(config.protocol, device="cpu"))
+    cluster.Cluster(FakeClient(HERE._replace(gpus=1), 4), on_cpu).check()
 
 
 def test_a_worker_sees_whether_the_folder_and_its_lock_are_shared(tmp_path: Path) -> None:
-    place, folder = str(tmp_path), "sweep"
-    assert cluster._look(place, folder)[2:] == (False, False)
-    with sweep_module._alone(tmp_path / "sweep"):
-        assert cluster._look(place, folder)[2:] == (True, True)
-        (tmp_path / "sweep" / "keep").touch()
-    assert cluster._look(place, folder)[2:] == (True, False)
+    folder = tmp_path / "sweep"
+    assert cluster._look(folder)[2:] == (False, False)
+    with sweep_module._alone(folder):
+        assert cluster._look(folder)[2:] == (True, True)
+        (folder / "keep").touch()
+    assert cluster._look(folder)[2:] == (True, False)
 
 
 def test_gpus_are_shared_out_evenly_and_no_more_runs_have_one_than_may(

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 _POLL = 1.0  # seconds
 _PATIENCE = 120.0  # seconds: a network file system may show another machine's files late
 _ENDED = (0, 130, -signal.SIGINT)  # by itself, or interrupted: while it ran, or while it began
+_ANY_GPU = ("auto", "cuda")
 _CLOSING = (Status.closing, Status.closed, Status.failed)
 _VERSIONS = ("feedbackhook", "torch")
 
@@ -62,16 +63,16 @@ class _View(NamedTuple):
     sees_lock: bool
 
 
-_children: dict[str, set[subprocess.Popen[bytes]]] = defaultdict(set)  # by the sweep's folder
+_children: dict[Path, set[subprocess.Popen[bytes]]] = defaultdict(set)  # by the sweep's folder
 
 
-def _look(place: str, folder: str) -> _View:
-    """``folder`` is that of a sweep which is locked, relative to ``place``."""
-    path = Path(place, folder)
-    sees_folder, sees_lock = (path / ".lock").exists(), False
+def _look(folder: Path) -> _View:
+    """``folder`` is that of a sweep, which has locked it."""
+    sees_folder, sees_lock = (folder / ".lock").exists(), False
     if sees_folder:
         try:
-            FileLock(path / ".lock", timeout=0).acquire()
+            with FileLock(folder / ".lock", timeout=0):
+                pass
         except Timeout:
             sees_lock = True
     return _View(_versions(), len(_visible_gpus()), sees_folder, sees_lock)
@@ -101,7 +102,7 @@ def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> in
         cwd=place,
         env={**os.environ, **environment},
     )
-    siblings = _children[str(Path(str(config.output)).parent)]
+    siblings = _children[Path(place, str(config.output)).parent]
     siblings.add(process)
     message: bytes | None = pickle.dumps((config, os.getpid()))
     while process.returncode is None:
@@ -115,7 +116,7 @@ def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> in
     return process.returncode
 
 
-def _interrupt(folder: str) -> None:
+def _interrupt(folder: Path) -> None:
     """Stop the runs of the sweep in a folder."""
     for process in list(_children[folder]):
         _interrupt_one(_children[folder], process)
@@ -132,7 +133,7 @@ def _gpu(device: str, runs_per_gpu: int) -> Iterator[dict[str, str]]:
     """The environment in which a process sees one GPU alone, which no more than ``runs_per_gpu`` runs of this
     user have at a time, whichever worker they belong to; waits for one. Nothing where runs use no GPU, or a
     certain one."""
-    gpus = _visible_gpus() if device in ("auto", "cuda") else []
+    gpus = _visible_gpus() if device in _ANY_GPU else []
     if not gpus:
         yield {}
         return
@@ -226,8 +227,8 @@ class Cluster:
 
     def __init__(self, client: distributed.Client, config: SweepConfig) -> None:
         self._client = client
-        self._folder, self._place = config.output, os.getcwd()
-        self._runs_per_gpu = config.cluster.runs_per_gpu
+        self._place, self._folder = os.getcwd(), Path(os.getcwd(), config.output)
+        self._device, self._runs_per_gpu = config.protocol.device, config.cluster.runs_per_gpu
         self._keys: list[tuple[str, str, str, int]] = []  # of all tasks that were asked for
 
     def check(self) -> None:
@@ -237,7 +238,7 @@ class Cluster:
             ConfigError: naming a worker and what is wrong with it.
         """
         threads = self._client.nthreads()
-        views = self._client.run(_look, self._place, self._folder, on_error="return")
+        views = self._client.run(_look, self._folder, on_error="return")
         for worker, view in views.items():
             if isinstance(view, Exception):
                 raise ConfigError(f"the worker {worker} cannot run feedbackhook: {one_line(view)}") from view
@@ -247,22 +248,22 @@ class Cluster:
                         f"the worker {worker} has {name} {view.versions[name]}, this machine {here}: install "
                         "the same on both"
                     )
-            folder = Path(self._place, self._folder)
             if not view.sees_folder:
                 raise ConfigError(
-                    f"the worker {worker} does not see {folder}: give an output on a file system that all "
-                    "machines share"
+                    f"the worker {worker} does not see {self._folder}: give an output on a file system that "
+                    "all machines share"
                 )
             if not view.sees_lock:
                 raise ConfigError(
-                    f"the worker {worker} can lock {folder}/.lock, which this machine has locked: a run "
-                    "could be done twice at once; give an output on a file system that shares locks (flock)"
+                    f"the worker {worker} can lock {self._folder}/.lock, which this machine has "
+                    "locked: a run could be done twice at once; give an output on a file system that shares "
+                    "locks (flock)"
                 )
-            if view.gpus and threads[worker] > view.gpus * self._runs_per_gpu:
+            takes = view.gpus * self._runs_per_gpu
+            if takes and self._device in _ANY_GPU and threads[worker] > takes:
                 raise ConfigError(
                     f"the worker {worker} has {threads[worker]} threads, and its {view.gpus} GPUs take "
-                    f"{view.gpus * self._runs_per_gpu} runs: start it by dask worker --nthreads "
-                    f"{view.gpus * self._runs_per_gpu}, or give cluster.runs_per_gpu"
+                    f"{takes} runs: start it by dask worker --nthreads {takes}, or give cluster.runs_per_gpu"
                 )
 
     def run_all(self, pending: list[PlannedRun]) -> None:
@@ -292,21 +293,21 @@ class Cluster:
                     "is there again"
                 )
             error = future.exception()
-            if isinstance(error, KilledWorker):
+            if error is None and future.result():
+                fail_for_lost_processes(run.config)
+            elif error is not None and not isinstance(error, KilledWorker):
+                fail(run.config, f"{type(error).__name__}: {one_line(error)}")
+            elif error is not None or self._status(run) == "interrupted":  # its worker went, not the run
                 lost[run.name] += 1
-                if lost[run.name] < ATTEMPTS:
+                if lost[run.name] == ATTEMPTS:
+                    fail(run.config, f"its worker ended {ATTEMPTS} times: killed, or out of memory?")
+                else:
                     (again,) = self._submit([run], lost[run.name])
                     runs[again] = run
                     done.add(again)
-                    continue
-            if error is not None:
-                fail(run.config, f"{type(error).__name__}: {one_line(error)}")
-            elif future.result():
-                fail_for_lost_processes(run.config)
-            self._see(run)
 
     def _submit(self, runs: list[PlannedRun], attempt: int) -> list[distributed.Future]:
-        group = f"feedbackhook-{Path(self._folder).name}"  # of one group the scheduler keeps a queue
+        group = f"feedbackhook-{self._folder.name}"  # of one group the scheduler keeps a queue
         keys = [(group, run.name, self._token(run), attempt) for run in runs]
         self._keys += keys
         futures = self._client.map(
@@ -326,8 +327,8 @@ class Cluster:
         )
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
-    def _see(self, run: PlannedRun) -> None:
-        """Wait until what has become of a run shows on this machine."""
+    def _status(self, run: PlannedRun) -> str:
+        """What has become of a run that has been run; waits until it shows on this machine."""
         until = time.monotonic() + _PATIENCE
         while (result := run.folder.result()) is None or result.status == "running":
             if time.monotonic() > until:
@@ -336,6 +337,7 @@ class Cluster:
                     "an output on a file system that all machines share"
                 )
             time.sleep(_POLL)
+        return result.status
 
     def _stop(self) -> None:
         """End the runs; what has been done of them is kept."""
