@@ -283,12 +283,12 @@ def test_a_job_asks_for_what_is_given(
     monkeypatch: pytest.MonkeyPatch, cluster_options: dict[str, Any], lines: list[str]
 ) -> None:
     jobqueue = pytest.importorskip("dask_jobqueue")
-    asked: list[int] = []
-    monkeypatch.setattr(jobqueue.SLURMCluster, "scale", lambda _, jobs: asked.append(jobs))
+    asked: list[Any] = []
+    monkeypatch.setattr(jobqueue.SLURMCluster, "adapt", lambda _, **jobs: asked.append(jobs))
     slurm = {"memory": "4GB", **LOOPBACK, **cluster_options.pop("slurm")}
     with cluster._slurm(ClusterConfig(slurm=slurm, **cluster_options, jobs=5), threads=2) as jobs:
         script = jobs.job_script()
-    assert asked[0] == 5  # it closes by asking for none
+    assert asked == [{"minimum_jobs": 5, "maximum_jobs": 5}]
     assert all(line in script for line in lines)
     assert script.count("gpu") == (1 if "gpus" in cluster_options else 0)
 

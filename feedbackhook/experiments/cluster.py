@@ -216,7 +216,8 @@ def _slurm(cluster: ClusterConfig, threads: int) -> Any:
         jobs = SLURMCluster(
             **{"processes": 1, **options}, job_extra_directives=directives, worker_extra_args=of_worker
         )
-        jobs.scale(jobs=cluster.jobs)
+        # not scale: a job that ends at its time limit is followed by another
+        jobs.adapt(minimum_jobs=cluster.jobs, maximum_jobs=cluster.jobs)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"cluster.slurm: {one_line(error)}") from error
     return jobs
