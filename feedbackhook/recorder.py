@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -268,9 +269,13 @@ def parts_of(folder: Path) -> list[Path]:
     Raises:
         ValueError: a part is missing, so the table is not whole.
     """
-    parts = sorted(folder.glob("part-*.parquet"))
-    for number, part in enumerate(parts):
-        if part.name != _part_name(number):
+    try:
+        names = sorted(filter(re.compile(r"part-.*\.parquet").fullmatch, os.listdir(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    parts = [folder / name for name in names]
+    for number, name in enumerate(names):
+        if name != _part_name(number):
             raise ValueError(
                 f"{folder / _part_name(number)} is missing, and later parts of its table are there"
             )

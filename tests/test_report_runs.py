@@ -50,7 +50,7 @@ def test_rows_are_those_of_the_metrics_that_are_asked_for(two: Path) -> None:
     assert errors.groupby("run")["value"].apply(list).to_dict() == {"a": [90.0, 20.0, 30.0], "b": [90.0]}
     assert set(errors["metric"]) == {"test_error"}
     assert set(found.rows(["test_error", "held_out_error"])["metric"]) == {"test_error", "held_out_error"}
-    angles = found.rows(["weight_angle"], layers=True)
+    angles = found.rows(of_layers=["weight_angle"])
     assert angles[angles["run"] == "b"][["layer", "depth", "value"]].to_numpy().tolist() == [
         ["conv1", 0, 45.0],
         ["fc2", 1, 46.0],

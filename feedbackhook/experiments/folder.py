@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -118,13 +119,13 @@ class RunFolder:
             aside.write_text(json.dumps(content, indent=2) + "\n")
 
     def stored_config(self) -> dict[str, Any]:
-        """The configuration of the run that is here.
+        """The configuration of the run that is here; not to be changed, since runs share what is alike.
 
         Raises:
             ConfigError: config.yaml is missing or damaged.
         """
         try:
-            stored = yaml.load(self._config.read_text(), _YAML)
+            stored = _from_yaml(self._config.read_text())
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot go on: {self._config} is damaged ({one_line(error)})") from error
         if not isinstance(stored, dict):
@@ -203,6 +204,26 @@ def provenance() -> dict[str, Any]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return {"versions": versions, "machine": machine, "command": shlex.join(sys.argv)}
+
+
+def _from_yaml(text: str) -> Any:
+    """What YAML text holds. A sweep's configurations have most of their sections in common, and each is read
+    once, which for ten thousand of them is minutes less."""
+    sections = re.findall(r"^\w+:.*\n(?:[ -].*\n)*", text, re.MULTILINE)
+    if "".join(sections) != text or "&" in text:  # not as it is written here, or sections that share objects
+        return yaml.load(text, _YAML)
+    stored: dict[str, Any] = {}
+    try:
+        for section in sections:
+            stored.update(_section(section))
+    except (yaml.YAMLError, TypeError, ValueError):
+        return yaml.load(text, _YAML)  # whose error tells the line
+    return stored
+
+
+@cache
+def _section(text: str) -> Any:
+    return yaml.load(text, _YAML)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -51,7 +51,7 @@ class PlannedRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        return Path(str(self.config.output)).name
+        return os.path.basename(str(self.config.output))
 
     @property
     def mode(self) -> str | dict[str, Any] | None:

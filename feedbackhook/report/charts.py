@@ -90,10 +90,11 @@ def concordance(table: SweepTable) -> Section:
 def curves(table: SweepTable) -> Section:
     """Test and training error against the epoch, filtered by dataset, condition and learning rate."""
     planned = table.planned
-    rows, notes = _finite(table.runs.rows(ERRORS))
+    rows, notes = _finite(_rows(table, ERRORS))
     if rows.empty:
         return Section({}, {}, ["No learning curves: no run that has ended has an error."])
-    wide, thinned = _thin(_wide(rows, ERRORS, planned, "epoch"), _CURVE_ROWS, _CURVE_EPOCHS)
+    rows, thinned = _thin(rows, _CURVE_ROWS, _CURVE_EPOCHS)
+    wide = _wide(rows, ERRORS, planned, "epoch")
     names = list(table.cells["condition"].unique())
     of_condition = {run.condition: _rule(run) for run in planned}
     rules = {name: of_condition[name] for name in names}
@@ -119,14 +120,16 @@ def curves(table: SweepTable) -> Section:
 
 
 def alignment(table: SweepTable) -> Section:
-    """Weight and error angle of each layer against the epoch, of the run that is chosen."""
+    """Weight and error angle of each layer against the epoch, of the run that is chosen. They must be among
+    the rows of the table."""
     planned, runs = table.planned, table.runs
-    rows, undefined = _finite(runs.rows(ANGLES, layers=True))
+    rows, undefined = _finite(_rows(table, ANGLES))
     if rows.empty:
         return Section({}, {}, ["No alignment angles: no run that has ended has one."])
-    rows = rows.assign(l=rows.groupby(["depth", "layer"], dropna=False).ngroup())
+    rows, thinned = _thin(rows, _ANGLE_ROWS, _ANGLE_EPOCHS)
+    rows = rows.assign(l=rows.groupby(["depth", "layer"], dropna=False, observed=True).ngroup())
     layers = rows[["l", "depth", "layer"]].drop_duplicates().sort_values("l")
-    wide, thinned = _thin(_wide(rows, ANGLES, planned, "epoch", "l"), _ANGLE_ROWS, _ANGLE_EPOCHS)
+    wide = _wide(rows, ANGLES, planned, "epoch", "l")
     notes = ["A point is the mean over the steps that were measured in an epoch.", *thinned]
     notes += [f"{note} The first layer sends no error on, so it has no error angle." for note in undefined]
     names = set(runs.runs["run"])
@@ -135,7 +138,7 @@ def alignment(table: SweepTable) -> Section:
     if backprop := dict.fromkeys(run.condition for run in ended if run not in patched):
         notes.append(f"Without feedback weights, and so without angles: {', '.join(backprop)}.")
     places = [int(place) for place in wide["r"].unique()]
-    best = _described(table)["best"]
+    best = _described(table)["best"].to_list()
     first = next((place for place in places if best[place]), places[0])
     select = _Select("run", "Run", places, [planned[place].name for place in places], first)
     charts: dict[str, dict[str, Any]] = {}
@@ -303,10 +306,15 @@ def _described(table: SweepTable) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["r", "run", "dataset", "condition", "rate", "seed", "best"])
 
 
+def _rows(table: SweepTable, metrics: Iterable[str]) -> pd.DataFrame:
+    return table.rows[table.rows["metric"].isin(list(metrics))]
+
+
 def _finite(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    finite = rows[np.isfinite(rows["value"])]
-    count = len(rows) - len(finite)
-    return finite, [f"Values that are no number and have no point: {count}."] if count else []
+    finite = np.isfinite(rows["value"])
+    if finite.all():
+        return rows, []
+    return rows[finite], [f"Values that are no number and have no point: {(~finite).sum()}."]
 
 
 def _wide(
@@ -314,21 +322,30 @@ def _wide(
 ) -> pd.DataFrame:
     """A column a metric, and `r`: where in the plan the run stands."""
     places = {run.name: place for place, run in enumerate(planned)}
-    wide = rows.assign(r=rows["run"].map(places)).pivot_table("value", ["r", *keys], "metric")
+    numbered = rows.assign(r=rows["run"].astype(str).map(places))
+    wide = numbered.pivot_table("value", ["r", *keys], "metric", observed=True)
     return wide.reindex(columns=list(metrics)).reset_index()
 
 
 def _thin(rows: pd.DataFrame, most: int, epochs: int) -> tuple[pd.DataFrame, list[str]]:
-    """At most so many rows in all, and epochs of a run, evenly spaced from its first to its last."""
-    of_run = rows.groupby("r")["epoch"]
-    place, count = of_run.rank("dense") - 1, of_run.transform("nunique")
-    an_epoch = len(rows) / of_run.nunique().sum()  # rows
-    allowed = int(np.clip(most / (of_run.ngroups * an_epoch), 2, epochs))
-    if count.max() <= allowed:
+    """Rows of at most so many epochs of a run, evenly spaced from its first to its last, and of so few that
+    there are at most so many of rows that differ in more than the metric."""
+    epoch, layer = rows["epoch"].to_numpy(), rows["layer"].cat.codes.to_numpy() + 1  # 0: the whole network
+    span = epoch.max() + 1
+    at = rows["run"].cat.codes.to_numpy().astype(np.int64) * span + epoch
+    known, place_of = np.unique(at, return_inverse=True)  # the epochs of one run after those of another
+    drawn = np.zeros((len(known), layer.max() + 1), bool)
+    drawn[place_of, layer] = True
+    _, first, run, counts = np.unique(
+        known // span, return_index=True, return_inverse=True, return_counts=True
+    )
+    allowed = int(np.clip(most / (len(counts) * drawn.sum() / len(known)), 2, epochs))
+    if counts.max() <= allowed:
         return rows, []
-    step = ((count - 1) / (allowed - 1)).clip(lower=1)
-    kept = rows[((place / step).round() * step).round() == place]
-    return kept, [f"Of a run's epochs, of up to {count.max()}, at most {allowed} are drawn, evenly spaced."]
+    place, step = np.arange(len(known)) - first[run], np.maximum((counts[run] - 1) / (allowed - 1), 1)
+    kept = np.round(np.round(place / step) * step) == place
+    notes = [f"Of a run's epochs, of up to {counts.max()}, at most {allowed} are drawn, evenly spaced."]
+    return rows[kept[place_of]], notes
 
 
 def _rule(run: PlannedRun) -> str:

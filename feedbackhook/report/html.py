@@ -21,7 +21,7 @@ from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_lin
 from feedbackhook.experiments.folder import RunResult
 from feedbackhook.experiments.plan import PlannedRun
 from feedbackhook.recorder import written_aside
-from feedbackhook.report.charts import alignment, concordance, curves
+from feedbackhook.report.charts import ANGLES, alignment, concordance, curves
 from feedbackhook.report.tables import (
     ALIKE,
     BETTER,
@@ -67,7 +67,7 @@ def page(folder: str | os.PathLike[str]) -> str:
         ConfigError: the folder holds no sweep, or a damaged one.
     """
     folder = Path(folder)
-    table = sweep_table(folder)
+    table = sweep_table(folder, of_layers=ANGLES)
     sections = {"concordance": concordance(table), "curves": curves(table), "alignment": alignment(table)}
     members = [_member(run) for run in table.planned]
     left_out = table.missing | table.runs.skipped  # by now with those whose damage showed when they were read

@@ -6,7 +6,7 @@ The paper is Liao, Leibo and Poggio 2016, "How Important Is Weight Symmetry in B
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -41,6 +41,8 @@ class SweepTable:
         config: the sweep.
         planned: its runs.
         runs: those of them that have ended.
+        rows: what they have recorded of their errors, and of their layers what was asked for, as
+            :meth:`Runs.rows` gives it.
         cells: a row a condition and dataset, in the order of the sweep; errors in percent. `best_error` is
             the smallest test error over epochs and learning rates, as the paper reports it; `chosen_error`
             the test error at the epoch and the rate whose error on what was held out of the training set is
@@ -56,6 +58,7 @@ class SweepTable:
     config: SweepConfig
     planned: list[PlannedRun]
     runs: Runs
+    rows: pd.DataFrame
     cells: pd.DataFrame
     missing: dict[str, str]
     rank_correlation: dict[str, tuple[float, int]]
@@ -73,11 +76,12 @@ def paper_errors() -> pd.DataFrame:
         return pd.read_csv(file, index_col="condition")
 
 
-def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
+def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -> SweepTable:
     """The table of the sweep in ``folder``, from its runs' tables.
 
-    A run that has not ended, or failed, is in no mean: it is named in `missing`, and its cell says how many
-    of its runs are in it.
+    ``of_layers`` are the metrics of single layers that its `rows` shall hold as well. A run that has not
+    ended, or failed, is in no mean: it is named in `missing`, and its cell says how many of its runs are in
+    it.
 
     Raises:
         ConfigError: the folder holds no sweep, or a damaged one.
@@ -85,7 +89,8 @@ def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
     config = stored(folder)
     planned = plan(config)
     found = describe(run.folder.path for run in planned if run.folder.path.is_dir())
-    errors = _errors(found)
+    rows = found.rows(["test_error", "held_out_error", "train_error"], of_layers)
+    errors = _errors(rows[rows["layer"].isna()])
     status = dict(found.runs[["run", "status"]].to_numpy())
     missing = {
         run.name: found.skipped.get(run.name, "it has no test error" if run.name in status else "not begun")
@@ -101,7 +106,7 @@ def sweep_table(folder: str | os.PathLike[str]) -> SweepTable:
     )
     table["status"] = table["run"].map(status).where(table["run"].isin(errors.index), "missing")
     cells = _compared(pd.DataFrame(_cells(table)), _reference(config))
-    return SweepTable(config, planned, found, cells, missing, dict(_rank_correlations(cells)))
+    return SweepTable(config, planned, found, rows, cells, missing, dict(_rank_correlations(cells)))
 
 
 def as_markdown(table: SweepTable) -> str:
@@ -202,14 +207,14 @@ def write(table: SweepTable, folder: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
-def _errors(runs: Runs) -> pd.DataFrame:
+def _errors(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each run its smallest test error after training began, and that at the epoch that is best on what
     was held out. A run that diverged before its first epoch ended has the untrained network's."""
-    rows = runs.rows(["test_error", "held_out_error"])
-    by_epoch = rows.pivot_table("value", ["run", "epoch"], "metric").reindex(
+    by_epoch = rows.pivot_table("value", ["run", "epoch"], "metric", observed=True).reindex(
         columns=["test_error", "held_out_error"]
     )
     by_epoch = by_epoch[np.isfinite(by_epoch["test_error"])].reset_index("epoch")
+    by_epoch.index = by_epoch.index.astype(object)
     began = (by_epoch["epoch"] > 0).groupby("run").transform("any")
     trained = by_epoch[(by_epoch["epoch"] > 0) | ~began].reset_index()
     best = trained.loc[trained.groupby("run")["test_error"].idxmin()].set_index("run")
