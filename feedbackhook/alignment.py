@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from feedbackhook.bracket import Bracket
     from feedbackhook.edge import Layer
     from feedbackhook.patching import Patch
@@ -91,7 +93,13 @@ class Sums(NamedTuple):
         return (self.aa / self.bb) ** 0.5 if self.bb else float("nan")
 
 
-def measure(patch: Patch, loss: Tensor | None = None, *, per_sample: bool = False) -> list[Row]:
+def measure(
+    patch: Patch,
+    loss: Tensor | None = None,
+    *,
+    per_sample: bool = False,
+    group: ProcessGroup | None = None,
+) -> list[Row]:
     """How the feedback of each layer, and of all together, compares with backprop on the graph of `loss`.
 
     Call it before `loss.backward()`; it makes two gradient passes of its own. The graph, the parameters'
@@ -105,6 +113,9 @@ def measure(patch: Patch, loss: Tensor | None = None, *, per_sample: bool = Fals
         per_sample: also gives `error_angle_per_sample`, the mean of the angles of single samples (along the
             first dimension of the layer's input; inside nn.MultiheadAttention that is the position), and
             `error_angle_samples`, over how many; a sample without an error signal has none.
+        group: of torch.distributed, whose ranks hold shares of one batch and losses that sum up, or average,
+            to that of the whole: all of them must call it, and the rows are those of the whole batch. Without
+            it they are of this rank's own share.
 
     Returns:
         Rows by layer in the order of `patch.layers`, then those of the whole network. A layer to which the
@@ -130,10 +141,13 @@ def measure(patch: Patch, loss: Tensor | None = None, *, per_sample: bool = Fals
             "the graph of this loss holds no patched layer: was it made without gradients, with the patch "
             "disabled, or by another model?"
         )
+    if group is not None:
+        for gradient in [g for layer in bracket.layers for g in (*delivered[layer], *exact[layer])]:
+            torch.distributed.all_reduce(gradient, group=group)
     gradients = {
         layer: Sums.total([Sums(), *map(Sums.of, delivered[layer], exact[layer])]) for layer in bracket.layers
     }
-    rows = [*weight_rows(bracket), *errors.rows(bracket.layers)]
+    rows = [*weight_rows(bracket), *errors.rows(bracket.layers, group)]
     rows += [_row(layer, "gradient_angle", total.angle) for layer, total in gradients.items()]
     rows.append(_row(None, "gradient_angle", Sums.total(gradients.values()).angle))
     return sorted(rows, key=_order(bracket))
@@ -180,16 +194,29 @@ class ErrorAngles:
             a, b = (x.reshape(samples, x.numel() // max(1, samples)) for x in (by_v, by_w))
             self._samples.setdefault(layer, []).append(_angles_of_rows(a, b))
 
-    def rows(self, layers: Iterable[Layer]) -> Iterator[Row]:
-        """The rows of each layer; what was not seen is NaN."""
-        for layer in layers:
-            calls = (Sums(*part.tolist()) for part in self.seen.get(layer, []))
-            yield _row(layer, "error_angle", Sums.total([Sums(), *calls]).angle)
+    def rows(self, layers: Iterable[Layer], group: ProcessGroup | None = None) -> Iterator[Row]:
+        """The rows of each layer; what was not seen is NaN. With a group all its ranks must ask, and what
+        they have seen counts together."""
+        layers = list(layers)
+        seen = [self._sums_of(layer) for layer in layers]
+        if group is not None and seen:
+            table = torch.tensor(seen, dtype=torch.float64, device=layers[0].weight().device)
+            torch.distributed.all_reduce(table, group=group)
+            seen = table.tolist()
+        for layer, (ab, aa, bb, degrees, samples) in zip(layers, seen, strict=True):
+            yield _row(layer, "error_angle", Sums(ab, aa, bb).angle)
             if self.per_sample:
-                parts = [part.cpu() for part in self._samples.get(layer, [])]
-                angles = torch.cat([torch.empty(0, device="cpu"), *parts])
-                yield _row(layer, "error_angle_per_sample", angles.nanmean().item())
-                yield _row(layer, "error_angle_samples", float(angles.isfinite().sum()))
+                mean = degrees / samples if samples else float("nan")
+                yield _row(layer, "error_angle_per_sample", mean)
+                yield _row(layer, "error_angle_samples", samples)
+
+    def _sums_of(self, layer: Layer) -> list[float]:
+        """Those of its error signals, the sum of its samples' angles, and over how many."""
+        calls = (Sums(*part.tolist()) for part in self.seen.get(layer, []))
+        parts = [part.cpu() for part in self._samples.get(layer, [])]
+        angles = torch.cat([torch.empty(0, device="cpu"), *parts])
+        samples = float(angles.isfinite().sum())
+        return [*Sums.total([Sums(), *calls])[:3], angles.nansum().item(), samples]
 
 
 @contextmanager

@@ -72,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str, error: Exception) -> int:
+    """Tells the user what is wrong; of several processes one does."""
+    from feedbackhook.experiments.processes import ToldElsewhere, speaks
+
     logger.debug("refused", exc_info=error)
-    print(f"feedbackhook: error: {' '.join(message.split())}", file=sys.stderr)
+    if speaks("LOCAL_RANK") and not isinstance(error, ToldElsewhere):
+        print(f"feedbackhook: error: {' '.join(message.split())}", file=sys.stderr)
     return _USAGE_ERROR
 
 
@@ -216,10 +220,11 @@ def _train(given: Namespace) -> int:
     from rich.console import Console
 
     from feedbackhook.experiments.config import RunConfig
+    from feedbackhook.experiments.processes import speaks
     from feedbackhook.experiments.train import train
 
     config = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not speaks())
     try:
         with run_progress(console) as progress:
             result = train(config, resume=given.resume, progress=progress)

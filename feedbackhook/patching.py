@@ -18,6 +18,8 @@ from feedbackhook.targets import LayerInfo, Selection, Target, find_targets, pat
 from feedbackhook.watch import Watch
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from feedbackhook.recorder import Recorder
 
 
@@ -214,7 +216,15 @@ class Patch:
         taps[handle.id] = fn
         return handle
 
-    def watch(self, every: int, recorder: Recorder, *, step: int = 0, per_sample: bool = False) -> Watch:
+    def watch(
+        self,
+        every: int,
+        recorder: Recorder,
+        *,
+        step: int = 0,
+        per_sample: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> Watch:
         """Measures inside the training that goes on: every `every`-th step of the optimizer that holds the
         patched weights, the first included, puts into `recorder` what `feedbackhook.measure` gives but
         `gradient_angle`, and the norms of weights and gradients and the learning rate. With gradient
@@ -228,6 +238,8 @@ class Patch:
             recorder: where the rows go.
             step: how many steps have been done already, for a run that goes on.
             per_sample: as in `feedbackhook.measure`.
+            group: of torch.distributed, whose ranks hold shares of one batch: error angles are of all their
+                samples then, and every rank must watch the same steps. Without it they are of this rank's.
 
         Returns:
             A handle whose `remove()` ends it, as that of the patch does.
@@ -240,7 +252,7 @@ class Patch:
         """
         if not self._bracket.attached:
             raise RuntimeError("this patch is removed: there is nothing to watch")
-        return Watch(self, every, recorder, step, per_sample)
+        return Watch(self, every, recorder, step, per_sample, group)
 
     @property
     def layers(self) -> list[LayerRow]:

@@ -16,6 +16,8 @@ from feedbackhook.alignment import ErrorAngles, Row, gathered, observed, weight_
 from feedbackhook.rules import expected_angle
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from feedbackhook.patching import Patch
     from feedbackhook.recorder import Recorder
 
@@ -28,13 +30,20 @@ class Watch:
     """
 
     def __init__(
-        self, patch: Patch, every: int, recorder: Recorder, step: int = 0, per_sample: bool = False
+        self,
+        patch: Patch,
+        every: int,
+        recorder: Recorder,
+        step: int = 0,
+        per_sample: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         for name, value, least in (("every", every, 1), ("step", step, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer, {least} or more, not {value!r}")
         self.step = step
         self._patch, self._every, self._recorder, self._per_sample = patch, every, recorder, per_sample
+        self._group = group
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._looking = ExitStack()
         self._errors: ErrorAngles | None = None
@@ -80,7 +89,12 @@ class Watch:
         errors = self._errors
         self._stop_looking()
         expected = self._expected() if self.step == 0 else ()
-        rows = (weight_rows(bracket), errors.rows(bracket.layers), self._norms(optimizer), expected)
+        rows = (
+            weight_rows(bracket),
+            errors.rows(bracket.layers, self._group),
+            self._norms(optimizer),
+            expected,
+        )
         self._record(self.step, [row for part in rows for row in part])
         self._record(self.step, self._rates(optimizer))
         if self._recorder.histograms:

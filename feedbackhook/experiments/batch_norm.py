@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from feedbackhook.experiments.config import ConfigError
 
@@ -123,3 +125,86 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Tensor], alpha: floa
     for norm, (mean, std) in averages.items():
         norm.mean.copy_(mean)
         norm.std.copy_(std)
+
+
+class OfAllProcesses(TorchFunctionMode):
+    """Within it, batch normalisation in training takes the statistics of all processes' shares of a
+    mini-batch, which are of one size, and so do its running averages.
+
+    It stands in for `F.batch_norm`, which every kind of normalisation by batch statistics calls, ours and
+    timm's with their activations among them; `nn.SyncBatchNorm` would take the place of modules, knows
+    torch's own alone, and needs a GPU. Mean and biased variance in two passes, in float32 or better.
+
+    Args:
+        count: of the processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """(N, C, ...) to the same shape."""
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        x = input if input.dtype == torch.float64 else input.float()
+        dims, shape = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
+        mean = self._mean(x.mean(dims))
+        centred = x - mean.view(shape)
+        variance = self._mean(centred.square().mean(dims))
+        if running_mean is not None and running_var is not None:
+            entries = self._count * x.numel() // x.shape[1]
+            running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+            unbiased = variance.detach() * (entries / (entries - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        output = centred * (variance + eps).rsqrt().view(shape)
+        if weight is not None:
+            output = output * weight.view(shape)
+        if bias is not None:
+            output = output + bias.view(shape)
+        return output.to(input.dtype)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        mean: Tensor = _MeanOfAll.apply(values, self._count)
+        return mean
+
+
+class _MeanOfAll(torch.autograd.Function):
+    """The mean of a tensor over all processes. Its transpose is itself: the loss is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        total = values.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total / ctx.count, None
+
+
+def other_batch_statistics(model: nn.Module) -> str | None:
+    """The kind of a module that takes statistics of the mini-batch without `F.batch_norm`, if there is one:
+    timm's EvoNorm-B and torch's SyncBatchNorm."""
+    kinds = (type(module).__name__ for module in model.modules())
+    return next((kind for kind in kinds if kind.startswith(("EvoNorm2dB", "SyncBatchNorm"))), None)

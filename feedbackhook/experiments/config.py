@@ -146,7 +146,8 @@ class ProtocolConfig:
 
     Args:
         epochs: passes over the training set.
-        batch_size: images a mini-batch; what is left at an epoch's end, less than that, is not drawn.
+        batch_size: images a mini-batch, of all processes together; what is left at an epoch's end, less than
+            that, is not drawn.
         batch_sizes: other sizes from an epoch's end on: {3: 500} is 500 images after the third epoch.
         schedule: of the learning rate, from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a
             period of it, to zero.
@@ -157,6 +158,12 @@ class ProtocolConfig:
             weights.
         threads: CPU threads; null: torch's own number. Kept with the run, since it changes the last bits.
         device: a torch device, or `auto`: a GPU if there is one.
+        precision: `fp32`, or `bf16`, mixed precision: bfloat16 where torch's autocast allows it, weights and
+            optimizer in float32.
+        accumulation: backwards an update, each of an equal part of the mini-batch, which take that much less
+            memory. Batch statistics are of each part.
+        strategy: of several processes (`torchrun -m feedbackhook train`): `ddp` keeps the network in each,
+            `fsdp2` a share of weights, gradients and optimizer state. Of one process it has no effect.
     """
 
     epochs: int = 15
@@ -168,6 +175,9 @@ class ProtocolConfig:
     seed: int = 0
     threads: int | None = None
     device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation: int = 1
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
 
 
 @dataclass
@@ -245,7 +255,8 @@ class SweepProtocolConfig(ProtocolConfig):
 
     Args:
         epochs: passes over the training set.
-        batch_size: images a mini-batch; what is left at an epoch's end, less than that, is not drawn.
+        batch_size: images a mini-batch, of all processes together; what is left at an epoch's end, less than
+            that, is not drawn.
         batch_sizes: other sizes from an epoch's end on: {3: 500} is 500 images after the third epoch.
         schedule: of the learning rate, from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a
             period of it, to zero.
@@ -255,6 +266,12 @@ class SweepProtocolConfig(ProtocolConfig):
         seed: the first; see `seeds`.
         threads: CPU threads of a run; null: 1.
         device: a torch device, or `auto`: a GPU if there is one.
+        precision: `fp32`, or `bf16`, mixed precision: bfloat16 where torch's autocast allows it, weights and
+            optimizer in float32.
+        accumulation: backwards an update, each of an equal part of the mini-batch, which take that much less
+            memory. Batch statistics are of each part.
+        strategy: of several processes (`torchrun -m feedbackhook train`): `ddp` keeps the network in each,
+            `fsdp2` a share of weights, gradients and optimizer state. Of one process it has no effect.
         rates: factors of `optimizer.lr`, each a run; a number is how many of the paper's: 5 are 100, 10, 1,
             0.1 and 0.01, 3 are 10, 1 and 0.1, and 1 is 1.
         seeds: how many seeds, each a run: `seed` and those that follow it.

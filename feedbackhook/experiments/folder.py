@@ -67,10 +67,16 @@ class RunResult:
 
 
 class RunFolder:
-    """The files of one run under ``path``; nothing is made before the first write."""
+    """The files of one run under ``path``; nothing is made before the first write.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Args:
+        path: the folder.
+        writes: whether this process writes; of several, one does, and in the others every write does nothing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
         self.path = Path(path)
+        self._writes = writes
         self._config = self.path / "config.yaml"
         self._status = self.path / "status.json"
         self._checkpoint = self.path / "checkpoint.pt"
@@ -106,7 +112,7 @@ class RunFolder:
     def tidy(self) -> None:
         """Remove what a killed process was writing and what an earlier failure left; for the run that has the
         folder to itself."""
-        for entry in self.path.iterdir():
+        for entry in self.path.iterdir() if self._writes else ():
             if _is_aside(entry) or entry.name == "traceback.txt":
                 entry.unlink()
 
@@ -114,6 +120,8 @@ class RunFolder:
         (self.path / "traceback.txt").write_text(text)
 
     def write_result(self, result: RunResult) -> None:
+        if not self._writes:
+            return
         content = {name: value for name, value in vars(result).items() if name != "folder"}
         with written_aside(self._status) as aside:
             aside.write_text(json.dumps(content, indent=2) + "\n")
@@ -132,8 +140,10 @@ class RunFolder:
             raise ConfigError(f"cannot go on: {self._config} is damaged")
         return stored
 
-    def write_config(self, config: RunConfig) -> None:
-        content = {**asdict(config), "provenance": provenance()}
+    def write_config(self, config: RunConfig, processes: int = 1) -> None:
+        if not self._writes:
+            return
+        content = {**asdict(config), "provenance": provenance(processes)}
         with written_aside(self._config) as aside:
             aside.write_text(yaml.dump(content, Dumper=_YAML_OUT, sort_keys=False, allow_unicode=True))
 
@@ -144,6 +154,9 @@ class RunFolder:
             ConfigError: naming the first key that differs.
         """
         stored, given = _flat(self.stored_config()), _flat(as_yaml(config))
+        for key, default in _flat(as_yaml(RunConfig())).items():
+            if not any(name == key or name.startswith(f"{key}.") for name in stored):
+                stored[key] = default  # an option that is newer than the run
         for key in [*stored, *given]:
             if not key.startswith(_FREE_ON_RESUME) and stored.get(key) != given.get(key):
                 raise ConfigError(
@@ -166,12 +179,28 @@ class RunFolder:
         return state
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         with written_aside(self._checkpoint) as aside:
             torch.save(state, aside)
 
-    def write_weights(self, model: nn.Module, name: Literal["best", "last"]) -> None:
+    def write_weights(self, state: dict[str, Any], name: Literal["best", "last"]) -> None:
+        """Those of a model's state dict; of tensors that share their memory, one."""
+        if not self._writes:
+            return
         with written_aside(self.path / f"{name}.safetensors") as aside:
-            save_model(model, str(aside))
+            save_model(_Stated(state), str(aside))
+
+
+class _Stated(nn.Module):
+    """A module of this state, as safetensors asks for it."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self._state = state
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(self._state)
 
 
 def _is_aside(path: Path) -> bool:
@@ -192,8 +221,8 @@ def as_yaml(config: RunConfig) -> dict[str, Any]:
     return content
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, machine and command of this process."""
+def provenance(processes: int = 1) -> dict[str, Any]:
+    """Versions, machine and command of this process, and how many processes the run began on, if several."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with its build
     for package in _PACKAGES:
         try:
@@ -203,7 +232,8 @@ def provenance() -> dict[str, Any]:
     machine: dict[str, Any] = {"platform": platform.platform(), "cpus": os.cpu_count()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    return {"versions": versions, "machine": machine, "command": shlex.join(sys.argv)}
+    many = {"processes": processes} if processes > 1 else {}
+    return {"versions": versions, "machine": machine, **many, "command": shlex.join(sys.argv)}
 
 
 def _from_yaml(text: str) -> Any:

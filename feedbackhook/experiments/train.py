@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import feedbackhook
-from feedbackhook.experiments import data, models, optimizers
+from feedbackhook.experiments import data, models, optimizers, processes
 from feedbackhook.experiments.batch_norm import estimate_statistics
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import (
@@ -29,6 +29,7 @@ from feedbackhook.experiments.config import (
 )
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
+from feedbackhook.experiments.processes import Processes
 from feedbackhook.recorder import Recorder, read
 from feedbackhook.report import plots
 
@@ -77,9 +78,34 @@ def train(
     loss is no longer finite ends as `diverged`, its table written. ``KeyboardInterrupt`` passes through
     and leaves the run `interrupted`, its finished epochs kept; any other error leaves it `failed`.
 
+    Under torchrun all processes train this one run, and each of them returns its result; the first alone
+    writes, and tells ``progress``. Their number may be another when the run is resumed.
+
     Raises:
         ConfigError: the run cannot start so: a bad option, data that are not there, a folder in use.
     """
+    with processes.started(config.protocol) as team:
+        config, ended = team.told(lambda: _begin(config, resume, team.count))
+        if ended is not None:
+            return ended
+        folder = RunFolder(str(config.output), writes=team.first)
+        with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
+            run = team.in_turn(lambda: _built(config, images, team))
+            try:
+                run.distribute()
+                with team.agreed(), _one_clear_error():
+                    recorder = _recorder(folder, config)
+                with recorder:
+                    result = run.through(folder, recorder, (team.first and progress) or (lambda _: None))
+            finally:
+                run.close()
+            if config.record.figures:
+                team.told(lambda: _draw(folder))
+    return result
+
+
+def _begin(config: RunConfig, resume: bool, count: int) -> tuple[RunConfig, RunResult | None]:
+    """The resolved configuration of a run on ``count`` processes, and its result if it has ended."""
     folder = RunFolder(config.output or default_output(config))
     before = folder.result()
     if before is not None and not resume:
@@ -87,27 +113,15 @@ def train(
             f"{folder.path} holds a run ({before.status}, epoch {before.epoch}): "
             "go on with it by --resume, or give another --output"
         )
-    config = resolve(as_begun(config, folder))
+    config = resolve(as_begun(config, folder), count)
     if before is not None and folder.trained():
         folder.check_same(config)
         if before.ended:
             if config.record.figures and not before.figures:
                 _draw(folder)
-            return before
+            return config, before
     check_device(config)
-    with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
-        with _one_clear_error():
-            run = _Run(config, data.load(config.data) if images is None else images)
-        try:
-            with _one_clear_error():
-                recorder = _recorder(folder, config)
-            with recorder:
-                result = run.through(folder, recorder, progress or (lambda _: None))
-        finally:
-            run.close()
-        if config.record.figures:
-            _draw(folder)
-    return result
+    return config, None
 
 
 def default_output(config: RunConfig) -> str:
@@ -135,8 +149,9 @@ def as_begun(config: RunConfig, folder: RunFolder) -> RunConfig:
     return replace(config, protocol=replace(p, threads=threads, device=device))
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """``config`` with every null that stands for a default filled in, and its numbers checked.
+def resolve(config: RunConfig, count: int = 1) -> RunConfig:
+    """``config`` with every null that stands for a default filled in, and its numbers checked, for a run on
+    ``count`` processes.
 
     Raises:
         ConfigError: a number is out of its range, or the device is none that torch knows.
@@ -148,6 +163,7 @@ def resolve(config: RunConfig) -> RunConfig:
         ("protocol.epochs", p.epochs, 1),
         ("protocol.batch_size", p.batch_size, 1),
         ("protocol.threads", p.threads, 1),
+        ("protocol.accumulation", p.accumulation, 1),
         ("protocol.seed", p.seed, 0),
         ("record.every", config.record.every, 1),
         ("record.gradient_angle_every", config.record.gradient_angle_every, 0),
@@ -162,6 +178,7 @@ def resolve(config: RunConfig) -> RunConfig:
             raise ConfigError(f"{name} must be {least} or more, not {value}")
     if p.seed >= 2**63:
         raise ConfigError(f"protocol.seed must be less than 2**63, not {p.seed}")
+    _check_parts(config, count)
     optimizers.check(config.optimizer)
     if config.feedback.schedule and config.feedback.mode is None:
         raise ConfigError("feedback.schedule has no effect without feedback.mode")
@@ -207,6 +224,35 @@ def check_device(config: RunConfig) -> None:
         raise ConfigError(f"protocol.device {device!r} cannot be used: {error}") from error
 
 
+def _check_parts(config: RunConfig, count: int) -> None:
+    """Sees that each mini-batch can be shared out, and that what is recorded can be measured then."""
+    p = config.protocol
+    for name in ("precision", "strategy"):
+        value, known = getattr(p, name), get_args(get_type_hints(ProtocolConfig)[name])
+        if value not in known:
+            raise ConfigError(f"protocol.{name} must be {' or '.join(known)}, not {value!r}")
+    parts = count * p.accumulation
+    for size in (p.batch_size, *p.batch_sizes.values()):
+        if size % parts:
+            near = max(parts, size // parts * parts)
+            raise ConfigError(
+                f"a mini-batch of {size} images cannot be shared out among {count} processes times "
+                f"{p.accumulation} backwards an update: give a multiple of {parts}, such as {near}"
+            )
+    if config.record.gradient_angle_every and (p.strategy == "fsdp2" or p.accumulation > 1):
+        why = (
+            "protocol.strategy fsdp2, whose gradients only the backward puts together"
+            if p.strategy == "fsdp2"
+            else "protocol.accumulation, since it is of the whole mini-batch"
+        )
+        raise ConfigError(f"record.gradient_angle_every cannot be measured with {why}: give 0 for none")
+
+
+def _built(config: RunConfig, images: ImageData | None, team: Processes) -> _Run:
+    with _one_clear_error():
+        return _Run(config, data.load(config.data) if images is None else images, team)
+
+
 def _milestones(p: ProtocolConfig) -> list[int] | None:
     if p.milestones is not None or p.schedule != "steps":
         return p.milestones
@@ -216,9 +262,9 @@ def _milestones(p: ProtocolConfig) -> list[int] | None:
 class _Run:
     """What a configuration builds, and how far its training is."""
 
-    def __init__(self, config: RunConfig, images: ImageData) -> None:
+    def __init__(self, config: RunConfig, images: ImageData, team: Processes) -> None:
         self.config, p, f = config, config.protocol, config.feedback
-        self.device = torch.device(p.device)
+        self.team, self.device = team, team.device(p.device)
         self.data = images.to(self.device)
         count, channels, height, width = images.train.images.shape
         if (largest := max(p.batch_size, *p.batch_sizes.values(), 0)) > count:
@@ -254,6 +300,10 @@ class _Run:
                 self.patch.set(**options)
             self.patch.load_state_dict(before)
 
+    def distribute(self) -> None:
+        """Makes it that of all processes, which follows the patch: sharded weights come after it."""
+        self.team.distribute(self.model, self.optimizer)
+
     def close(self) -> None:
         if self.patch is not None:
             self.patch.remove()
@@ -263,13 +313,13 @@ class _Run:
     ) -> RunResult:
         """Train from the folder's checkpoint, or from the start, to the end."""
         folder.tidy()
-        checkpoint = folder.load_checkpoint()
+        checkpoint = self.team.told(folder.load_checkpoint)
         result = self.result = RunResult(folder.path)
         try:
             if checkpoint is None:
                 recorder.drop_after(-1)
                 folder.write_result(result)
-                folder.write_config(self.config)
+                folder.write_config(self.config, self.team.count)
                 self._evaluate(recorder, progress)
                 self._save(folder, recorder)
             else:
@@ -277,7 +327,13 @@ class _Run:
                 folder.write_result(result)
             if self.patch is not None:
                 record = self.config.record
-                self.patch.watch(record.every, recorder, step=self.step, per_sample=record.per_sample)
+                self.patch.watch(
+                    record.every,
+                    recorder,
+                    step=self.step,
+                    per_sample=record.per_sample,
+                    group=self.team.group,
+                )
             while self.epoch < self.config.protocol.epochs:
                 self.epoch += 1
                 with data.seeded(self.config.protocol.seed, self.epoch):  # for augmentation
@@ -304,13 +360,18 @@ class _Run:
         Raises:
             ConfigError: one of them is damaged.
         """
-        try:
-            self._restore(checkpoint)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"cannot go on: {folder.path}/checkpoint.pt does not fit this run ({type(error).__name__}: "
-                f"{one_line(error)}): give another output"
-            ) from error
+        with self.team.agreed():
+            try:
+                self._restore(checkpoint)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"cannot go on: {folder.path}/checkpoint.pt does not fit this run "
+                    f"({type(error).__name__}: {one_line(error)}): give another output"
+                ) from error
+        self.team.told(lambda: self._cut(folder, recorder))
+
+    def _cut(self, folder: RunFolder, recorder: Recorder) -> None:
+        """Drops the rows that follow the checkpoint, and sees that those before it are there."""
         with _one_clear_error():
             recorder.drop_after(self.step, self.epoch)
             last = int(read(folder.path)["step"].max())
@@ -326,26 +387,15 @@ class _Run:
         batches = len(train_set.labels) // size
         recorder.epoch = self.epoch
         rate = float(self.schedule.get_last_lr()[0])
-        total, wrong = 0.0, 0
+        total, wrong = 0.0, 0.0
         self.model.train()
         for module in self.still:
             module.eval()
+        self.team.seed(p.seed, self.epoch)
         for batch, index in enumerate(data.minibatches(len(train_set.labels), size, self.order), 1):
-            if self.augment is None:
-                x, y = self.data.batch(train_set, index, self.device)
-            else:
-                x = self.augment(train_set.images[index]).to(self.device)
-                y = train_set.labels[index].to(self.device)
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
-            value = _finite("train_loss", loss.item())
-            self.optimizer.zero_grad()
-            self._measure_gradients(loss, recorder, last=self.epoch == p.epochs and batch == batches)
-            loss.backward()
-            self.optimizer.step()
-            self.step += 1
-            total += value
-            wrong += int((logits.argmax(1) != y).sum())
+            loss, missed = self._train_step(index, recorder, last=self.epoch == p.epochs and batch == batches)
+            total += loss
+            wrong += missed
             progress(Progress(self.epoch, p.epochs, batch, batches, total / batch))
         self.schedule.step()
         if self.patch is not None and self.epoch in self.config.feedback.schedule:
@@ -356,12 +406,36 @@ class _Run:
         recorder.add(self.step, self.epoch, "train_loss", self.train_loss)
         recorder.add(self.step, self.epoch, "train_error", 100 * wrong / (batches * size))
 
+    def _train_step(self, index: Tensor, recorder: Recorder, last: bool) -> tuple[float, float]:
+        """One update: the mean loss over the mini-batch, and how many images were classified wrong."""
+        team, train_set, shares = self.team, self.data.train, self.team.shares(len(index))
+        # Every process augments the whole mini-batch, so that all images are those of one process.
+        augmented = None if self.augment is None else self.augment(train_set.images[index])
+        total, wrong = 0.0, 0.0
+        self.optimizer.zero_grad()
+        for share in shares:
+            if augmented is None:
+                x, y = self.data.batch(train_set, index[share], self.device)
+            else:
+                x, y = augmented[share].to(self.device), train_set.labels[index[share]].to(self.device)
+            with team.part(last=share is shares[-1]):
+                logits = team.forward(x)
+                loss = F.cross_entropy(logits, y)
+                summed, missed = team.total(loss.item(), int((logits.argmax(1) != y).sum()))
+                total += _finite("train_loss", summed / team.count)
+                wrong += missed
+                self._measure_gradients(loss, recorder, last)
+                team.backward(loss)
+        self.optimizer.step()
+        self.step += 1
+        return total / len(shares), wrong
+
     def _measure_gradients(self, loss: Tensor, recorder: Recorder, last: bool) -> None:
         """The angle between the gradients of this step and backprop's, where it is due, and in the last."""
         every = self.config.record.gradient_angle_every
         if self.patch is None or not every or (self.step % every and not last):
             return
-        for row in feedbackhook.measure(self.patch, loss):
+        for row in feedbackhook.measure(self.patch, loss, group=self.team.group):
             if row.metric == "gradient_angle":
                 recorder.add(self.step, self.epoch, row.metric, row.value, row.layer, row.depth)
 
@@ -369,7 +443,8 @@ class _Run:
         """Loss and error on what is held out and on the test set, and after the last epoch how V compares
         with W in each layer."""
         p, result = self.config.protocol, self.result
-        estimate_statistics(self.model, self._statistics_batches())
+        with self.team.autocast():
+            estimate_statistics(self.model, self._statistics_batches())
         if self.data.held_out is not None:
             loss, error = self._loss_and_error(self.data.held_out)
             recorder.add(self.step, self.epoch, "held_out_loss", _finite("held_out_loss", loss))
@@ -406,28 +481,31 @@ class _Run:
         """Mean loss and error in percent."""
         self.model.eval()
         count = len(split.labels)
-        loss, wrong = 0.0, 0
+        loss, wrong = 0.0, 0.0
         for start in range(0, count, _EVALUATION_BATCH):
-            x, y = self.data.batch(split, slice(start, start + _EVALUATION_BATCH), self.device)
-            logits = self.model(x)
+            share, counted = self.team.portion(start, min(start + _EVALUATION_BATCH, count))
+            x, y = self.data.batch(split, share, self.device)
+            logits, y = self.team.forward(x)[:counted], y[:counted]
             loss += F.cross_entropy(logits, y, reduction="sum").item()
             wrong += int((logits.argmax(1) != y).sum())
+        loss, wrong = self.team.total(loss, wrong)
         return loss / count, 100 * wrong / count
 
     def _save(self, folder: RunFolder, recorder: Recorder) -> None:
         """Keep the epoch: rows before the checkpoint, since a resumed run drops the rows that follow it."""
         result = self.result
         recorder.flush()
+        model, optimizer = self.team.states(self.model, self.optimizer)
         if result.best_epoch == self.epoch:
-            folder.write_weights(self.model, "best")
-        folder.write_weights(self.model, "last")
+            folder.write_weights(model, "best")
+        folder.write_weights(model, "last")
         cuda = self.device.type == "cuda"
         folder.write_checkpoint(
             {
                 "epoch": self.epoch,
                 "step": self.step,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": model,
+                "optimizer": optimizer,
                 "schedule": self.schedule.state_dict(),
                 "patch": self.patch.state_dict() if self.patch is not None else None,
                 "order": self.order.get_state(),
@@ -444,8 +522,7 @@ class _Run:
         result.epoch = self.epoch = state["epoch"]
         result.step = self.step = state["step"]
         result.last_error, result.best_error, result.best_epoch = state["errors"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.team.restore(self.model, self.optimizer, state["model"], state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.patch is not None:
             self.patch.load_state_dict(state["patch"])
