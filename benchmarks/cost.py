@@ -5,22 +5,28 @@ images of its size, on the device that is here. No data are needed.
 
     python benchmarks/cost.py
 
+Floating-point operations are counted on one image, forward and backward, by torch.utils.flop_counter.
 Writes benchmarks/results/cost.csv, a row for each experiment and dataset. Nothing else should be at work.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import torch
 from common import RESULTS
 from jsonargparse import ArgumentParser, auto_cli
+from torch.utils.flop_counter import FlopCounterMode
 
-from feedbackhook.experiments.config import SweepConfig
+from feedbackhook.experiments import models
+from feedbackhook.experiments.config import ModelConfig, SweepConfig
+from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.estimates import estimate
-from feedbackhook.experiments.plan import plan
+from feedbackhook.experiments.plan import PlannedRun, plan
+from feedbackhook.experiments.train import resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "liao2016"
 
@@ -47,14 +53,39 @@ def main(experiments: list[str] = ["a", "b", "c1", "c2"]) -> None:  # noqa: B006
                     "network": runs[0].config.model.name,
                     "runs": len(runs),
                     "hours": sum(run.seconds for run in found.values()) / 3600,
+                    "petaflop": sum(_flops(run) for run in runs) / 1e15,
                     "gigabytes": sum(run.size for run in found.values()) / 1e9,
                 }
             )
-            print("{experiment} {dataset}: {runs} runs, {hours:.1f} h, {gigabytes:.2f} GB".format(**rows[-1]))
+            print(
+                ", ".join(
+                    f"{name} {value:.4g}" if isinstance(value, float) else str(value)
+                    for name, value in rows[-1].items()
+                )
+            )
     table = pd.DataFrame(rows)
     table.insert(3, "device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, a thread")
     table.to_csv(RESULTS / "cost.csv", index=False, float_format="%.4g")
-    print(table.groupby("experiment")[["runs", "hours", "gigabytes"]].sum().to_string())
+    print(table.groupby("experiment")[["runs", "hours", "petaflop", "gigabytes"]].sum().to_string())
+
+
+def _flops(run: PlannedRun) -> float:
+    """Of the whole run: each image forward and backward, those evaluated forward, a third of that."""
+    config, known = resolve(run.config), PAPER[run.dataset]
+    channels, height, width = models.default_size(config.model.name)
+    held_out = round(known.train * config.data.held_out)
+    images = known.train - held_out + (known.test + held_out) / 3
+    of_image = _of_image(config.model.name, channels, height, width, known.classes)
+    return of_image * images * config.protocol.epochs
+
+
+@cache
+def _of_image(name: str, channels: int, height: int, width: int, classes: int) -> int:
+    model = models.build(ModelConfig(name), classes, channels, (height, width))
+    x = torch.randn(2, channels, height, width)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    return counter.get_total_flops() // 2
 
 
 if __name__ == "__main__":
