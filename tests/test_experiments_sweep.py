@@ -247,6 +247,14 @@ def test_a_sweep_of_another_configuration_is_refused_before_anything_is_run(tmp_
     assert len(sweep(more)) == 4
 
 
+def test_a_sweep_with_both_procedures_of_usf_bm_goes_on(tmp_path: Path) -> None:
+    protocol = SweepProtocolConfig(epochs=4, rates=1)
+    config = tiny(tmp_path, conditions=["uSF+BM"], protocol=protocol, workers=1)
+    first = sweep(config)
+    assert [result.status for result in first.values()] == ["finished"] * 2
+    assert sweep(config) == first
+
+
 def test_data_that_are_not_there_stop_a_sweep_before_its_first_run(tmp_path: Path) -> None:
     config = tiny(tmp_path / "sweep", datasets=["digits", "MNIST"], data=DataConfig(root=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"MNIST could not be read.*leave MNIST out of datasets"):

@@ -154,7 +154,7 @@ class RunFolder:
             ConfigError: naming the first key that differs.
         """
         stored, given = _flat(self.stored_config()), _flat(as_yaml(config))
-        for key, default in _flat(as_yaml(RunConfig())).items():
+        for key, default in _defaults().items():
             if not any(name == key or name.startswith(f"{key}.") for name in stored):
                 stored[key] = default  # an option that is newer than the run
         for key in [*stored, *given]:
@@ -206,6 +206,11 @@ class _Stated(nn.Module):
 def _is_aside(path: Path) -> bool:
     """Whether this is what `written_aside` had not yet renamed."""
     return re.fullmatch(r"\..+\.\d+", path.name) is not None
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return _flat(as_yaml(RunConfig()))
 
 
 def as_yaml(config: RunConfig) -> dict[str, Any]:
@@ -262,5 +267,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
