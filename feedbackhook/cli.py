@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         given = parser.instantiate(parser.parse_args(_config_first(arguments)))
+        _check_processes(given.command)
         return _COMMANDS[given.command](given[given.command])
     except (ArgumentError, ConfigError, ExactGradientError) as error:
         return _refuse(str(error), error)
@@ -69,6 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         extra = "analysis" if error.name in _OF_ANALYSIS else "experiments"
         return _refuse(f"{error}: pip install 'feedbackhook[{extra}]'", error)
+
+
+def _check_processes(command: str) -> None:
+    from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.experiments.processes import ToldElsewhere, speaks, started_processes
+
+    if command == "sweep" and (count := started_processes()) > 1:
+        message = (
+            f"torchrun has started {count} processes, and each would run the whole sweep: start it without "
+            "torchrun; it makes its own processes"
+        )
+        raise ConfigError(message) if speaks() else ToldElsewhere(message)
 
 
 def _refuse(message: str, error: Exception) -> int:

@@ -235,42 +235,60 @@ def lent(case: str, rule_name: str, order: str, folder: str) -> None:
 
 
 def watch(case: str, rule_name: str, order: str, folder: str) -> None:
-    """What is watched is what one process sees, but for error angles, which are of a rank's own samples; only
-    rank 0 writes. Measured on the graph, the gradients stay as they are, or sharded ones are refused."""
+    """What is watched is what one process sees: with a group error angles too, which without it are of a
+    rank's own samples; only rank 0 writes. Measured on the graph, with a group angles are the whole batch's,
+    and the gradients stay as they are; sharded ones are refused."""
     rule = RULES[rule_name]
     model, handle, prefix = build(case, order, rule)
     single = redrawn(CNN())
     lone = patch(Wrapped(single) if prefix else single, **rule)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, single)]
-    folders = [os.path.join(folder, name) for name in ("many", "one")]
-    with Recorder(folders[0], tensorboard=True) as many, Recorder(folders[1]) as one:
-        handle.watch(1, many)
-        lone.watch(1, one)
+    folders = [os.path.join(folder, name) for name in ("many", "one", "own")]
+    group = dist.group.WORLD
+    with (
+        Recorder(folders[0], tensorboard=True) as many,
+        Recorder(folders[1]) as one,
+        Recorder(folders[2]) as own,
+    ):
+        handle.watch(1, many, per_sample=True, group=group)
+        handle.watch(1, own, per_sample=True)
+        lone.watch(1, one, per_sample=True)
         for _ in range(2):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss = loss_of(model, mine(BATCH))
+            whole_loss = loss_of(single, BATCH)
             if case == "ddp":
-                angles = [row for row in feedbackhook.measure(handle, loss) if row.metric == "gradient_angle"]
+                alone = feedbackhook.measure(handle, loss, per_sample=True)
+                together = feedbackhook.measure(handle, loss, per_sample=True, group=group)
+                wanted = feedbackhook.measure(lone, whole_loss, per_sample=True)
+                angles = [row for row in alone if row.metric == "gradient_angle"]
                 assert len(angles) == len(LAYERS) + 1
                 assert all(math.isfinite(row.value) for row in angles)
+                values = [torch.tensor([row.value for row in rows]) for rows in (together, wanted, alone)]
+                torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-6, equal_nan=True)
+                assert not torch.allclose(values[2], values[1], rtol=0, atol=1e-3, equal_nan=True)
             else:
                 with pytest.raises(RuntimeError, match="sharded"):
                     feedbackhook.measure(handle, loss)
             loss.backward()
-            loss_of(single, BATCH).backward()
+            whole_loss.backward()
             compare("gradients", grads(model), grads(single))
             for optimizer in optimizers:
                 optimizer.step()
     dist.barrier()
     columns = ["step", "layer", "depth", "metric"]
-    got, want = (read(folder).set_index(columns).sort_index()["value"] for folder in folders)
+    got, want, local = (read(folder).set_index(columns).sort_index()["value"] for folder in folders)
     assert got.index.equals(want.index)
-    local = got.index.get_level_values("metric") == "error_angle"
-    assert (got[local].isna() == want[local].isna()).all()
-    difference = (got[~local] - want[~local]).abs().max()
+    assert local.index.equals(want.index)
+    assert (got.isna() == want.isna()).all()
+    difference = (got - want).abs().max()
     largest["watched"] = float(difference)
     assert difference < 1e-6, difference
+    of_samples = got.index.get_level_values("metric").str.startswith("error_angle")
+    assert (local[~of_samples] - want[~of_samples]).abs().max() < 1e-6
+    for metric in ("error_angle", "error_angle_per_sample", "error_angle_samples"):
+        assert (local - want).abs().xs(metric, level="metric").max() > 1e-3, metric
 
 
 def static(case: str, rule_name: str, order: str, folder: str) -> None:

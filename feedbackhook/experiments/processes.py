@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from feedbackhook.experiments.batch_norm import OfAllProcesses, other_batch_statistics
-from feedbackhook.experiments.config import ConfigError, ProtocolConfig
+from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_line
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,7 +40,9 @@ class ToldElsewhere(ConfigError):
 
 
 def started_processes() -> int:
-    """How many processes torchrun has started for one run; 1 where there was no torchrun."""
+    """How many processes torchrun (or who else has joined them) has started for one run; 1 where none has."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -165,15 +167,12 @@ class ManyProcesses(Processes):
     def __init__(self, protocol: ProtocolConfig) -> None:
         super().__init__(protocol)
         from accelerate import Accelerator  # type: ignore[import-untyped]
-        from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyped]
 
         # On a machine without a GPU Accelerate would leave each process to itself, were it not told.
-        cpu = protocol.device == "cpu" or not torch.cuda.is_available()
         self._accelerator = Accelerator(
-            cpu=cpu,
+            cpu=not _on_gpus(protocol),
             mixed_precision="no",  # autocast is ours, the same as in one process
             gradient_accumulation_steps=protocol.accumulation,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
         if self._accelerator.num_processes != started_processes():
             raise RuntimeError(
@@ -192,7 +191,7 @@ class ManyProcesses(Processes):
         return self._device
 
     def told(self, find: Callable[[], T]) -> T:
-        from accelerate.utils import broadcast_object_list
+        from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
         told: list[Any] = [None, None]
         if self.first:
@@ -369,7 +368,7 @@ def started(protocol: ProtocolConfig) -> Iterator[Processes]:
             f"{started_processes()} processes: give cuda, of which each takes its own, or cpu"
         )
         raise ConfigError(message) if speaks() else ToldElsewhere(message)
-    with _own_accelerate():
+    with _process_group("nccl" if _on_gpus(protocol) else "gloo"), _own_accelerate():
         many = ManyProcesses(protocol)
         well = False
         try:
@@ -377,6 +376,44 @@ def started(protocol: ProtocolConfig) -> Iterator[Processes]:
             well = True
         finally:
             many.close(well)
+
+
+def _on_gpus(protocol: ProtocolConfig) -> bool:
+    return protocol.device != "cpu" and torch.cuda.is_available()
+
+
+@contextmanager
+def _process_group(backend: str) -> Iterator[None]:
+    """All processes joined in torch.distributed, unless they are already.
+
+    A second group in the same processes, for another run, must not find the first's addresses in torchrun's
+    store, for which it would wait until its time is over: each group has a prefix there.
+    """
+    if torch.distributed.is_initialized():
+        yield
+        return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+    except ValueError as error:  # a variable is missing
+        raise ConfigError(
+            f"WORLD_SIZE says that there are {started_processes()} processes, but not how they join "
+            f"({one_line(error)}): start them by torchrun, or unset WORLD_SIZE for a run in one process"
+        ) from error
+    number = (store.add("feedbackhook/joined", 1) - 1) // count
+    torch.distributed.init_process_group(
+        backend,
+        store=PrefixStore(f"feedbackhook/{number}", store),
+        rank=rank,
+        world_size=count,
+        timeout=_PATIENCE,
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
@@ -391,7 +428,6 @@ def _own_accelerate() -> Iterator[None]:
 
     states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
     before = [dict(state) for state in states]
-    joined = torch.distributed.is_initialized()
     for state in states:
         state.clear()
     try:
@@ -400,8 +436,6 @@ def _own_accelerate() -> Iterator[None]:
         for state, old in zip(states, before, strict=True):
             state.clear()
             state.update(old)
-        if not joined and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def _whole(value: Any, gathered: dict[int, Tensor]) -> Any:
