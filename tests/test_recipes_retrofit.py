@@ -64,7 +64,7 @@ def test_fine_tuning_begins_alike_and_ends_in_a_plain_model(
     first = runs.rows(["test_loss"])
     assert first.loc[first["epoch"] == 0, "value"].nunique() == 1
     assert first.loc[first["epoch"] == 1, "value"].nunique() == 6
-    angles = runs.rows(["gradient_angle"], layers=True)
+    angles = runs.rows(of_layers=["gradient_angle"])
     assert sorted(set(angles["step"])) == [0, 2]  # before, and in the last step
     assert (angles.groupby("run")["layer"].nunique() > 10).all()
     plain = timm.create_model("test_efficientnet", num_classes=10, in_chans=1)
@@ -145,7 +145,7 @@ def test_layer_by_layer_trains_and_draws(
     runs = collect(tmp_path)
     assert len(runs.runs) == 8 + 2 * 4
     by_condition = runs.runs.set_index("condition")
-    rows = runs.rows(["sign_agreement"], layers=True)
+    rows = runs.rows(of_layers=["sign_agreement"])
     patched = rows.groupby("run")["layer"].unique()
     only = patched[by_condition.loc["only layer3 at 0.5", "run"]]
     assert {name.partition(".")[0] for name in only} == {"layer3"}

@@ -23,7 +23,7 @@ from feedbackhook.report.plots import layer_heat_map, layers_against_epoch
 from feedbackhook.report.runs import collect
 
 found = collect("../runs/concordance")
-angles = found.rows(["weight_angle", "error_angle"], layers=True)
+angles = found.rows(of_layers=["weight_angle", "error_angle"])
 errors = found.rows(["test_error"])
 
 

@@ -56,13 +56,15 @@ class Runs:
     runs: pd.DataFrame
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, metrics: Iterable[str] = (), of_layers: Iterable[str] = ()) -> pd.DataFrame:
-        """The rows of these metrics: `run, step, epoch, layer, depth, metric, value`, read from disk now. The
-        texts among them are categories.
+    def rows(
+        self, metrics: Iterable[str] = (), of_layers: Iterable[str] = (), categories: bool = False
+    ) -> pd.DataFrame:
+        """The rows of these metrics: `run, step, epoch, layer, depth, metric, value`, read from disk now.
 
         Args:
             metrics: names of whole networks' metrics, such as `test_error`.
             of_layers: names of single layers' metrics, such as `weight_angle`.
+            categories: give the texts among them as categories, which take a tenth of the memory.
         """
         metric, layer = ds.field("metric"), ds.field("layer")
         of_network, of_layer = (
@@ -76,10 +78,13 @@ class Runs:
             elif run not in self.skipped:
                 parts |= dict.fromkeys(map(str, found), run)
         try:
-            return _scan(parts, condition)
+            rows = _scan(parts, condition)
         except (OSError, pa.ArrowException):
             rows = pd.concat(self._scan_each(parts, condition), ignore_index=True)
-            return rows.astype(dict.fromkeys(_TEXTS, "category"))
+            rows = rows.astype(dict.fromkeys(_TEXTS, "category"))
+        if categories:
+            return rows
+        return rows.astype({text: rows[text].cat.categories.dtype for text in _TEXTS})
 
     def _scan_each(self, parts: Mapping[str, str], condition: ds.Expression) -> Iterator[pd.DataFrame]:
         of_run: dict[str, dict[str, str]] = {}

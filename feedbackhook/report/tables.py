@@ -42,7 +42,7 @@ class SweepTable:
         planned: its runs.
         runs: those of them that have ended.
         rows: what they have recorded of their errors, and of their layers what was asked for, as
-            :meth:`Runs.rows` gives it.
+            :meth:`Runs.rows` gives it with categories.
         cells: a row a condition and dataset, in the order of the sweep; errors in percent. `best_error` is
             the smallest test error over epochs and learning rates, as the paper reports it; `chosen_error`
             the test error at the epoch and the rate whose error on what was held out of the training set is
@@ -89,7 +89,7 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
     config = stored(folder)
     planned = plan(config)
     found = describe(run.folder.path for run in planned if run.folder.path.is_dir())
-    rows = found.rows(["test_error", "held_out_error", "train_error"], of_layers)
+    rows = found.rows(["test_error", "held_out_error", "train_error"], of_layers, categories=True)
     errors = _errors(rows[rows["layer"].isna()])
     status = dict(found.runs[["run", "status"]].to_numpy())
     missing = {

@@ -68,7 +68,7 @@ def recorded(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     runs = found.runs.assign(trained=found.runs["folder"].map(lambda run: Path(run).parent.name))
     what = runs.set_index("run")[["trained", "condition", "seed"]]
     errors = found.rows(["test_error"]).join(what, on="run")
-    angles = found.rows(["gradient_angle", "weight_angle"], layers=True).join(what, on="run")
+    angles = found.rows(of_layers=["gradient_angle", "weight_angle"]).join(what, on="run")
     columns = ["run", *what.columns, "learning_rate", "last_error", "best_error", "best_epoch"]
     return runs[columns], errors, angles
 

@@ -41,7 +41,7 @@ def gradients(folder: Path) -> pd.DataFrame:
     """Norm of each layer's weight gradient in the first step, by condition and depth: what the error signal
     that arrives there makes of it. The learning rate has not acted yet, so one run tells for all."""
     runs = collect(folder)
-    rows = runs.rows(["gradient_norm"], layers=True)
+    rows = runs.rows(of_layers=["gradient_norm"])
     rows = rows[rows["step"] == 0].assign(condition=rows["run"].map(runs.runs.set_index("run")["condition"]))
     return rows.drop_duplicates(["condition", "depth"])
 
