@@ -6,7 +6,9 @@ and not trained, and runs both commands on them, each in a process of its own.
     python benchmarks/scale.py
     python benchmarks/scale.py --runs 500
 
-Adds to benchmarks/results/scale.csv, a row a command. The folders stay, and are not made twice.
+Also times what `feedbackhook sweep` does before its first run: plan it, ask which runs have ended, compare
+configurations. Adds to benchmarks/results/scale.csv, a row a command. The folders stay, and are not made
+twice.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from jsonargparse import auto_cli
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
-from feedbackhook.experiments.plan import plan
+from feedbackhook.experiments.plan import check, ended, plan
 from feedbackhook.experiments.train import resolve
 from feedbackhook.report.tables import paper_errors
 
@@ -65,6 +67,17 @@ def main(runs: int = 10_000, folder: Path = Path("runs/scale")) -> None:
         seconds, peak = _measured([sys.executable, "-m", "feedbackhook", command, config.output])
         rows.append({"runs": len(planned), "command": command, "seconds": seconds, "peak_mb": peak})
         print(f"{command}: {seconds:.1f} s, {peak:.0f} MB")
+    for name, work in {
+        "plan": lambda: plan(config),
+        "ended": lambda: [*map(ended, planned)],
+        "check": lambda: check(planned),
+    }.items():
+        began = time.perf_counter()
+        work()
+        rows.append(
+            {"runs": len(planned), "command": f"sweep: {name}", "seconds": time.perf_counter() - began}
+        )
+        print(f"sweep, {name}: {rows[-1]['seconds']:.1f} s")
     report = Path(config.output, "report.html").stat().st_size / 1e6
     print(f"report.html: {report:.1f} MB")
     path = RESULTS / "scale.csv"

@@ -73,15 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_processes(command: str) -> None:
-    from feedbackhook.experiments.config import ConfigError
-    from feedbackhook.experiments.processes import ToldElsewhere, speaks, started_processes
+    from feedbackhook.experiments.processes import refusal, started_processes
 
     if command == "sweep" and (count := started_processes()) > 1:
-        message = (
+        raise refusal(
             f"torchrun has started {count} processes, and each would run the whole sweep: start it without "
             "torchrun; it makes its own processes"
         )
-        raise ConfigError(message) if speaks() else ToldElsewhere(message)
 
 
 def _refuse(message: str, error: Exception) -> int:

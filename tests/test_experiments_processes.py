@@ -186,11 +186,17 @@ def furthest(got: pandas.Series, want: pandas.Series) -> float:
     return float(((got - want).abs() / limit).max())
 
 
-def compared(config: RunConfig, change: str, tmp: Path) -> float:
-    """How far a run is from one process's of the same case."""
+def in_one_process(change: str, tmp: Path) -> RunConfig:
+    """The run of one process, trained when it is first asked for."""
     one = made(tmp, change, f"one-{change}")
     if not Path(str(one.output)).exists():
         train(one)
+    return one
+
+
+def compared(config: RunConfig, change: str, tmp: Path) -> float:
+    """How far a run is from one process's of the same case."""
+    one = in_one_process(change, tmp)
     got, want = values(config), values(one)
     if change in UP_TO:
         got, want = (table[table.index.get_level_values("step") <= UP_TO[change]] for table in (got, want))
@@ -295,6 +301,7 @@ def test_none_of_them_is_backprop(name: str, quick: Any, folder: Path) -> None:
 
 
 def test_bf16_is_another_precision(quick: Any, folder: Path) -> None:
+    in_one_process("bf16", folder)
     two, one, full = (
         read(folder / run).query("step == 0 and metric == 'gradient_norm'")["value"].values
         for run in ("bf16", "one-bf16", "plain")

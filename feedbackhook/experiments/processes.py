@@ -52,6 +52,11 @@ def speaks(of: str = "RANK") -> bool:
     return int(os.environ.get(of, "0")) == 0
 
 
+def refusal(message: str) -> ConfigError:
+    """The error that all processes raise alike, and of which one tells the user."""
+    return ConfigError(message) if speaks() else ToldElsewhere(message)
+
+
 class Processes:
     """A process alone.
 
@@ -367,7 +372,7 @@ def started(protocol: ProtocolConfig) -> Iterator[Processes]:
             f"protocol.device {protocol.device!r} is one device, and torchrun has started "
             f"{started_processes()} processes: give cuda, of which each takes its own, or cpu"
         )
-        raise ConfigError(message) if speaks() else ToldElsewhere(message)
+        raise refusal(message)
     with _process_group("nccl" if _on_gpus(protocol) else "gloo"), _own_accelerate():
         many = ManyProcesses(protocol)
         well = False

@@ -59,10 +59,8 @@ def sweep(
             monitor = _Monitor(runs, progress)
             with monitor:
                 run_all(pending)
-    nothing = "nothing of it could be kept"
-    return {
-        run.name: monitor.states()[run.name] or RunResult(run.folder.path, "failed", nothing) for run in runs
-    }
+    states, nothing = monitor.states(), "nothing of it could be kept"
+    return {run.name: states[run.name] or RunResult(run.folder.path, "failed", nothing) for run in runs}
 
 
 @contextmanager
