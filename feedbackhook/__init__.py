@@ -1,6 +1,7 @@
 """Send backprop's error signals through feedback weights of your choice, in any PyTorch network as it is."""
 
 from feedbackhook.alignment import Row, measure
+from feedbackhook.audit import Finding
 from feedbackhook.guard import ExactGradientError
 from feedbackhook.optim import BatchManhattan
 from feedbackhook.patching import LayerRow, Patch, get_patch, patch, unpatch
@@ -13,6 +14,7 @@ __all__ = [
     "BatchManhattan",
     "CounterRNG",
     "ExactGradientError",
+    "Finding",
     "LayerInfo",
     "LayerRow",
     "Patch",

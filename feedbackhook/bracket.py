@@ -1,68 +1,62 @@
-"""The machinery: module hooks that bracket a forward, a function mode inside it, and the guard.
+"""The machinery: module hooks that bracket a forward, and a function mode inside it.
 
 Hooks on each patched module and on each of its ancestors keep a stack of the modules that are running in
 this thread. While it is not empty a `TorchFunctionMode` sees every call of the functions in
 `products.OPERATIONS` with the weight that the call really uses. A call of a patched weight runs on the
 detached input, so that PyTorch's own backward yields the weight and bias gradients alone, and the feedback
-edge joins its output to the input. A hook on each weight is the guard: a gradient that no bracketed call made
-is an error.
+edge joins its output to the input. What a list of functions does not hold, the audit of the graph finds: it
+looks into a forward in which some module calls a function that it had not called before, and into the
+backward that follows.
 
-Under `torch.compile` the hooks, the mode and the edge are traced; counts, probes and the search for new
-parameters, which are for the eye and for eager code, are left out of the graph.
+Under `torch.compile` the hooks, the mode and the edge are traced; counts, probes, audits and the search for
+new parameters, which are for the eye and for eager code, are left out of the graph.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, FunctionType
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import TorchFunctionMode
 
-from feedbackhook.edge import Layer, View, join
+from feedbackhook import torch_internals
+from feedbackhook.audit import Finding, Weight, audit, graph_of, mark_as_layer
+from feedbackhook.edge import Layer, join
 from feedbackhook.guard import (
     MATRIX_PRODUCTS,
+    Backwards,
+    ExactGradientError,
     Guard,
-    forget_compiled_code,
-    refuse_derived,
+    exact_use,
     refuse_product,
-    warn_of_exact,
 )
+from feedbackhook.marks import Link, Mark, mark_of, warn
 from feedbackhook.products import OPERATIONS, Call
 from feedbackhook.rules import redrawn_by_updates
-from feedbackhook.targets import Target
+from feedbackhook.steps import Clock
+from feedbackhook.targets import is_layer, layers_in
+from feedbackhook.weights import COPYING, Copies, Use, Weights, alias, note_copy
 
 if TYPE_CHECKING:
     from feedbackhook.watch import Watch
 
-MARK = "_feedbackhook"
-"""The one attribute that is set on modules: on each that is patched and on each of their ancestors."""
 
+class Running(NamedTuple):
+    """A module whose forward is running."""
 
-class Mark(NamedTuple):
-    """What a hooked module carries: the user's handle, the bracket, the layer whose `weight` the module holds
-    (if it does) and the layers inside it."""
-
-    patch: Any
-    bracket: Bracket
-    layer: Layer | None
-    inside: list[Layer]
-
-
-class Use(NamedTuple):
-    """What a call uses: a layer's whole weight, of which the weight in the call may be a view."""
-
-    layer: Layer
-    weight: Tensor
-    view: View | None
+    module: nn.Module
+    mark: Mark
+    caller: FrameType | None  # None while traced, and where a checkpoint recomputes
+    calls: int  # of its layer, when it began
 
 
 class _Mode(TorchFunctionMode):
@@ -70,78 +64,47 @@ class _Mode(TorchFunctionMode):
 
     One lives from the opening of the outermost module to its end. It holds the stack of the modules that are
     running, so that the stack belongs to a thread, as the stack of modes does, and ends with its mode.
+
+    Attributes:
+        running: that stack.
+        seen: the functions that the innermost module has called in forwards that passed the audit.
+        new: what was called now for the first time: the set where it belongs, and the function.
+        copies: what was copied from patched weights in this forward.
+        storages: the memory of the patched weights, once it was asked for.
     """
 
-    def __init__(self, bracket: Bracket) -> None:
+    def __init__(self, bracket: Bracket, traced: bool = False) -> None:
         super().__init__()
         self.bracket = bracket
-        self.running: list[tuple[nn.Module, FrameType | None]] = []  # and who calls it; None while traced
+        self.traced = traced
+        self.running: list[Running] = []
+        self.seen: set[Any] = set()
+        self.new: list[tuple[set[Any], Any]] = []
+        self.copies: Copies = {}
+        self.storages: dict[int, tuple[Tensor, Layer]] | None = None
+        self.since = 0 if traced else torch_internals.next_sequence_number()
+
+    def begin(self, running: Running) -> None:
+        self.running.append(running)
+        self.seen = running.mark.seen
+
+    def end(self) -> Running:
+        ended = self.running.pop()
+        if self.running:
+            self.seen = self.running[-1].mark.seen
+        return ended
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not torch.compiler.is_compiling() and func not in self.seen:
+            self.new.append((self.seen, func))
         if func not in _WATCHED:
             return func(*args, **kwargs) if kwargs else func(*args)  # most calls, and so the quickest way
-        kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        read = OPERATIONS.get(func)
-        if read is None:
-            if func is F.multi_head_attention_forward:
-                with self:
-                    return _attention(*args, **kwargs)
-            if not torch.compiler.is_compiling():
-                refuse_product(self.bracket, func, args)
-            return func(*args, **kwargs)
-        call = read(*args, **kwargs)
-        used = self.bracket.layer_of(call.weight, self.running[-1][0])
-        if used is None:
-            if not torch.compiler.is_compiling():
-                refuse_derived(self.bracket, func, call)
-                warn_of_exact(self.bracket, func, call)
-            return func(*args, **kwargs)
-        return _reroute(self.bracket, used, call, func, args, kwargs)
+        return self.bracket.call(self, func, args, kwargs or {})
 
 
-_attention = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-)
-"""PyTorch's attention, which is one call to a function mode, without the question that hands it to the mode:
-run inside the mode again, it shows its projections."""
-
-
-_WATCHED = frozenset({*OPERATIONS, *MATRIX_PRODUCTS, F.multi_head_attention_forward})
-
-
-def _reroute(
-    bracket: Bracket, used: Use, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    layer = used.layer
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        layer.compiled = True
-        layer.feedback.parts(used.weight)  # a traced backward may keep nothing, so what is kept is made here
-    else:
-        if layer.depth is None:
-            layer.depth = sum(other.depth is not None for other in bracket.layers)
-        layer.calls += 1
-        layer.upstream = layer.upstream or call.input.requires_grad
-    if not call.input.requires_grad or not bracket.enabled:
-        output: Tensor = func(*args, **kwargs)
-        if output.requires_grad and not compiling:
-            exact, shape = call.input.requires_grad, output.shape
-            # An in-place activation gives a view another node, which would leave the hook behind.
-            made = output if output._base is None else output._base
-            made.register_hook(
-                lambda error: layer.arrived() if exact else layer.error_signal(None, error.reshape(shape))
-            )
-        return output
-    detached = call.input.detach()
-    output = func(detached, *args[1:], **kwargs) if args else func(**{**kwargs, "input": detached})
-    return join(output, call.input, used.weight.detach(), used.view, bracket, layer, call)
+_WATCHED = dict.fromkeys((*OPERATIONS, *MATRIX_PRODUCTS, *COPYING, F.multi_head_attention_forward))
 
 
 class Bracket:
@@ -151,12 +114,19 @@ class Bracket:
         layers: the patched weights.
 
     Attributes:
+        patch: the user's handle.
+        root: the patched model.
         enabled: where False, forwards build plain graphs, and the guard lets any gradient pass.
         exact: where True, backwards use W in the place of V.
         observers: each is told, for every error signal that V sends on, the layer and the products of V and
             of W with it.
         watches: each is told when an optimizer that holds a patched weight is about to step, and when it has.
+        own: the layer whose `weight` a module holds, by the module's full name.
+        inside: the layers inside a module.
     """
+
+    patch: Any
+    root: nn.Module
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self.layers = list(layers)
@@ -164,200 +134,401 @@ class Bracket:
         self.exact = False
         self.observers: list[Callable[[Layer, Tensor, Tensor], None]] = []
         self.watches: list[Watch] = []
-        self._by_weight: dict[int, tuple[Tensor, Layer]] = {}
-        self._traced_mode = _Mode(self)
-        self._hooks: list[RemovableHandle] = []
-        self._guards: dict[Tensor, RemovableHandle] = {}
-        self._clock: list[RemovableHandle] = []
-        self._known_weights: dict[Layer, list[Tensor]] = {}
-        self.judged: set[tuple[str, tuple[int, ...], int | None]] = set()
-        self.roots: list[nn.Module] = []
+        self.own: dict[str, Layer] = {}
+        self.inside: dict[str, list[Layer]] = {}
+        self.attached = False
+        self._set_up()
+        self._traced_mode = _Mode(self, traced=True)
         self._tree: list[tuple[nn.Module, str, nn.Module]] = []
+        self._known_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._told: set[str] = set()
 
-    def attach(
-        self, model: nn.Module, layer_of_target: Iterable[tuple[Target, Layer]], patch: object
-    ) -> None:
-        """Hooks the module of each target and each of its ancestors; `patch` is the user's handle, which
-        their marks carry."""
-        self.roots.append(model)
-        inside: dict[str, list[Layer]] = {}
-        own: dict[str, Layer] = {}
-        for target, layer in layer_of_target:
-            if target.attribute == "weight":
-                own[target.path] = layer
-            for ancestor in _ancestors(target.path):
-                inside.setdefault(ancestor, []).append(layer)
-        for name, layers in inside.items():
+    def _set_up(self) -> None:
+        """What a copy makes anew, since it belongs to parameters, graphs and optimizers of one process."""
+        self.backwards = Backwards(self.audit)
+        self.weights = Weights(self.layers, functools.partial(Guard, self))
+        self._clock: Clock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("backwards", "weights", "_clock", "_traced_mode")
+        kept = {name: value for name, value in self.__dict__.items() if name not in left}
+        return {**kept, "observers": [], "watches": [], "_known_layers": list(self._known_layers)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._known_layers = weakref.WeakSet(state["_known_layers"])
+        self._traced_mode = _Mode(self, traced=True)
+        self._set_up()
+
+    # --- hooks come and go ---------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, patch: object) -> None:
+        """Hooks the module of each layer and each of its ancestors; `patch` is the user's handle."""
+        self.root, self.patch = model, patch
+        self._place()
+        self._known_layers.update(layers_in(model).values())
+        link = Link(self)
+        for name in self.inside:
             module = model.get_submodule(name)
             if name:
                 parent, _, key = name.rpartition(".")
                 self._tree.append((model.get_submodule(parent), key, module))
-            module.__dict__[MARK] = Mark(patch, self, own.get(name), layers)
-            self._hooks += [
-                module.register_forward_pre_hook(self._open, prepend=True),
-                module.register_forward_hook(self._close, always_call=True),
-            ]
+            Mark(link, name, module)
+        self.attached = True
         self._resolve(self.layers)
-        forget_compiled_code()
+        torch_internals.forget_compiled_code()
 
-    @property
-    def attached(self) -> bool:
-        """Whether its hooks are on a model."""
-        return bool(self._hooks)
+    def _place(self) -> None:
+        """Finds which layer each module holds, and which are inside it."""
+        self.own, self.inside = {}, {}
+        for layer in self.layers:
+            for target in layer.targets:
+                if target.attribute == "weight":
+                    self.own[target.path] = layer
+                for ancestor in _ancestors(target.path):
+                    inside = self.inside.setdefault(ancestor, [])
+                    if layer not in inside:
+                        inside.append(layer)
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self) -> None:
         """Takes away every hook, mark and guard, and a mode that an interrupted forward has left behind."""
         if (mode := self._mode()) is not None:
-            _leave(mode)
+            torch_internals.take_off(mode)
         for watch in list(self.watches):
             watch.remove()
-        for handle in (*self._hooks, *self._guards.values(), *self._clock):
-            handle.remove()
-        self._hooks.clear()
-        self._clock.clear()
-        _take_off_the_retired()
-        self._guards.clear()
-        self._by_weight.clear()
-        self._known_weights.clear()
-        for module in model.modules():
-            mark = module.__dict__.get(MARK)
-            if mark is not None and mark.bracket is self:
-                del module.__dict__[MARK]
-        forget_compiled_code()
+        if self._clock is not None:
+            self._clock.stop()
+            self._clock = None
+        self.weights.clear()
+        patched = (target.module for layer in self.layers for target in layer.targets)
+        for module in {*self.root.modules(), *patched, *(child for _, _, child in self._tree)}:
+            mark = mark_of(module)
+            if mark is not None and mark.link.bracket is self:
+                mark.take_off(module)
+        self.attached = False
+        torch_internals.forget_compiled_code()
 
-    def layer_of(self, weight: Tensor, running: nn.Module) -> Use | None:
-        """The patched layer to which a weight in a call belongs; `running` is the innermost hooked module.
+    # --- a module's forward --------------------------------------------------------------------------------
 
-        A parameter belongs to itself, wherever it is used, and so do its views: attention uses a third of
-        its projection at a time. A weight that is derived from parameters (standardised, normalised,
-        reparametrised) belongs to the module whose forward is running.
-        """
-        if (layer := self.known(weight)) is not None:
-            return Use(layer, weight, None)
-        base = weight._base
-        if base is not None and base.is_contiguous() and (layer := self.known(base)) is not None:
-            offset = weight.storage_offset() - base.storage_offset()
-            return Use(layer, base, View(weight.size(), weight.stride(), offset))
-        mark: Mark = running.__dict__[MARK]
-        layer = mark.layer
-        if layer is not None and layer.may_derive(weight):
-            if not torch.compiler.is_compiling():
-                layer.use(weight)
-            return Use(layer, weight, None)
-        return None
-
-    def known(self, weight: Tensor) -> Layer | None:
-        known, layer = self._by_weight.get(id(weight), (None, None))
-        return layer if known is weight else None
-
-    def _open(self, module: nn.Module, args: object) -> None:
+    def open(self, mark: Mark, module: nn.Module) -> None:
+        """A hooked module's forward is about to run."""
         mode = self._mode()
+        if mode is None and (torch_internals.is_tracing() or torch.compiler.is_exporting()):
+            raise RuntimeError(_NO_EXPORT)
         if mode is None and not torch.is_grad_enabled():
             return  # no graph is built; a module inside that enables gradients opens a bracket of its own
         if torch.compiler.is_compiling():
-            if mode is None:
-                # A mode that is on the stack where a traced graph breaks must be one that it did not make.
-                mode = self._traced_mode
-                mode.running.clear()
-                mode.__enter__()  # type: ignore[no-untyped-call]
-            mode.running.append((module, None))
+            self._open_traced(mode, mark, module)
             return
-        caller = sys._getframe(1)
-        if mode is not None and not _is_running(mode.running[-1][1], caller):
-            _leave(mode)  # left behind by an interrupt, of which no hook hears
+        caller = torch_internals.caller(2)
+        if mode is not None and not torch_internals.is_running(mode.running[-1].caller, caller):
+            torch_internals.take_off(mode)  # left behind by an interrupt, of which no hook hears
             mode = None
         if mode is None:
-            mode = self._outermost(module)
-        mode.running.append((module, caller))
+            if module.__dict__.get("_is_replica"):
+                raise RuntimeError(
+                    "a patched model cannot run under nn.DataParallel, whose replicas share one feedback; "
+                    "use torch.nn.parallel.DistributedDataParallel"
+                )
+            self._check_tree()
+            self._resolve(self.inside[mark.path])
+            mode = _Mode(self)
+            mode.__enter__()  # type: ignore[no-untyped-call]
+        layer = self.own.get(mark.path)
+        mode.begin(Running(module, mark, caller, 0 if layer is None else layer.calls))
 
-    def _outermost(self, module: nn.Module) -> _Mode:
-        """Begins a bracket with a module that no other hooked one has called."""
-        if module.__dict__.get("_is_replica"):
-            raise RuntimeError(
-                "a patched model cannot run under nn.DataParallel, whose replicas share one feedback; use "
-                "torch.nn.parallel.DistributedDataParallel"
-            )
-        self._check_tree()
-        self._resolve(module.__dict__[MARK].inside)
-        mode = _Mode(self)
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        return mode
+    def _open_traced(self, mode: _Mode | None, mark: Mark, module: nn.Module) -> None:
+        if mode is None:
+            # A mode that is on the stack where a traced graph breaks must be one that it did not make.
+            mode = self._traced_mode
+            mode.running.clear()
+            mode.__enter__()  # type: ignore[no-untyped-call]
+        mode.running.append(Running(module, mark, None, 0))
 
-    def _close(self, module: nn.Module, args: object, output: object) -> None:
+    def close(self, module: nn.Module, output: object) -> None:
+        """A hooked module's forward has run, or has raised."""
         mode = self._mode()
         if mode is None:
             return
-        if mode.running[-1][0] is not module:
-            if all(running is not module for running, _ in mode.running):
+        if mode.running[-1].module is not module:
+            if all(running.module is not module for running in mode.running):
                 return
-            while mode.running[-1][0] is not module:
+            while mode.running[-1].module is not module:
                 mode.running.pop()  # a module inside it raised before its own hook could close it
-        mode.running.pop()
+        if torch.compiler.is_compiling():
+            mode.running.pop()
+            if not mode.running:
+                torch_internals.take_off(mode)
+            return
+        ended = mode.end()
         if not mode.running:
-            _leave(mode)
+            torch_internals.take_off(mode)
+        if output is None and sys.exc_info()[0] is not None:
+            return
+        self._check_opaque(ended, output)
+        if not mode.running:
+            self._audit_forward(mode, ended, output)
+
+    @contextmanager
+    def reopened(self, running: Iterable[Running]) -> Iterator[_Mode]:
+        """A bracket in which these modules count as running, for what recomputes a part of their forward."""
+        mode = _Mode(self)
+        for one in running:
+            mode.begin(one._replace(caller=None))
+        with mode:
+            yield mode
 
     def _mode(self) -> _Mode | None:
         """This thread's mode of this bracket, while one of its modules is running."""
         if not torch.compiler.is_compiling():
-            if not (depth := torch._C._len_torch_function_stack()):
-                return None
-            top = torch._C._get_function_stack_at(depth - 1)
-            if type(top) is _Mode and top.bracket is self:
-                return top  # the usual case, and quick
-        for mode in _get_current_function_mode_stack():
+            top = torch_internals.top_function_mode()
+            if top is None or (type(top) is _Mode and top.bracket is self):
+                return top  # the usual cases, and quick
+        for mode in torch_internals.function_modes():
             if isinstance(mode, _Mode) and mode.bracket is self:
                 return mode
         return None
 
-    def _resolve(self, layers: list[Layer]) -> None:
-        """Sees that today's parameters are known and guarded: copies and `assign=True` bring new ones."""
-        if not self._clock:
-            _take_off_the_retired()
-            self._clock = [
-                register_optimizer_step_pre_hook(_Clock(self, Bracket.before_step)),
-                register_optimizer_step_post_hook(_Clock(self, Bracket.after_step)),
-            ]
-            for handle in self._clock:
-                weakref.finalize(self, _RETIRED.append, handle)
-        for layer in layers:
-            if self._is_resolved(layer):
-                continue
-            today = list(layer.parameters())
-            for weight in self._known_weights.get(layer, []):
-                if not any(weight is known for known in today):
-                    self._by_weight.pop(id(weight), None)
-                    if (guard := self._guards.pop(weight, None)) is not None:
-                        guard.remove()
-            self._known_weights[layer] = today
-            if (plain := layer.plain_weight()) is not None:
-                self._by_weight[id(plain)] = (plain, layer)
-            for weight in today:
-                if weight.requires_grad and weight not in self._guards:
-                    self._guards[weight] = weight.register_hook(Guard(self, layer))
+    # --- a call inside it ----------------------------------------------------------------------------------
 
-    def _is_resolved(self, layer: Layer) -> bool:
-        """Whether a layer's plain weight is the one that is known and guarded."""
-        plain = layer.plain_weight()
-        if plain is None or self.known(plain) is not layer:
-            return False
-        return plain in self._guards or not plain.requires_grad
+    def call(self, mode: _Mode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of a function that is watched."""
+        eager = not torch.compiler.is_compiling()
+        if func in COPYING:
+            copy = func(*args, **kwargs)
+            if eager and args and isinstance(args[0], Tensor):
+                use = self.weights.find(args[0], mode.copies)
+                if use is None and not args[0].requires_grad:
+                    use = self._alias(args[0], mode)
+                if use is not None:
+                    note_copy(use, copy, mode.copies, func, args, kwargs)
+            return copy
+        if not torch.is_grad_enabled():
+            if eager:
+                self._follow_checkpoint(mode)
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with mode:
+                return torch_internals.multi_head_attention(*args, **kwargs)
+        if (read := OPERATIONS.get(func)) is None:
+            if eager:
+                refuse_product(self, func, (*args, *kwargs.values()), mode.copies)
+            return func(*args, **kwargs)
+        call = read(*args, **kwargs)
+        use = self._use_of(call.weight, mode, eager)
+        if use is not None:
+            return self._reroute(mode, use, call, func, args, kwargs)
+        if eager and func not in _LAYERS:
+            refuse_product(self, func, (*args, *kwargs.values()), mode.copies)
+        if eager and torch_internals.requires_grad(call.input):
+            self._tell_unknown(func.__name__, call.weight)
+        output = func(*args, **kwargs)
+        if eager and not torch_internals.requires_grad(call.input):
+            mark_as_layer(output)
+        return output
+
+    def _use_of(self, weight: Tensor, mode: _Mode, eager: bool) -> Use | None:
+        """The patched layer to which a weight in a call belongs.
+
+        A parameter belongs to itself, wherever it is used, and so do its views (attention uses a third of
+        its projection at a time), its copies and its aliases. A weight that is derived from parameters
+        (standardized, normalized, reparametrized) belongs to the module whose forward is running.
+        """
+        if (use := self.weights.find(weight, mode.copies)) is not None:
+            return use
+        layer = self.own.get(mode.running[-1].mark.path)
+        if layer is not None and layer.may_derive(weight):
+            if eager:
+                layer.use(weight)
+            return Use(layer, weight)
+        return self._alias(weight, mode) if eager else None
+
+    def _alias(self, tensor: Tensor, mode: _Mode) -> Use | None:
+        """The weight with which a tensor shares memory, if it does."""
+        if mode.storages is None:
+            mode.storages = self.weights.storages()
+        return alias(tensor, mode.storages)
+
+    def _reroute(
+        self, mode: _Mode, use: Use, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        layer = use.layer
+        upstream = torch_internals.requires_grad(call.input)
+        eager = not torch.compiler.is_compiling()
+        if not eager:
+            layer.compiled = True
+            layer.feedback.parts(use.weight)  # made here, since a traced backward may keep nothing
+        else:
+            _refuse(layer, call)
+            self._follow_checkpoint(mode)
+            if layer.depth is None:
+                layer.depth = sum(other.depth is not None for other in self.layers)
+            layer.calls += 1
+            layer.upstream = layer.upstream or upstream
+        if not upstream or not self.enabled:
+            output: Tensor = func(*args, **kwargs)
+            if eager and output.requires_grad:
+                self._note_arrival(layer, output, exact=upstream)
+            return output
+        output = call.run(func, args, kwargs, call.input.detach())
+        return join(output, call.input, use.weight.detach(), use.part, self, layer, call)
+
+    def _note_arrival(self, layer: Layer, output: Tensor, exact: bool) -> None:
+        """Lets an error signal at an output that is not rerouted be known: nothing lies upstream of it, or
+        the patch is disabled (`exact`)."""
+        shape = None if output.is_nested else output.shape
+
+        def arrived(error: Tensor) -> None:
+            self.backwards.arrived(layer)
+            if layer.taps and not exact:
+                layer.tell(None, error if shape is None else error.reshape(shape))
+
+        if not exact:
+            mark_as_layer(output)
+        # An in-place activation gives a view another node, which would leave the hook behind.
+        (output if output._base is None else output._base).register_hook(arrived)
+
+    def _follow_checkpoint(self, mode: _Mode) -> None:
+        """A checkpoint that is running recomputes in the backward, where no module of ours opens a bracket if
+        it checkpoints a function: its recomputation gets one."""
+        running = tuple(mode.running)
+
+        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def recompute(*args: Any, **kwargs: Any) -> Any:
+                if self._mode() is not None or not self.attached:
+                    return function(*args, **kwargs)
+                with self.reopened(running) as again:
+                    output = function(*args, **kwargs)
+                self._audit_forward(again, running[-1], output)
+                return output
+
+            return recompute
+
+        torch_internals.wrap_checkpoint(wrap)
+
+    # --- what is not known is reported ---------------------------------------------------------------------
+
+    def audit(self, nodes: Iterable[Any], since: int = 0) -> list[Finding]:
+        """What a graph does with weights of this model, by `feedbackhook.audit`."""
+        held = {
+            id(parameter)
+            for module in self.root.modules()
+            if is_layer(module)
+            for parameter in module.parameters(recurse=False)
+        }
+        parameters = dict(self.root.named_parameters())
+        weights = {
+            id(parameter): Weight(name, False, tuple(parameter.shape))
+            for name, parameter in parameters.items()
+            if id(parameter) not in held and parameter.dim() > 1
+        }
+        patched = list(self.weights.parameters())
+        weights |= {
+            id(p): Weight(layer.info.name, True, tuple(p.shape), layer.compiled) for p, layer in patched
+        }
+        own = (*parameters.values(), *self.root.buffers(), *(p for p, _ in patched))
+        return audit(nodes, weights, own, since)
+
+    def look_again(self) -> None:
+        """Lets the next forwards be audited as the first ones were."""
+        for module in self.root.modules():
+            if (mark := mark_of(module)) is not None:
+                mark.seen.clear()
+                mark.audited.clear()
+
+    def _audit_forward(self, mode: _Mode, outermost: Running, output: object) -> None:
+        """Looks into the graph of a forward that did what none had done before."""
+        training = outermost.module.training
+        if not self.enabled or (not mode.new and training in outermost.mark.audited):
+            return
+        nodes = graph_of(output)
+        findings = self.audit(nodes, mode.since) if nodes else []
+        self._tell_new_layers()
+        if patched := [finding for finding in findings if finding.patched]:
+            self.look_again()
+            raise exact_use(patched[0].name, patched[0].operation)
+        self._tell_unpatchable(findings)
+        self.backwards.due = True
+        outermost.mark.audited.add(training)
+        for seen, function in mode.new:
+            seen.add(function)
+
+    def _tell_unpatchable(self, findings: list[Finding]) -> None:
+        new = [finding for finding in findings if finding.name not in self._told]
+        if new:
+            self._told.update(finding.name for finding in new)
+            names = ", ".join(f"{finding.name!r} ({finding.operation})" for finding in new)
+            warn(
+                "each of these weights belongs to no layer that can be patched, so its error signal stays "
+                f"exact: {names}"
+            )
+
+    def _tell_unknown(self, function: str, weight: Tensor) -> None:
+        """A frozen weight leaves no trace in what is computed from it: it can only be said that it may be."""
+        if not self.enabled or weight.requires_grad or isinstance(weight, nn.Parameter):
+            return
+        frozen = [
+            layer
+            for p, layer in self.weights.parameters()
+            if not p.requires_grad and p.numel() == weight.numel()
+        ]
+        key = f"{function} {tuple(weight.shape)}"
+        if not frozen or key in self._told or any(weight is buffer for buffer in self.root.buffers()):
+            return
+        self._told.add(key)
+        warn(
+            f"{function} is called with a weight of shape {tuple(weight.shape)} of unknown origin. If it was "
+            f"computed from the frozen weight of {frozen[0].info.name!r}, its error signal is exact; a "
+            "weight that requires a gradient is followed"
+        )
+
+    def _tell_new_layers(self) -> None:
+        new = {
+            name: module for name, module in layers_in(self.root).items() if module not in self._known_layers
+        }
+        if new:
+            self._known_layers.update(new.values())
+            names = ", ".join(map(repr, new))
+            warn(
+                f"these layers were added after patching, so their error signals stay exact: {names}. To "
+                "reroute them, remove the patch, and patch again"
+            )
+
+    def _check_opaque(self, ended: Running, output: object) -> None:
+        """A weight that is no plain dense tensor may be used where nobody sees it, as by a kernel."""
+        layer = self.own.get(ended.mark.path)
+        if layer is None or layer.calls > ended.calls or not self.enabled or not layer.is_opaque():
+            return
+        if graph_of(output):
+            raise ExactGradientError(
+                f"{layer.info.name!r} has run without a call that could be rerouted: it keeps its weight as "
+                f"{layer.weight_type()}, and computes with it where the patch does not see it. "
+                f"exclude={[layer.info.name]} in feedbackhook.patch leaves it exact"
+            )
+
+    def _resolve(self, layers: list[Layer]) -> None:
+        """Sees that today's parameters are known and guarded, and that steps of optimizers are heard."""
+        if self._clock is None:
+            self._clock = Clock(self, Bracket.before_step, Bracket.after_step)
+        if self.weights.update(layers):
+            self._place()
+            self.look_again()
 
     def _check_tree(self) -> None:
         """Raises if a patched module is no longer in the model; what took its place would be exact."""
         if all(parent._modules.get(name) is child for parent, name, child in self._tree):
             return
-        present = {id(module) for root in self.roots for module in root.modules()}
+        present = {id(module) for module in self.root.modules()}
         for layer in self.layers:
-            if id(layer.module) not in present:
-                raise RuntimeError(
-                    f"{layer.info.name!r} was replaced after patching, and what took its place would keep "
-                    "exact backprop: remove the patch, and patch again"
-                )
+            for target in layer.targets:
+                if id(target.module) not in present:
+                    raise RuntimeError(
+                        f"{target.info.name!r} was replaced after patching, and what took its place would "
+                        "keep exact backprop: remove the patch, and patch again"
+                    )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave behind what belongs to this process's parameters and optimizers."""
-        own: dict[str, Any] = {"_by_weight": {}, "_known_weights": {}, "_guards": {}, "_clock": []}
-        return {**self.__dict__, **own, "observers": [], "watches": []}
+    # --- an optimizer's step -------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step: the watches are told, if it holds a patched weight."""
@@ -383,26 +554,27 @@ class Bracket:
         return [layer for layer in self.layers if any(id(p) in held for p in layer.parameters())]
 
 
-_RETIRED: list[RemovableHandle] = []
-"""Clocks of brackets that were collected without a `remove()`. They do nothing any more, and stay until the
-next patch: the collector may run while an optimizer walks torch's dict of hooks, which then must not
-change."""
+_NO_EXPORT = (
+    "a patched model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): what comes out "
+    "would train with exact backprop. Remove the patch first (feedbackhook.unpatch(model)); forward outputs "
+    "are the same without it"
+)
+_LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-def _take_off_the_retired() -> None:
-    while _RETIRED:
-        _RETIRED.pop().remove()
-
-
-class _Clock:
-    """A hook on every optimizer's step, which does not keep the bracket alive."""
-
-    def __init__(self, bracket: Bracket, tell: Callable[[Bracket, Optimizer], None]) -> None:
-        self._bracket, self._tell = weakref.ref(bracket), tell
-
-    def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if (bracket := self._bracket()) is not None:
-            self._tell(bracket, optimizer)
+def _refuse(layer: Layer, call: Call) -> None:
+    """Raises where the tensors of a call are of a kind that the edge cannot take."""
+    if type(call.weight) is not nn.Parameter and hasattr(call.weight, "device_mesh"):
+        raise RuntimeError(
+            f"the weight of {layer.info.name!r} is sharded while it is used (a DTensor, as of tensor "
+            f"parallelism), and V is not: exclude={[layer.info.name]} in feedbackhook.patch"
+        )
+    if call.input.is_nested and call.input.layout is torch.strided:
+        raise RuntimeError(
+            f"the input of {layer.info.name!r} is a nested tensor of the strided layout, which "
+            "torch.autograd.Function does not take: make it with layout=torch.jagged, or "
+            f"exclude={[layer.info.name]} in feedbackhook.patch"
+        )
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -411,20 +583,3 @@ def _ancestors(name: str) -> Iterator[str]:
     parts = name.split(".") if name else []
     for end in range(1, len(parts) + 1):
         yield ".".join(parts[:end])
-
-
-def _is_running(wanted: FrameType | None, frame: FrameType | None) -> bool:
-    """Whether the wanted frame is among those that led to `frame`. Of compiled code none is known, which
-    counts as running."""
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is wanted
-
-
-def _leave(mode: TorchFunctionMode) -> None:
-    """Takes a mode off the stack, from under whatever was put there after it."""
-    above = []
-    while (top := _pop_mode()) is not mode:
-        above.append(top)
-    for other in reversed(above):
-        _push_mode(other)

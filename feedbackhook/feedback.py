@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules import Rule, redrawn_by_updates
 from feedbackhook.targets import LayerInfo
+from feedbackhook.torch_internals import is_wrapped, transformed
 
 
 class Feedback:
@@ -55,30 +57,44 @@ class Feedback:
 
     def of(self, weight: Tensor) -> Tensor:
         """The same of a detached weight, where gradients are disabled already."""
-        v = self.rule.feedback(weight, self.parts(weight))
-        if v.shape != weight.shape:
-            raise ValueError(
-                f"{type(self.rule).__name__} gives {self.layer.name!r} a feedback weight of shape "
-                f"{tuple(v.shape)}; the weight has {tuple(weight.shape)}"
-            )
-        return v
+        return self._made(self.rule, self.parts(weight), weight)
+
+    def bound(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """`of` as it is now for weights like this one, whatever is drawn or set later."""
+        rule, draws = self.rule, self.draws
+        if self.recompute:
+            return lambda w: self._made(rule, self._draw(rule, w, draws), w)
+        parts = self.parts(weight)
+        return lambda w: self._made(rule, parts, w)
 
     def parts(self, weight: Tensor) -> Mapping[str, Tensor]:
         """The random parts for a weight of this shape, dtype and device: drawn where they are not at hand."""
         if torch.compiler.is_compiling() and (self.recompute or redrawn_by_updates(self.rule)):
             # Part of the graph, not a constant of it: each run of the compiled code draws by today's count.
-            return self._draw(weight, self._count.to(weight.device))
+            return self._draw(self.rule, weight, self._count.to(weight.device))
         if self.recompute:
-            return self._draw(weight, self.draws)
+            return self._draw(self.rule, weight, self.draws)
         wanted = (weight.shape, weight.dtype, weight.device)
         if self._parts is None or self._drawn_for != wanted:
-            self._parts = self._draw(weight, self.draws)
+            self._parts = self._draw(self.rule, weight, self.draws)
             self._drawn_for = wanted
         return self._parts
 
+    def _made(self, rule: Rule, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        v = rule.feedback(weight, parts)
+        if v.shape != weight.shape:
+            raise ValueError(
+                f"{type(rule).__name__} gives {self.layer.name!r} a feedback weight of shape "
+                f"{tuple(v.shape)}; the weight has {tuple(weight.shape)}"
+            )
+        return v
+
     @torch.no_grad()
-    def _draw(self, weight: Tensor, count: int | Tensor) -> dict[str, Tensor]:
-        return self.rule.draw(weight, CounterRNG(self.seed, self.layer, count, self.fused, self._keys))
+    def _draw(self, rule: Rule, weight: Tensor, count: int | Tensor) -> dict[str, Tensor]:
+        if transformed() and is_wrapped(weight):
+            # One draw for all members of an ensemble, and none that belongs to a transform which ends.
+            weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        return rule.draw(weight, CounterRNG(self.seed, self.layer, count, self.fused, self._keys))
 
     def redraw(self) -> None:
         """Moves to the next draw; it is made when V is next asked for."""
@@ -86,9 +102,14 @@ class Feedback:
         self._count.fill_(self.draws)
         self._parts = None
 
-    def like(self, rule: Rule, seed: int, draws: int) -> Feedback:
-        """Another of the same layer, which keeps and makes its parts in the same way."""
-        return Feedback(rule, self.layer, seed, draws, self.recompute, self.fused)
+    def like(self, rule: Rule, seed: int, draws: int, drawn_as: str | None = None) -> Feedback:
+        """Another of the same layer, which keeps and makes its parts in the same way.
+
+        Args:
+            drawn_as: the name that, with the seed, decides the random parts; the layer's own if None.
+        """
+        layer = self.layer if drawn_as is None else dataclasses.replace(self.layer, name=drawn_as)
+        return Feedback(rule, layer, seed, draws, self.recompute, self.fused)
 
     def follow(self, rule: Rule) -> None:
         """Changes the rule. The draw count stays, so what both rules draw alike stays as it is."""

@@ -1,33 +1,27 @@
-"""What keeps exact backprop from going unnoticed: the hook on each weight, and checks of calls."""
+"""What keeps exact backprop from going unnoticed in a backward: a hook on each weight."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from feedbackhook.audit import Finding
 from feedbackhook.edge import Layer
-from feedbackhook.products import Call
-from feedbackhook.targets import kind_of
+from feedbackhook.torch_internals import Node, backward_roots, current_backward, forget_compiled_code
 
 if TYPE_CHECKING:
     from feedbackhook.bracket import Bracket
-
-_GRAPH_NODES = 64  # so far back the origin of a weight that belongs to no layer is searched
-_ACTIVATIONS = {"FeedbackEdgeBackward", "AddmmBackward0", "LinearBackward0", "ConvolutionBackward0"}
-"""Nodes of layers' outputs: what was computed from them is data, not a form of the layers' weights."""
 
 MATRIX_PRODUCTS = {
     torch.matmul,
     torch.mm,
     torch.bmm,
-    torch.addmm,
     torch.baddbmm,
     torch.einsum,
     torch.tensordot,
@@ -35,20 +29,72 @@ MATRIX_PRODUCTS = {
     Tensor.matmul,
     Tensor.mm,
     Tensor.bmm,
-    Tensor.addmm,
     Tensor.baddbmm,
     Tensor.__matmul__,
     Tensor.__rmatmul__,
 }
-"""Functions that may send an error signal through a weight without being rerouted."""
+"""Functions that may send an error signal through a weight without being rerouted. Each call of them is
+looked at; what others do is found by the audit."""
+
+_BACKWARDS = 64  # so many are kept in mind: reentrant checkpoints run one inside the other
 
 
 class ExactGradientError(RuntimeError):
-    """A patched weight got a gradient from a call that no bracket saw, so that its error signal was exact."""
+    """An error signal went, or would go, through a patched weight itself instead of through its V."""
+
+
+class Backwards:
+    """What is known of each backward that is running, by its id: state of a backward belongs to it, so that
+    threads may run several at once.
+
+    Args:
+        audit: the findings in a graph, given its roots.
+
+    Attributes:
+        due: whether the next backward's whole graph is looked into: a forward did what none had done before.
+    """
+
+    def __init__(self, audit: Callable[[Iterable[Node]], list[Finding]]) -> None:
+        self.due = False
+        self._audit = audit
+        self._reached: OrderedDict[int, set[Layer]] = OrderedDict()
+        self._found: OrderedDict[int, dict[str, Finding] | None] = OrderedDict()
+
+    def arrived(self, layer: Layer) -> None:
+        """Notes that the backward now running has reached a rerouted call of a layer, or one that has
+        nothing upstream."""
+        layer.last_backward = running = current_backward()
+        if (reached := self._reached.get(running)) is None:
+            reached = self._reached[running] = set()
+            if len(self._reached) > _BACKWARDS:
+                self._reached.popitem(last=False)
+        reached.add(layer)
+
+    def has_reached(self, layer: Layer) -> bool:
+        """Whether the backward now running has."""
+        return layer in self._reached.get(current_backward(), ())
+
+    def is_audited(self) -> bool:
+        """Whether the graph of the backward now running is looked into in any case."""
+        return self.due or current_backward() in self._found
+
+    def found(self) -> dict[str, Finding] | None:
+        """The patched layers that the graph of the backward now running uses exactly, by name; None if that
+        graph cannot be found."""
+        running = current_backward()
+        if running not in self._found:
+            self.due = False
+            roots = backward_roots()
+            findings = None if roots is None else {f.name: f for f in self._audit(roots) if f.patched}
+            self._found[running] = findings
+            if len(self._found) > _BACKWARDS:
+                self._found.popitem(last=False)
+        return self._found[running]
 
 
 class Guard:
-    """The hook on a weight: its gradient must come from a bracketed call."""
+    """The hook on a weight: its gradient must come from a rerouted call, or from the weights alone, as that
+    of a penalty does."""
 
     def __init__(self, bracket: Bracket, layer: Layer) -> None:
         self._bracket, self._layer = weakref.ref(bracket), weakref.ref(layer)
@@ -57,102 +103,57 @@ class Guard:
         bracket, layer = self._bracket(), self._layer()
         if bracket is None or layer is None or not bracket.enabled or bracket.exact:
             return
-        if not layer.was_bracketed():
-            again = ""
-            if forget_compiled_code():
-                again = (
-                    ". If the model is compiled: code that was made for a model without a patch may have "
-                    "been used; it is forgotten now, so run the step again"
-                )
-            raise ExactGradientError(
-                f"the weight of {layer.info.name!r} got a gradient from a call that the patch did not see: "
-                "it was used outside the forward of every patched module and their ancestors, in a function "
-                "that cannot be rerouted, or while the patch was disabled, so its error signal went through "
-                f"W. Ways out: exclude={[layer.info.name]} in feedbackhook.patch, or `with patch.exact():` "
-                f"around a backward that is meant to be exact{again}"
+        if torch.compiler.is_compiling():
+            return
+        reached = bracket.backwards.has_reached(layer)
+        if reached and not bracket.backwards.is_audited():
+            return
+        found = bracket.backwards.found()
+        if found is None:
+            if reached or layer.compiled:
+                return
+            how = "a call that the patch did not see"
+        elif (finding := found.get(layer.info.name)) is not None:
+            how = f"a call that the patch did not reroute ({finding.operation})"
+        else:
+            return
+        bracket.look_again()
+        again = ""
+        if forget_compiled_code():
+            again = (
+                ". If the model is compiled: code that was made for a model without a patch may have been "
+                "used; it is forgotten now, so run the step again"
             )
+        raise ExactGradientError(
+            f"the weight of {layer.info.name!r} got a gradient from {how}: it was used outside the forward "
+            "of every patched module and their ancestors, in a function that cannot be rerouted, or while "
+            "the patch was disabled, so its error signal went through W. Ways out: "
+            f"exclude={[layer.info.name]} in feedbackhook.patch, or `with patch.exact():` around a backward "
+            f"that is meant to be exact{again}"
+        )
 
 
-def forget_compiled_code() -> bool:
-    """Lets `torch.compile` make its code anew, and see from now on whether a module has hooks: else code
-    that was made before hooks came or went would be used on, and that of a plain model for a patched one of
-    the same classes. True where the compiler is in use, and did not look at hooks before."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    blind: bool = torch._dynamo.config.skip_nnmodule_hook_guards
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch.compiler.reset()
-    return blind
-
-
-def refuse_product(bracket: Bracket, func: Any, args: tuple[Any, ...]) -> None:
+def refuse_product(bracket: Bracket, func: Any, args: tuple[Any, ...], copies: Any) -> None:
     """Raises if a function that is not rerouted multiplies a patched weight with what has an upstream."""
     tensors = [arg for arg in _flatten(args) if isinstance(arg, Tensor)]
-    layers = [bracket.known(tensor if tensor._base is None else tensor._base) for tensor in tensors]
-    layer = next((layer for layer in layers if layer is not None), None)
-    others = (tensor for tensor, known in zip(tensors, layers, strict=True) if known is None)
-    if bracket.enabled and layer is not None and any(other.requires_grad for other in others):
-        raise ExactGradientError(
-            f"the weight of {layer.info.name!r} is used in {_name(func)}, which cannot be rerouted: its "
-            f"error signal would go through W. Use F.linear, or exclude={[layer.info.name]} in "
-            "feedbackhook.patch"
-        )
+    uses = [bracket.weights.find(tensor, copies) for tensor in tensors]
+    use = next((use for use in uses if use is not None), None)
+    others = (tensor for tensor, own in zip(tensors, uses, strict=True) if own is None)
+    if bracket.enabled and use is not None and any(other.requires_grad for other in others):
+        raise exact_use(use.layer.info.name, str(getattr(func, "__name__", func)))
 
 
-def refuse_derived(bracket: Bracket, func: Any, call: Call) -> None:
-    """Raises if a weight that belongs to no layer is derived from a patched one."""
-    known = (bracket.known(leaf) for leaf in _origins(call.weight))
-    layer = next((layer for layer in known if layer is not None), None)
-    if bracket.enabled and layer is not None and call.input.requires_grad:
-        raise ExactGradientError(
-            f"{_name(func)} uses a weight derived from that of {layer.info.name!r} outside its module's "
-            "forward, and cannot be rerouted: its error signal would go through W. Derive it by "
-            f"torch.nn.utils.parametrize, or exclude={[layer.info.name]} in feedbackhook.patch"
-        )
-
-
-def warn_of_exact(bracket: Bracket, func: Any, call: Call) -> None:
-    """Warns, once for each function and shape, of a weight of the model that no patchable layer holds."""
-    weight, name, shape = call.weight, _name(func), tuple(call.weight.shape)
-    key = (name, shape, id(weight) if weight.is_leaf else None)
-    if not (bracket.enabled and weight.requires_grad and call.input.requires_grad) or key in bracket.judged:
-        return
-    bracket.judged.add(key)
-    layers = (module for root in bracket.roots for module in root.modules() if kind_of(module))
-    held = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
-    own = {id(parameter) for root in bracket.roots for parameter in root.parameters()} - held
-    if not any(id(leaf) in own for leaf in _origins(weight)):
-        return  # a layer that was left exact on purpose, or another model's
-    warnings.warn(
-        f"{name} is called with a weight of shape {shape} that belongs to no layer which can be "
-        "patched; its error signal stays exact",
-        stacklevel=2,
+def exact_use(name: str, operation: str) -> ExactGradientError:
+    """The error for a patched weight in a forward's call that cannot be rerouted."""
+    return ExactGradientError(
+        f"the weight of {name!r} is used in {operation}, which cannot be rerouted: its error signal would go "
+        f"through W. Use F.linear, or exclude={[name]} in feedbackhook.patch"
     )
 
 
-def _origins(weight: Tensor) -> Iterator[Tensor]:
-    """The leaves from which a weight was computed, itself if it is one, as its graph tells."""
-    if weight.is_leaf:
-        yield weight
-    nodes: list[Any] = [weight.grad_fn]
-    seen: set[Any] = set()
-    while nodes and len(seen) < _GRAPH_NODES:
-        node = nodes.pop(0)
-        if node is None or node in seen or node.name() in _ACTIVATIONS:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            yield leaf
-        nodes += [earlier for earlier, _ in node.next_functions]
-
-
-def _flatten(args: Iterable[Any]) -> Iterator[Any]:
+def _flatten(args: Iterable[Any]) -> Iterable[Any]:
     for arg in args:
         if isinstance(arg, (tuple, list)):
             yield from _flatten(arg)
         else:
             yield arg
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))

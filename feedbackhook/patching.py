@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.bracket import MARK, Bracket
+from feedbackhook.audit import Finding, graph_of
+from feedbackhook.bracket import Bracket
 from feedbackhook.edge import Layer, Tap
 from feedbackhook.feedback import Feedback
+from feedbackhook.marks import mark_of
 from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
-from feedbackhook.targets import LayerInfo, Selection, Target, find_targets, patchable, select
+from feedbackhook.targets import LayerInfo, Selection, Target, find_targets, layers_in, select
 from feedbackhook.watch import Watch
 
 if TYPE_CHECKING:
@@ -101,13 +103,12 @@ def patch(
         raise ValueError("the mapping of modes is empty")
     targets = find_targets(model, include, exclude, patterns)
     layers = _layers(_rules(mode, options, targets), int(seed), recompute, fused)
-    unique = list(dict.fromkeys(layer for _, layer in layers))
-    _check([(layer.info, layer.feedback.rule) for layer in unique])
-    for layer in unique:
-        layer.feedback(layer.weight())  # whatever is wrong shows before anything is attached
-    bracket = Bracket(unique)
+    _check([(layer.info, layer.feedback.rule) for layer in layers])
+    for layer in layers:
+        _try(layer)  # whatever is wrong shows before anything is attached
+    bracket = Bracket(layers)
     handle = Patch(model, bracket)
-    bracket.attach(model, layers, handle)
+    bracket.attach(model, handle)
     return handle
 
 
@@ -128,7 +129,7 @@ class Patch:
 
     def remove(self) -> None:
         """Takes the patch off: no hook, no attribute is left. Graphs that are already built keep their V."""
-        self._bracket.detach(self._model)
+        self._bracket.detach()
 
     @property
     def enabled(self) -> bool:
@@ -216,6 +217,27 @@ class Patch:
         taps[handle.id] = fn
         return handle
 
+    def audit(self, output: object) -> list[Finding]:
+        """Looks into the graph of an output, or of a loss, for weights that send error signals exactly.
+
+        The same happens by itself in the first forward in which a module calls a function for the first time,
+        and in the backward that follows: a patched weight is an error there, another is a warning.
+
+        Args:
+            output: a tensor, or tensors in tuples, lists, mappings or dataclasses, with their graph.
+
+        Returns:
+            A finding for each weight and operation: its name, whether a patched layer holds it (else it
+            belongs to no layer that can be patched), its shape, and the operation as the graph calls it. None
+            are expected.
+
+        Raises:
+            ValueError: the output has no graph.
+        """
+        if not (nodes := graph_of(output)):
+            raise ValueError("the output has no graph: was it made without gradients, or detached?")
+        return self._bracket.audit(nodes)
+
     def watch(
         self,
         every: int,
@@ -280,6 +302,7 @@ class Patch:
                 "options": rule_values(layer.feedback.rule),
                 "seed": layer.feedback.seed,
                 "draws": layer.feedback.draws,
+                "drawn_as": layer.feedback.layer.name,  # another name than its own after weights came apart
             }
             for layer in self._bracket.layers
         }
@@ -297,7 +320,9 @@ class Patch:
             missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
             raise ValueError(f"the state lacks the layers {missing} and has the unknown layers {unknown}")
         restored = {
-            name: own[name].feedback.like(make_rule(row["mode"], row["options"]), row["seed"], row["draws"])
+            name: own[name].feedback.like(
+                make_rule(row["mode"], row["options"]), row["seed"], row["draws"], row.get("drawn_as")
+            )
             for name, row in saved.items()
         }
         for name, feedback in restored.items():
@@ -336,12 +361,11 @@ class Patch:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)
         ]
         patched = {name for layer in self._bracket.layers for name in layer.names}
-        modules = dict(self._model.named_modules())
-        moved = {layer.module for layer in self._bracket.layers}  # since then, perhaps, to another name
-        left = [
+        moved = {target.module for layer in self._bracket.layers for target in layer.targets}
+        left = [  # a patched module may have got another name since then
             name or "(root)"
-            for name in patchable(self._model)
-            if name not in patched and modules.get(name, modules.get(name.rpartition(".")[0])) not in moved
+            for name, module in layers_in(self._model).items()
+            if name not in patched and module not in moved
         ]
         if left:
             lines.append(f"exact: {', '.join(left)}")
@@ -387,8 +411,9 @@ def _patches(model: nn.Module) -> list[tuple[str, Patch]]:
     """Each patch met in the tree, with the name of the first module that carries it."""
     found: dict[int, tuple[str, Patch]] = {}
     for name, module in model.named_modules():
-        if (mark := module.__dict__.get(MARK)) is not None:
-            found.setdefault(id(mark.patch), (name, mark.patch))
+        mark = mark_of(module)
+        if mark is not None and (bracket := mark.link.bracket) is not None:
+            found.setdefault(id(bracket), (name, bracket.patch))
     return list(found.values())
 
 
@@ -428,9 +453,7 @@ def _rules(
     return [(target, rules[target.info.name]) for target in targets]
 
 
-def _layers(
-    rules: list[tuple[Target, Rule]], seed: int, recompute: bool, fused: bool
-) -> list[tuple[Target, Layer]]:
+def _layers(rules: list[tuple[Target, Rule]], seed: int, recompute: bool, fused: bool) -> list[Layer]:
     """A layer for each target; targets that hold one parameter as their weight share a layer.
 
     Raises:
@@ -439,26 +462,48 @@ def _layers(
     by_weight: dict[int, Layer] = {}
     layers = []
     for target, rule in rules:
-        weight = target.module._parameters.get(target.attribute)
+        weight = target.parameter()
         layer = by_weight.get(id(weight)) if weight is not None else None
         if layer is None:
-            layer = Layer(target, Feedback(rule, target.info, seed, 0, recompute, fused))
+            layer = Layer([target], Feedback(rule, target.info, seed, 0, recompute, fused))
+            layers.append(layer)
             if weight is not None:
                 by_weight[id(weight)] = layer
         elif layer.feedback.rule is rule:
-            layer.names.append(target.info.name)
+            layer.targets.append(target)
         else:
             raise ValueError(
                 f"{layer.info.name!r} and {target.info.name!r} share a weight; give them one rule"
             )
-        layers.append((target, layer))
     return layers
+
+
+def _try(layer: Layer) -> None:
+    """Makes V once.
+
+    Raises:
+        TypeError: of such a weight no V can be made; the error names the layer.
+    """
+    layer.check()
+    if not layer.has_weight():
+        return  # the forward makes a weight of it, which V will follow
+    if not layer.is_opaque():
+        layer.feedback(layer.weight())
+        return
+    try:
+        layer.feedback(layer.weight())
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise TypeError(
+            f"the weight of {layer.info.name!r} is a {layer.weight_type()}, of which no V can be made; "
+            f"exclude={[layer.info.name]} leaves it with exact backprop"
+        ) from error
 
 
 def _draw_now(layers: Iterable[Layer]) -> None:
     """Draws the random parts, so that compiled code finds them, or their keys, as it found the old ones."""
     for layer in layers:
-        layer.feedback.parts(layer.weight())
+        if layer.has_weight():
+            layer.feedback.parts(layer.weight())
 
 
 def _check(rules: list[tuple[LayerInfo, Rule]]) -> None:

@@ -20,13 +20,29 @@ and memory layout are read, never its values."""
 
 
 class Call(NamedTuple):
-    """One call of a torch function, read: its input, its weight, its product with V, and whether that product
-    is faster with the input at hand."""
+    """One call of a torch function, read.
+
+    Args:
+        input: what the weight is applied to.
+        weight: the weight, as the call uses it.
+        product: its product with V.
+        wants_input: whether that product is faster with the input at hand.
+        place: the input's place among the positional arguments.
+        keyword: the input's name among the others.
+    """
 
     input: Tensor
     weight: Tensor
     product: Product
     wants_input: bool = False
+    place: int = 0
+    keyword: str = "input"
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
+        """Calls the function with `x` in the place of the input."""
+        if len(args) > self.place:
+            return func(*args[: self.place], x, *args[self.place + 1 :], **kwargs)
+        return func(*args, **{**kwargs, self.keyword: x})
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
@@ -36,8 +52,22 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
 def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
     # delta V over the last dimension, as one product of matrices: `matmul` would make one for each sample of
     # a delta that cannot be viewed as a matrix.
+    if delta.is_nested:
+        return F.linear(delta, feedback.t())
     rows = torch.mm(delta.reshape(-1, delta.shape[-1]), feedback)
     return rows.view(*delta.shape[:-1], feedback.shape[1])
+
+
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **more: Any
+) -> Call:
+    """beta bias + alpha x W: the weight has a column for each output, as in transformers' Conv1D."""
+
+    def product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
+        error = torch.mm(delta, feedback.t())
+        return error if alpha == 1 else error * alpha
+
+    return Call(mat1, mat2, product, place=1, keyword="mat1")
 
 
 def _conv(
@@ -128,6 +158,8 @@ def _each(value: int | Sequence[int], n: int) -> list[int]:
 
 OPERATIONS: dict[Callable[..., Any], Callable[..., Call]] = {
     F.linear: _linear,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
     F.conv1d: _conv,
     F.conv2d: _conv,
     F.conv3d: _conv,

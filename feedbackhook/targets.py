@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -25,8 +26,9 @@ KINDS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
     nn.MultiheadAttention,
 )
-"""The kinds of layer that can be patched; subclasses count as the kind that they extend. Of attention, these
-are the projections of query, key and value; the output's is an `nn.Linear` of its own."""
+"""The kinds of layer that can be patched, with transformers' `Conv1D`, the linear layer of GPT-2, whose
+weight is transposed; subclasses count as the kind that they extend. Of attention, these are the projections of
+query, key and value; the output's is an `nn.Linear` of its own."""
 
 FUSED: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
 """Layers that compute in one fused call, inside which no error signal can be rerouted."""
@@ -58,10 +60,18 @@ class Target(NamedTuple):
     attribute: str
     info: LayerInfo
 
+    def parameter(self) -> Tensor | None:
+        """The weight, where it is a parameter of the module; None where it is derived from others."""
+        return self.module._parameters.get(self.attribute)
+
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """The kind in `KINDS` that the module is, or None."""
-    return next((kind for kind in KINDS if isinstance(module, kind)), None)
+    """The kind in `KINDS` that the module is, or transformers' `Conv1D`, or None."""
+    found = next((kind for kind in KINDS if isinstance(module, kind)), None)
+    if found is None and (transformers := sys.modules.get("transformers.pytorch_utils")) is not None:
+        conv1d: type[nn.Module] = transformers.Conv1D
+        return conv1d if isinstance(module, conv1d) else None
+    return found
 
 
 def weight_of(module: nn.Module, attribute: str = "weight") -> Tensor:
@@ -156,9 +166,14 @@ def _fused(module: nn.Module) -> bool:
     return isinstance(module, FUSED)
 
 
-def patchable(model: nn.Module) -> list[str]:
-    """The full names of all layers that could be patched."""
-    return [name for name, (_, module, _) in _candidates(model).items() if kind_of(module)]
+def is_layer(module: nn.Module) -> bool:
+    """Whether its parameters are a layer's, be it one that can be patched or one that can be excluded."""
+    return kind_of(module) is not None or _fused(module)
+
+
+def layers_in(model: nn.Module) -> dict[str, nn.Module]:
+    """The module of each layer that could be patched, by the layer's full name."""
+    return {name: module for name, (_, module, _) in _candidates(model).items() if kind_of(module)}
 
 
 def _candidates(model: nn.Module) -> dict[str, tuple[str, nn.Module, str]]:
@@ -185,9 +200,20 @@ def _info(name: str, module: nn.Module, attribute: str) -> LayerInfo:
     shape = tuple(weight.shape)
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         fan_in = shape[0] // int(module.groups) * math.prod(shape[2:])  # type: ignore[arg-type]
+    elif kind.__name__ == "Conv1D":
+        fan_in = shape[0]
     else:
         fan_in = math.prod(shape[1:])
     return LayerInfo(name, kind.__name__, shape, fan_in)
+
+
+def full_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape that the module's weight has where it is not packed; None where the module does not tell."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    return None
 
 
 def select(argument: str, selection: Selection, modules: Mapping[str, nn.Module]) -> set[str]:

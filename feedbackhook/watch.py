@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from feedbackhook.alignment import ErrorAngles, Row, gathered, observed, weight_rows
 from feedbackhook.rules import expected_angle
+from feedbackhook.torch_internals import current_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,7 +62,7 @@ class Watch:
         """Records, if this step is watched. Called before an optimizer that holds a patched weight steps."""
         if torch.compiler.is_compiling():
             raise RuntimeError("patch.watch cannot follow a compiled optimizer.step; leave it uncompiled")
-        if torch._C._current_graph_task_id() != -1:
+        if current_backward() != -1:
             raise RuntimeError(
                 "patch.watch cannot follow an optimizer that steps inside the backward: at no moment are all "
                 "gradients there; call optimizer.step() after it"

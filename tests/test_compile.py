@@ -238,7 +238,6 @@ def test_exact_of_a_compiled_model_is_exact_or_raises():
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.xfail(strict=True, reason="a layer that was once compiled counts as bracketed for ever after")
 def test_the_guard_still_watches_after_a_compiled_step():
     model, x = mlp(), draw(3, 4)
     feedbackhook.patch(model, "sign")
