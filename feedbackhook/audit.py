@@ -6,11 +6,11 @@ roots to its leaves, and each node is told by what flows into it.
 - *Activations*: the outputs of layers, of embeddings, and whatever was computed from them.
 - *Weights*: a patched weight, or what was computed from it (transposed, normalized, masked, dequantized).
 
-A node where a weight's path meets an activation multiplies an error signal by W, unless it is linear in both
-(adds, joins, copies); after those, a node that squares what came of it does. So does a node that an activation
-enters and that has saved a tensor which shares memory with W; that shows frozen weights, `.data` and
-`.detach()`, whose path is not in the graph. Exempt are the feedback edge and the calls that the patch rerouted,
-or that have nothing upstream (`mark_as_layer`).
+A node where a weight's path meets an activation multiplies an error signal by W, unless it is linear in
+both (adds, joins, copies); after those, a node that squares what came of it does. So does a node that an
+activation enters and that has saved a tensor which shares memory with W; that shows frozen weights, `.data`
+and `.detach()`, whose path is not in the graph. Exempt are the feedback edge and the calls that the patch
+rerouted, or that have nothing upstream (`mark_as_layer`).
 
 The same meeting with a matrix that no layer holds is a finding too, of another kind: it cannot be patched.
 Scales are not: there an elementwise function, such as a normalization's, meets the activation.

@@ -27,8 +27,8 @@ KINDS: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
 )
 """The kinds of layer that can be patched, with transformers' `Conv1D`, the linear layer of GPT-2, whose
-weight is transposed; subclasses count as the kind that they extend. Of attention, these are the projections of
-query, key and value; the output's is an `nn.Linear` of its own."""
+weight is transposed; subclasses count as the kind that they extend. Of attention, these are the projections
+of query, key and value; the output's is an `nn.Linear` of its own."""
 
 FUSED: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
 """Layers that compute in one fused call, inside which no error signal can be rerouted."""

@@ -7,7 +7,7 @@ there by name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import FrameType, FunctionType
 from typing import Any, TypeAlias
@@ -203,7 +203,7 @@ def sequence_number(node: Node) -> int:
 def saved_tensors(node: Node) -> Iterator[Tensor]:
     """The tensors that a node keeps for its backward: none of a node that is used up, and none that went
     through hooks, since asking for those would run the hooks (a checkpoint's would recompute)."""
-    for name in _saved_names(type(node)):
+    for name in _saved_names(type(node)):  # type: ignore[arg-type]  # a class can be hashed
         try:
             found = getattr(node, name)
         except RuntimeError:
@@ -214,7 +214,7 @@ def saved_tensors(node: Node) -> Iterator[Tensor]:
 
 
 @cache
-def _saved_names(kind: Hashable) -> list[str]:
+def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
