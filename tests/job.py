@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from feedbackhook.experiments import train
+from feedbackhook.experiments import processes, train
 from feedbackhook.experiments.config import RunConfig
+from feedbackhook.experiments.data import ImageData
 
 
 @dataclass
@@ -43,3 +46,38 @@ def stopped_before(epoch: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train._Run, "_train_epoch", stop)
         yield
+
+
+def precisely(config: RunConfig) -> AbstractContextManager[None]:
+    """In it the run trains in float64, so that rounding in another order stays far below any mistake. Runs
+    in bf16 stay as they are: autocast does not touch float64."""
+    return nullcontext() if config.protocol.precision == "bf16" else in_float64()
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Runs train in float64 wherever they would in float32. Only timm's transforms stay as they are."""
+    forward, augmentation = processes.Processes.forward, ImageData.augmentation
+
+    def of_doubles(team: processes.Processes, x: Tensor) -> Tensor:
+        return forward(team, x.double())
+
+    def in_float32(data: ImageData, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        transform = default_dtype(torch.float32)(augmentation)(data, options)
+        return default_dtype(torch.float32)(transform)
+
+    with pytest.MonkeyPatch.context() as patched, default_dtype(torch.float64):
+        patched.setattr(processes.Processes, "forward", of_doubles)
+        patched.setattr(ImageData, "augmentation", in_float32)
+        patched.setattr(Tensor, "float", Tensor.double)
+        yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

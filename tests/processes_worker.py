@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from job import Job, stopped_before
+from job import Job, precisely, stopped_before
 from torch import Tensor, nn
 
 from feedbackhook.experiments import processes
@@ -30,7 +30,7 @@ def first_share(team: processes.ManyProcesses, size: int) -> list[slice]:
 
 
 def ended(job: Job) -> list[str]:
-    with pytest.MonkeyPatch.context() as patched, stopped_before(job.stop):
+    with pytest.MonkeyPatch.context() as patched, stopped_before(job.stop), precisely(job.config):
         if job.wrong_shares:
             patched.setattr(processes.ManyProcesses, "shares", first_share)
         try:

@@ -14,6 +14,7 @@ import pandas
 import pytest
 import torch
 import yaml
+from bounds import HALF_OF_FLOAT32, of_angle, of_share
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -136,8 +137,10 @@ def test_the_recorded_angles_are_those_of_the_definition(config: RunConfig) -> N
     config.protocol.epochs = 1
     train(config)
     first = read(str(config.output)).query("step == 0 and layer == 'fc1'").set_index("metric")["value"]
-    assert first["weight_angle"] == pytest.approx(41.41, abs=0.3)  # uniform W, Liao et al.'s M o sign(W)
-    assert first["expected_weight_angle"] == pytest.approx(first["weight_angle"], abs=0.3)
+    assert first["weight_angle"] == pytest.approx(
+        41.41, abs=of_angle(400_000)
+    )  # uniform W, Liao et al.'s M o sign(W)
+    assert first["expected_weight_angle"] == pytest.approx(first["weight_angle"], abs=of_angle(400_000))
     assert first["sign_agreement"] == 1.0
 
 
@@ -359,7 +362,8 @@ def test_one_seed_gives_one_start_and_one_order_whatever_the_rule(config: RunCon
         )
         train(run)
         losses.append(series(read(str(run.output)), "train_loss"))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # symmetric feedback is backprop, by other kernels: in float32, and some steps of training later
+    assert losses[0] == pytest.approx(losses[1], rel=HALF_OF_FLOAT32)
     assert losses[0] != pytest.approx(losses[2], rel=1e-2)
 
 
@@ -591,7 +595,7 @@ def test_the_concordance_changes_after_the_epochs_of_the_schedule_and_on_resume(
     agreement = tables[0][(tables[0].metric == "sign_agreement") & (tables[0].layer == "fc1")]
     by_step = agreement.groupby("step")["value"].first()
     for step, expected in ((0, 1.0), (3, 0.75), (6, 0.75), (9, 0.5)):
-        assert by_step[step] == pytest.approx(expected, abs=0.02)
+        assert by_step[step] == pytest.approx(expected, abs=of_share(expected, 400_000))
     columns = ["step", "epoch", "layer", "metric", "value"]
     first, second = (t[columns].sort_values(columns).reset_index(drop=True) for t in tables)
     pandas.testing.assert_frame_equal(first, second)
@@ -604,8 +608,8 @@ def test_each_layer_may_have_a_rule_of_its_own(config: RunConfig) -> None:
     table = read(train(config).folder)
     last = table[(table.metric == "sign_agreement") & (table.step == table.step.max())]
     by_layer = dict(last[["layer", "value"]].to_numpy())
-    assert by_layer["conv2"] == pytest.approx(0.75, abs=0.02)
-    assert by_layer["fc1"] == pytest.approx(0.5, abs=0.02)
+    assert by_layer["conv2"] == pytest.approx(0.75, abs=of_share(0.75, 25_000))
+    assert by_layer["fc1"] == pytest.approx(0.5, abs=of_share(0.5, 400_000))
     assert "fc2" not in by_layer
     assert resolve(replace(config, output=None)).output.endswith("-mixed-seed0")  # type: ignore[union-attr]
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from bounds import of_angle
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.inspection import InspectConfig, inspect
@@ -20,7 +21,7 @@ def test_layers_of_the_papers_network():
     assert found.parameters == 431_080
     assert found.patched_weights == 430_500
     # uniform initial weights: 30 degrees in large layers
-    assert found.layers[2].weight_angle == pytest.approx(30.0, abs=0.5)
+    assert found.layers[2].weight_angle == pytest.approx(30.0, abs=of_angle(400_000))
 
 
 def test_forward_order_is_not_the_order_of_registration():

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -267,13 +266,15 @@ def test_an_optimizer_without_a_rate_has_none(tmp_path):
     assert math.isnan(recorded(tmp_path / "run")[0, None, "learning_rate"])
 
 
-def test_rows_reach_the_disk_when_the_interval_is_over_though_no_step_is_watched(tmp_path):
+def test_rows_reach_the_disk_when_the_interval_is_over_though_no_step_is_watched(tmp_path, monkeypatch):
     model, x = mlp(), draw(3, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Recorder(tmp_path / "run", interval=0.05) as recorder:
+    now = 0.0
+    monkeypatch.setattr("feedbackhook.recorder.time.monotonic", lambda: now)
+    with Recorder(tmp_path / "run", interval=10) as recorder:
         feedbackhook.patch(model, "sign").watch(1000, recorder)
         step(model, optimizer, x)
-        time.sleep(0.06)
+        now = 11.0
         step(model, optimizer, x)
         assert recorded(tmp_path / "run").keys() >= {(0, "4", "error_angle"), (0, None, "learning_rate")}
 

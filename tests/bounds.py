@@ -1,0 +1,33 @@
+"""Bounds that follow from sampling and from number formats, the same on every machine.
+
+Five standard errors are left to sampling, which one seed in two million exceeds.
+"""
+
+import math
+
+ROUNDING = {
+    "float32": 2.0**-24,
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-11,
+}  # of a number, by half a last place
+HALF_OF_FLOAT32 = 2.0**-12  # half of its digits, where some steps of training multiply what is rounded
+
+
+def of_mean(std: float, n: int) -> float:
+    """Of a mean of n independent draws."""
+    return 5 * std / math.sqrt(n)
+
+
+def of_share(p: float, n: int) -> float:
+    """Of the share of n independent draws that come true with probability p."""
+    return of_mean(math.sqrt(p * (1 - p)), n)
+
+
+def of_std(n: int) -> float:
+    """Of a standard deviation of n normal draws, relative; uniform draws vary less."""
+    return of_mean(math.sqrt(1 / 2), n)
+
+
+def of_angle(n: int) -> float:
+    """Of the angle in degrees between n independent pairs, whose standard error is sin(angle) / sqrt(n)."""
+    return math.degrees(of_mean(1, n))
