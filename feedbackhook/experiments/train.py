@@ -30,6 +30,7 @@ from feedbackhook.experiments.config import (
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
 from feedbackhook.experiments.processes import Processes
+from feedbackhook.experiments.stopping import stoppable, uninterrupted
 from feedbackhook.recorder import Recorder, read
 from feedbackhook.report import plots
 
@@ -76,7 +77,8 @@ def train(
     With ``resume`` the run goes on from its folder's checkpoint, on the CPU bit-equal to never having
     stopped, or begins where there is none; a finished or diverged run is returned as it is. A run whose
     loss is no longer finite ends as `diverged`, its table written. ``KeyboardInterrupt`` passes through
-    and leaves the run `interrupted`, its finished epochs kept; any other error leaves it `failed`.
+    and leaves the run `interrupted`, its finished epochs kept; so does SIGTERM, unless the program handles
+    it. Any other error leaves the run `failed`.
 
     Under torchrun all processes train this one run, and each of them returns its result; the first alone
     writes, and tells ``progress``. Their number may be another when the run is resumed.
@@ -84,7 +86,7 @@ def train(
     Raises:
         ConfigError: the run cannot start so: a bad option, data that are not there, a folder in use.
     """
-    with processes.started(config.protocol) as team:
+    with stoppable(), processes.started(config.protocol) as team:
         config, ended = team.told(lambda: _begin(config, resume, team.count))
         if ended is not None:
             return ended
@@ -315,6 +317,7 @@ class _Run:
         folder.tidy()
         checkpoint = self.team.told(folder.load_checkpoint)
         result = self.result = RunResult(folder.path)
+        self.touch = recorder.touch_if_due
         try:
             if checkpoint is None:
                 recorder.drop_after(-1)
@@ -351,7 +354,8 @@ class _Run:
             result.reason = f"{type(error).__name__}: {error}".rstrip(": ")
             raise
         finally:
-            folder.write_result(result)
+            with uninterrupted():
+                folder.write_result(result)
         return result
 
     def _go_on(self, checkpoint: dict[str, Any], folder: RunFolder, recorder: Recorder) -> None:
@@ -396,6 +400,7 @@ class _Run:
             loss, missed = self._train_step(index, recorder, last=self.epoch == p.epochs and batch == batches)
             total += loss
             wrong += missed
+            self.touch()
             progress(Progress(self.epoch, p.epochs, batch, batches, total / batch))
         self.schedule.step()
         if self.patch is not None and self.epoch in self.config.feedback.schedule:
@@ -488,6 +493,7 @@ class _Run:
             logits, y = self.team.forward(x)[:counted], y[:counted]
             loss += F.cross_entropy(logits, y, reduction="sum").item()
             wrong += int((logits.argmax(1) != y).sum())
+            self.touch()
         loss, wrong = self.team.total(loss, wrong)
         return loss / count, 100 * wrong / count
 
