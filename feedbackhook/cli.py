@@ -294,6 +294,8 @@ def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) 
         f"time, and {file_size(size)} in {shrink(config).output}"
     )
     console.print("measured on some steps with random images; runs side by side slow one another down")
+    if left and config.record.weights == "all":
+        console.print("weights and checkpoints count: --record.weights best keeps less, none the least")
 
 
 def _inspect(given: Namespace) -> int:

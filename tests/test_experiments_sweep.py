@@ -17,6 +17,7 @@ from typing import Any
 import joblib
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from feedbackhook import console
 from feedbackhook.cli import main
@@ -433,6 +434,10 @@ def test_an_estimate_is_near_what_a_run_takes_on_disk(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "digits-frSF-rate1-seed0").rglob("*"))
     assert expected.size == pytest.approx(size, rel=0.2)
     assert 0 < expected.seconds < 600
+    without = replace(config, record=replace(config.record, weights="none"), output=f"{tmp_path}/none")
+    saved = expected.size - estimate(plan(without))["digits-frSF-rate1-seed0"].size
+    weights = load_file(tmp_path / "digits-frSF-rate1-seed0" / "last.safetensors").values()
+    assert saved > 3 * sum(w.numel() * w.element_size() for w in weights)  # best, last and the checkpoint's
     twice = replace(config, protocol=replace(config.protocol, epochs=8))
     assert estimate(plan(twice))["digits-frSF-rate1-seed0"].size < 2 * expected.size
 
@@ -444,6 +449,7 @@ def test_a_dry_run_shows_the_runs_and_runs_none(tmp_path: Path, capsys: pytest.C
     assert all(name in out for name in names(plan(tiny(tmp_path))))
     assert "6 runs, 6 of them to be run: about" in out
     assert "with 2 at a time" in out
+    assert "--record.weights best keeps less" in out
     assert not (tmp_path / "sweep").exists()
 
 

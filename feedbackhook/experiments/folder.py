@@ -184,6 +184,11 @@ class RunFolder:
         with written_aside(self._checkpoint) as aside:
             torch.save(state, aside)
 
+    def remove_checkpoint(self) -> None:
+        """Remove the checkpoint of a run that has ended and needs it no more."""
+        if self._writes:
+            self._checkpoint.unlink(missing_ok=True)
+
     def write_weights(self, state: dict[str, Any], name: Literal["best", "last"]) -> None:
         """Those of a model's state dict; of tensors that share their memory, one."""
         if not self._writes:

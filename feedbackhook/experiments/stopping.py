@@ -42,8 +42,8 @@ def stoppable(always: bool = False) -> Iterator[None]:
     """Raise KeyboardInterrupt in the block for the first SIGINT, :class:`Terminated` for the first SIGTERM.
 
     Later ones are ignored: Ctrl-C reaches each process of a sweep twice, from the terminal and from the
-    sweep, and the second must not cut short how a run ends. Handlers that the program has set itself stay, unless
-    ``always``. In a thread other than the main one, where Python has no signals, nothing happens.
+    sweep, and the second must not cut short how a run ends. Handlers that the program has set itself
+    stay, unless ``always``. Only the main thread gets signals; in another, this does nothing.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -229,10 +229,11 @@ def check_device(config: RunConfig) -> None:
 def _check_parts(config: RunConfig, count: int) -> None:
     """Sees that each mini-batch can be shared out, and that what is recorded can be measured then."""
     p = config.protocol
-    for name in ("precision", "strategy"):
-        value, known = getattr(p, name), get_args(get_type_hints(ProtocolConfig)[name])
+    for section, name in ((p, "precision"), (p, "strategy"), (config.record, "weights")):
+        value, known = getattr(section, name), get_args(get_type_hints(type(section))[name])
         if value not in known:
-            raise ConfigError(f"protocol.{name} must be {' or '.join(known)}, not {value!r}")
+            where = "record" if section is config.record else "protocol"
+            raise ConfigError(f"{where}.{name} must be {' or '.join(known)}, not {value!r}")
     parts = count * p.accumulation
     for size in (p.batch_size, *p.batch_sizes.values()):
         if size % parts:
@@ -356,6 +357,8 @@ class _Run:
         finally:
             with uninterrupted():
                 folder.write_result(result)
+                if result.ended and self.config.record.weights != "all":
+                    folder.remove_checkpoint()
         return result
 
     def _go_on(self, checkpoint: dict[str, Any], folder: RunFolder, recorder: Recorder) -> None:
@@ -502,9 +505,11 @@ class _Run:
         result = self.result
         recorder.flush()
         model, optimizer = self.team.states(self.model, self.optimizer)
-        if result.best_epoch == self.epoch:
+        keep = self.config.record.weights
+        if result.best_epoch == self.epoch and keep != "none":
             folder.write_weights(model, "best")
-        folder.write_weights(model, "last")
+        if keep == "all":
+            folder.write_weights(model, "last")
         cuda = self.device.type == "cuda"
         folder.write_checkpoint(
             {
