@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow
     from torch import Tensor
 
-__all__ = ["COLUMNS", "Recorder", "holder", "parts_of", "read", "schema", "written_aside"]
+__all__ = ["COLUMNS", "Recorder", "holder", "parts_of", "process_name", "read", "schema", "written_aside"]
 
 COLUMNS = ("run", "step", "epoch", "layer", "depth", "metric", "value")
 _NAMELESS = "a process that did not leave its name"
@@ -263,6 +263,11 @@ def holder(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def process_name(process: int | None) -> str:
+    """How :func:`holder` names a process of this machine, given its ID."""
+    return f"process {process} on {socket.gethostname()}"
+
+
 def _lock(path: Path) -> IO[str]:
     import fcntl
 
@@ -277,7 +282,7 @@ def _lock(path: Path) -> IO[str]:
             "folder"
         ) from None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"{process_name(os.getpid())}\n")
     file.flush()
     os.fsync(file.fileno())  # other machines are to see it
     return file
