@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _USAGE_ERROR = 2
-_INTERRUPTED = 130  # as shells have it
 _FAILED = 1
 _OF_ANALYSIS = ("altair", "jinja2", "vl_convert")  # what the extra of this name installs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 where runs of a sweep failed, 2 for what cannot run
-    so, 130 for an interruption.
+    so, 130 for an interruption, 143 for SIGTERM.
 
     A diverged run is a result, not an error: its status is 0.
     """
     from feedbackhook import ExactGradientError
     from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.experiments.stopping import exit_status
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error), error)
     except UnicodeDecodeError as error:
         return _refuse(f"the configuration file is not UTF-8 text: {error}", error)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return exit_status(stop)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -241,7 +241,7 @@ def _train(given: Namespace) -> int:
             result = train(config, resume=given.resume, progress=progress)
     except KeyboardInterrupt:
         console.print("interrupted; --resume goes on from the last finished epoch, if there is one")
-        return _INTERRUPTED
+        raise
     run_summary(console, result)
     return 0
 
@@ -264,7 +264,7 @@ def _sweep(given: Namespace) -> int:
             results = sweep(config, progress, console.print)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on")
-        return _INTERRUPTED
+        raise
     ended = Counter(result.status for result in results.values())
     console.print(", ".join(f"{count} {status}" for status, count in sorted(ended.items())))
     for name, result in results.items():
@@ -294,6 +294,8 @@ def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) 
         f"time, and {file_size(size)} in {shrink(config).output}"
     )
     console.print("measured on some steps with random images; runs side by side slow one another down")
+    if left and config.record.weights == "all":
+        console.print("weights and checkpoints count: --record.weights best keeps less, none the least")
 
 
 def _inspect(given: Namespace) -> int:

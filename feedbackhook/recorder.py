@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     import pyarrow
     from torch import Tensor
 
-__all__ = ["COLUMNS", "Recorder", "parts_of", "read", "schema", "written_aside"]
+__all__ = ["COLUMNS", "Recorder", "holder", "parts_of", "process_name", "read", "schema", "written_aside"]
 
 COLUMNS = ("run", "step", "epoch", "layer", "depth", "metric", "value")
+_NAMELESS = "a process that did not leave its name"
 
 
 class Recorder:
@@ -63,7 +65,7 @@ class Recorder:
         self._interval = interval
         self._parts = folder / "metrics"
         self._rows: list[tuple[str, int, int, str | None, int | None, str, float]] = []
-        self._written = time.monotonic()
+        self._written = self._touched = time.monotonic()
         self._closed = False
         self._lock: IO[str] | None = None
         self._board: Any = None
@@ -104,6 +106,12 @@ class Recorder:
         """Write the rows that wait, if the interval is over."""
         if self._rows and time.monotonic() - self._written >= self._interval:
             self.flush()
+
+    def touch_if_due(self) -> None:
+        """Show others that this process is at work in the folder, once an interval: touch its lock file."""
+        if self._lock is not None and time.monotonic() - self._touched >= self._interval:
+            os.utime(self._lock.fileno())
+            self._touched = time.monotonic()
 
     def add_histogram(self, step: int, name: str, values: Tensor) -> None:
         """Add a histogram to TensorBoard; without it, nothing happens. A tensor that holds what is not
@@ -237,6 +245,29 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
+def holder(folder: str | os.PathLike[str]) -> str | None:
+    """Return the process whose recorder holds a run folder, as "process ID on MACHINE", or None.
+
+    The lock is what counts, on whichever machine it is held: a killed process leaves its name in the file.
+    """
+    import fcntl
+
+    try:
+        with open(Path(folder) / "metrics" / ".lock", "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or _NAMELESS
+    except FileNotFoundError:
+        return None
+    return None
+
+
+def process_name(process: int | None) -> str:
+    """How :func:`holder` names a process of this machine, given its ID."""
+    return f"process {process} on {socket.gethostname()}"
+
+
 def _lock(path: Path) -> IO[str]:
     import fcntl
 
@@ -245,9 +276,15 @@ def _lock(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
+        other = path.read_text().strip() or _NAMELESS
         raise BlockingIOError(
-            f"{path.parent.parent} is being written by another run: wait for it, or use another folder"
+            f"{path.parent.parent} is being written by another run ({other}): wait for it, or use another "
+            "folder"
         ) from None
+    file.truncate(0)
+    file.write(f"{process_name(os.getpid())}\n")
+    file.flush()
+    os.fsync(file.fileno())  # other machines are to see it
     return file
 
 

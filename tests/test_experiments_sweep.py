@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import joblib
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from feedbackhook import console
 from feedbackhook.cli import main
 from feedbackhook.experiments import estimates, pool, worker
 from feedbackhook.experiments import sweep as sweep_module
+from feedbackhook.experiments import train as train_module
 from feedbackhook.experiments.config import (
     ConfigError,
     DataConfig,
+    FolderInUse,
     ModelConfig,
     OptimizerConfig,
     SweepConfig,
@@ -36,6 +43,8 @@ from feedbackhook.experiments.folder import RunResult
 from feedbackhook.experiments.plan import PlannedRun, ended, plan, stored
 from feedbackhook.experiments.pool import workers
 from feedbackhook.experiments.sweep import sweep
+from feedbackhook.experiments.train import Progress, train
+from feedbackhook.recorder import Recorder, process_name
 from feedbackhook.report.tables import sweep_table
 
 TINY = SweepModelConfig("timm/test_resnet")  # with images of 16x16 an epoch on digits takes half a second
@@ -243,6 +252,10 @@ def test_a_sweep_of_another_configuration_is_refused_before_anything_is_run(tmp_
         sweep(longer)
     assert not (tmp_path / "digits-RndF-rate1-seed0").exists()
     assert stored(tmp_path) == config
+    file = re.escape(str(tmp_path / "sweep.yaml"))
+    with pytest.raises(ConfigError, match=f"start from {file}, or give another output"):
+        sweep(longer)
+    assert main(["sweep", str(tmp_path / "sweep.yaml")]) == 0  # which the command takes
     more = replace(config, conditions=["RndF", "SGD"])
     assert len(sweep(more)) == 4
 
@@ -339,6 +352,114 @@ def test_two_sweeps_at_work_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "sweep").glob("digits*"))
 
 
+def test_a_sweep_says_at_once_what_there_is_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path / "sweep", conditions=["SGD", "uSF"], workers=3)
+    ended_, begun, *_ = plan(config)
+    train(ended_.config)
+
+    def stop(now: Progress) -> None:
+        if now.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(begun.config, progress=stop)
+    told: list[str] = []
+    before: list[list[str]] = []
+    monkeypatch.setattr(pool, "run_all", lambda *_: before.append(list(told)))
+    sweep(config, tell=told.append)
+    first, second = before[0]
+    assert first == f"4 runs in {tmp_path}/sweep: 1 have ended already, 1 to resume, 2 to start"
+    assert second.startswith("running 3 at a time on this machine (")
+    assert second.endswith("if this stops, rerun the same command to resume")
+
+
+def test_a_run_whose_folder_is_in_use_makes_way_for_the_others(tmp_path: Path) -> None:
+    protocol = SweepProtocolConfig(1, rates=[1.0, 0.1])
+    config = tiny(tmp_path, conditions=["SGD"], protocol=protocol, workers=1)
+    first, second = plan(config)
+    told: list[str] = []
+    with ExitStack() as held:
+        held.enter_context(Recorder(first.folder.path))
+
+        def release(states: dict[str, RunResult | None]) -> None:
+            if (other := states[second.name]) is not None and other.ended:
+                held.close()
+
+        results = sweep(config, release, told.append)
+    assert [result.status for result in results.values()] == ["finished"] * 2
+    me = process_name(os.getpid())
+    assert told[2:] == [f"{first.name} is in use by {me}: the other runs go on, and it is tried again"]
+
+
+def test_a_worker_gives_back_a_run_whose_folder_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another process takes the folder between the pool's look and the worker's."""
+    monkeypatch.setattr(train_module, "_PATIENCE", 0.0)
+    first, second = plan(tiny(tmp_path, conditions=["SGD"]))
+    queue = pool._Queue([first, second], print)
+    waiting = deque([second])
+    with Recorder(first.folder.path), pytest.raises(FolderInUse) as error:
+        worker.run_one(first.config, os.getpid())
+    queue._settle(first, error.value, waiting)
+    assert list(waiting) == [second, first]
+    assert list(queue.left) == [first.name, second.name]
+    assert first.folder.result() is None  # it did not fail
+
+
+def test_a_worker_that_is_stopped_has_an_attempt_less(tmp_path: Path) -> None:
+    first, *_ = plan(tiny(tmp_path, conditions=["SGD"]))
+    queue = pool._Queue([first], print)
+    waiting: deque[PlannedRun] = deque()
+    for _ in range(worker.ATTEMPTS):
+        queue._settle(first, KeyboardInterrupt(), waiting)
+    assert (queue.left, len(waiting)) == ({}, 1)  # after the first; before the last it must run alone
+    result = first.folder.result()
+    assert result is not None
+    assert result.reason == "its process ended 3 times: killed, or out of memory?"
+
+
+def test_a_process_that_does_not_touch_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run, *_), now = plan(tiny(tmp_path, conditions=["SGD"])), 1000.0
+    monkeypatch.setattr(sweep_module.time, "monotonic", lambda: now)
+    told: list[str] = []
+    monitor = sweep_module._Monitor([run], None, told.append)
+
+    def after(seconds: float) -> int:
+        nonlocal now
+        now += seconds
+        monitor._tell()
+        return len(told)
+
+    with Recorder(run.folder.path):
+        run.folder.write_result(RunResult(run.folder.path))
+        run.folder.write_config(run.config)
+        assert [after(seconds) for seconds in (0, 299, 1, 1000)] == [0, 0, 1, 1]
+        me = process_name(os.getpid())
+        assert told[0].startswith(f"{run.name}: {me} has not touched its folder for 5 minutes; if it hangs")
+        os.utime(run.folder.path / "metrics" / ".lock", (2**32, 2**32))
+        assert [after(seconds) for seconds in (1, 299, 1)] == [1, 1, 2]  # it went on, and stands still again
+        os.utime(run.folder.path / "metrics" / ".lock", (2**33, 2**33))
+    assert [after(seconds) for seconds in (1, 1000)] == [2, 2]  # nobody is there who could be named
+
+
+def test_a_stopped_sweep_leaves_no_run_running_unless_a_process_is_at_work_in_it(tmp_path: Path) -> None:
+    (run, *_) = plan(tiny(tmp_path, conditions=["SGD"]))
+    run.folder.path.mkdir()
+    run.folder.write_result(RunResult(run.folder.path))
+    run.folder.write_config(run.config)
+    with Recorder(run.folder.path):
+        worker.keep_interrupted(run.config)
+        assert how_many(tmp_path, "running") == 1
+    worker.keep_interrupted(run.config)
+    assert how_many(tmp_path, "interrupted") == 1
+    run.folder.write_result(RunResult(run.folder.path, "finished"))
+    worker.keep_interrupted(run.config)
+    assert how_many(tmp_path, "finished") == 1
+
+
 def test_threads_that_are_not_given_are_one_and_so_a_sweep_goes_on(tmp_path: Path) -> None:
     protocol = SweepProtocolConfig(1, rates=1, threads=None)
     config = tiny(tmp_path, conditions=["SGD"], protocol=protocol, workers=1)
@@ -372,8 +493,7 @@ def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
 def test_a_run_whose_process_is_killed_each_time_fails_and_the_others_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FEEDBACKHOOK_TEST_POISON", "digits-uSF-rate1-seed0")
-    monkeypatch.setattr(pool, "run_one", _poisoned)
+    monkeypatch.setattr(pool, "run_one", partial(_poisoned, "digits-uSF-rate1-seed0"))
     results = sweep(tiny(tmp_path, workers=2))
     statuses = {name: result.status for name, result in results.items()}
     assert statuses.pop("digits-uSF-rate1-seed0") == "failed"
@@ -381,8 +501,8 @@ def test_a_run_whose_process_is_killed_each_time_fails_and_the_others_end(
     assert results["digits-uSF-rate1-seed0"].reason == "its process ended 3 times: killed, or out of memory?"
 
 
-def _poisoned(config: Any, sweeper: int) -> str:
-    if Path(config.output).name == os.environ["FEEDBACKHOOK_TEST_POISON"]:
+def _poisoned(name: str, config: Any, sweeper: int) -> str:
+    if Path(config.output).name == name:
         os.kill(os.getpid(), signal.SIGKILL)
     return _run_one(config, sweeper)
 
@@ -433,6 +553,10 @@ def test_an_estimate_is_near_what_a_run_takes_on_disk(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "digits-frSF-rate1-seed0").rglob("*"))
     assert expected.size == pytest.approx(size, rel=0.2)
     assert 0 < expected.seconds < 600
+    without = replace(config, record=replace(config.record, weights="none"), output=f"{tmp_path}/none")
+    saved = expected.size - estimate(plan(without))["digits-frSF-rate1-seed0"].size
+    weights = load_file(tmp_path / "digits-frSF-rate1-seed0" / "last.safetensors").values()
+    assert saved > 3 * sum(w.numel() * w.element_size() for w in weights)  # best, last and the checkpoint's
     twice = replace(config, protocol=replace(config.protocol, epochs=8))
     assert estimate(plan(twice))["digits-frSF-rate1-seed0"].size < 2 * expected.size
 
@@ -444,6 +568,7 @@ def test_a_dry_run_shows_the_runs_and_runs_none(tmp_path: Path, capsys: pytest.C
     assert all(name in out for name in names(plan(tiny(tmp_path))))
     assert "6 runs, 6 of them to be run: about" in out
     assert "with 2 at a time" in out
+    assert "--record.weights best keeps less" in out
     assert not (tmp_path / "sweep").exists()
 
 
@@ -466,7 +591,14 @@ def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixt
 def started(config: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "feedbackhook", "sweep", str(config), "--workers", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # where it is ignored
+    )
 
 
 def children(pid: int) -> list[int]:
@@ -555,6 +687,24 @@ def test_a_sweep_that_is_killed_three_times_goes_on_to_the_same_table(tmp_path: 
         process.wait()
     undisturbed(started(path))
     assert table_of(folder) == table
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_sweep_that_is_asked_to_stop_leaves_no_run_running(tmp_path: Path, number: int) -> None:
+    """SIGTERM goes to the sweep, and Ctrl-C, as from a terminal, to its workers, too."""
+    long = replace(tiny(tmp_path / "sweep").protocol, epochs=10_000)
+    process = started(written(tiny(tmp_path / "sweep", protocol=long), tmp_path / "sweep.yaml"))
+    wait_for(lambda: how_many(tmp_path / "sweep", "running") == 2, process)
+    left = children(process.pid)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.communicate()
+    assert process.returncode == 128 + number
+    assert how_many(tmp_path / "sweep", "running") == 0
+    assert how_many(tmp_path / "sweep", "interrupted") == 2
+    assert not any(runs(pid) for pid in left)
 
 
 def test_workers_stop_with_the_sweep(tmp_path: Path) -> None:

@@ -351,6 +351,34 @@ def test_the_users_random_state_and_threads_stay(config: RunConfig) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.parametrize(("keep", "kept"), [("best", {"best.safetensors"}), ("none", set())])
+def test_a_run_keeps_the_weights_it_is_told_to_and_resumes_without(
+    config: RunConfig, keep: Any, kept: set[str]
+) -> None:
+    folder = Path(str(config.output))
+    whole = train(replace(config, output=f"{config.output}-all"))
+    config.record.weights = keep
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=at(3, 1, KeyboardInterrupt))
+    assert (folder / "checkpoint.pt").exists()
+    result = train(config, resume=True)
+    assert (result.epoch, result.best_error) == (4, whole.best_error)
+    assert {p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".pt")} == kept
+    for name in kept:
+        ours, theirs = load_file(folder / name), load_file(whole.folder / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert train(config, resume=True) == result  # it has ended, and needs no checkpoint to say so
+    with pytest.raises(ConfigError, match=r"record\.weights"):
+        train(replace(config, record=replace(config.record, weights="all")), resume=True)
+
+
+def test_a_diverged_run_keeps_no_checkpoint_without_weights(config: RunConfig) -> None:
+    config.record.weights = "none"
+    config.optimizer = OptimizerConfig("sgd", lr=1e9)
+    assert train(config).status == "diverged"
+    assert not (Path(str(config.output)) / "checkpoint.pt").exists()
+
+
 def test_one_seed_gives_one_start_and_one_order_whatever_the_rule(config: RunConfig) -> None:
     losses = []
     for number, (mode, seed) in enumerate([(None, 0), ("symmetric", 0), ("symmetric", 1)]):
@@ -665,6 +693,7 @@ def test_timms_optimizer_leaves_biases_without_decay(config: RunConfig) -> None:
         ({"feedback": FeedbackConfig("sign", schedule={1: {"std": 1}})}, "std"),
         ({"feedback": FeedbackConfig({"conv9": "sign"})}, "conv9"),
         ({"data": DataConfig(train_images=0)}, "data.train_images must be 1 or more"),
+        ({"record": RecordConfig(weights="some")}, "record.weights must be all or best or none, not 'some'"),  # type: ignore[arg-type]
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

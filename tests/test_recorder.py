@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 import feedbackhook
-from feedbackhook.recorder import COLUMNS, Recorder, read, written_aside
+from feedbackhook.recorder import COLUMNS, Recorder, holder, read, written_aside
 
 
 def fill(folder: Path, epochs: range) -> None:
@@ -214,6 +216,33 @@ def test_two_recorders_on_one_folder_are_refused(tmp_path: Path) -> None:
     with Recorder(tmp_path), pytest.raises(BlockingIOError, match="being written by another run"):
         Recorder(tmp_path)
     Recorder(tmp_path).close()
+
+
+def test_the_process_at_work_in_a_folder_is_named(tmp_path: Path) -> None:
+    assert holder(tmp_path) is None
+    with Recorder(tmp_path), Recorder(tmp_path / "other"):
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        assert holder(tmp_path) == me
+        with pytest.raises(BlockingIOError, match=re.escape(f"another run ({me})")):
+            Recorder(tmp_path)
+    assert (tmp_path / "metrics" / ".lock").read_text().strip() == me  # nobody holds it, whatever it says
+    assert holder(tmp_path) is None
+
+
+def test_the_lock_file_is_touched_once_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("feedbackhook.recorder.time.monotonic", lambda: now)
+    with Recorder(tmp_path, interval=30) as recorder:
+        lock = tmp_path / "metrics" / ".lock"
+        os.utime(lock, (1, 1))
+        recorder.touch_if_due()
+        assert lock.stat().st_mtime == 1
+        now += 30
+        recorder.touch_if_due()
+        assert lock.stat().st_mtime > 1
+        os.utime(lock, (1, 1))
+        recorder.touch_if_due()
+        assert lock.stat().st_mtime == 1
 
 
 def test_a_process_that_was_forked_off_does_not_keep_the_folder(tmp_path: Path) -> None:

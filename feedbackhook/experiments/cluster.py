@@ -2,9 +2,14 @@
 
 The scheduler has a task for each run. A task starts a process of its own for it, so that runs share neither
 random state nor memory, however many threads a worker has, and a run that is killed takes no worker with it.
-Which run is whose is not left to the scheduler alone: it may take a worker for lost that only stands still,
-and give its run to another. So a run's folder is locked by the process that is at work in it, and whoever
-comes second waits. For that the file system must share its locks, which is tried first.
+The scheduler alone does not decide which worker has a run: it may take a worker for lost that only stands
+still, and give its run to another. So the process at work in a run's folder locks it, and a worker that finds
+a folder locked gives the run back and takes another. The file system must share its locks, which is tried
+first.
+
+Giving back needs no client, which may have ended: the task secedes, so that its thread takes another run, and
+asks the scheduler to run it again, anywhere, once the folder is free. Asked at once, the scheduler would hand
+it out again before all others, since it came first.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -25,14 +31,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
 
 from feedbackhook.experiments.config import ClusterConfig, ConfigError, RunConfig, SweepConfig, one_line
 from feedbackhook.experiments.plan import PlannedRun
-from feedbackhook.experiments.worker import ATTEMPTS, fail, fail_for_lost_processes
+from feedbackhook.experiments.worker import ATTEMPTS, IN_USE, fail, fail_for_lost_processes
+from feedbackhook.recorder import holder
 
 try:
     import distributed
@@ -45,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds
 _PATIENCE = 120.0  # seconds: a network file system may show another machine's files late
-_ENDED = (0, 130, -signal.SIGINT)  # by itself, or interrupted: while it ran, or while it began
+# by itself, or by a signal that asked it to: while it ran, or while it began
+_ENDED = (0, *(s for number in (signal.SIGINT, signal.SIGTERM) for s in (128 + number, -number)))
 _ANY_GPU = ("auto", "cuda")
 _CLOSING = (Status.closing, Status.closed, Status.failed)
 _VERSIONS = ("feedbackhook", "torch")
@@ -63,7 +71,9 @@ class _View(NamedTuple):
     sees_lock: bool
 
 
-_children: dict[Path, set[subprocess.Popen[bytes]]] = defaultdict(set)  # by the sweep's folder
+# by the sweep's folder
+_children: dict[Path, set[subprocess.Popen[bytes]]] = defaultdict(set)
+_stops: dict[Path, threading.Event] = defaultdict(threading.Event)  # set and replaced when its runs stop
 
 
 def _look(folder: Path) -> _View:
@@ -84,14 +94,35 @@ def _versions() -> dict[str, str]:
 
 def _run(config: RunConfig, place: str, runs_per_gpu: int) -> bool:
     """One run, in a process of its own, which begins in the folder ``place``; whether it has used up its
-    attempts."""
+    attempts.
+
+    Raises:
+        Reschedule: another process held the run's folder, which is free now.
+    """
+    folder = Path(place, str(config.output))
+    if holder(folder) is not None:
+        _give_back(folder)
     with _gpu(config.protocol.device, runs_per_gpu) as environment:
         for attempt in range(1, ATTEMPTS + 1):
             status = _run_child(config, place, environment)
             if status in _ENDED:
                 return False
+            if status == IN_USE:
+                break
             logger.warning("the process of %s ended by %d (attempt %d)", config.output, status, attempt)
-    return True
+        else:
+            return True
+    return _give_back(folder)
+
+
+def _give_back(folder: Path) -> NoReturn:
+    """Free this task's thread for another run, and hand the task back when its folder is free."""
+    worker, stop = distributed.get_worker(), _stops[folder.parent]
+    logger.warning("%s is in use by %s: it is given back until it is free", folder, holder(folder))
+    distributed.secede()
+    while holder(folder) is not None and worker.status not in _CLOSING and not stop.wait(_POLL):
+        pass
+    raise distributed.Reschedule
 
 
 def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> int:
@@ -117,7 +148,8 @@ def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> in
 
 
 def _interrupt(folder: Path) -> None:
-    """Stop the runs of the sweep in a folder."""
+    """Stop the runs of the sweep in a folder, and the wait for those that were given back."""
+    _stops.pop(folder, threading.Event()).set()
     for process in list(_children[folder]):
         _interrupt_one(_children[folder], process)
 

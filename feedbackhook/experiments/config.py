@@ -192,6 +192,8 @@ class RecordConfig:
         per_sample: also record the error angle of single samples, averaged over the mini-batch.
         tensorboard: also write all of it to tensorboard/ in the run folder.
         figures: draw the figures when the run ends; `feedbackhook plot` draws them later.
+        weights: `all` keeps best.safetensors, last.safetensors and checkpoint.pt; `best` the first alone, and
+            `none` none of them. A run needs checkpoint.pt to resume, so it is removed when the run has ended.
     """
 
     every: int = 50
@@ -199,6 +201,7 @@ class RecordConfig:
     per_sample: bool = False
     tensorboard: bool = False
     figures: bool = True
+    weights: Literal["all", "best", "none"] = "all"
 
 
 @dataclass

@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -104,6 +105,14 @@ class RunFolder:
         begun = self._config.exists() or self._checkpoint.exists()
         return result if begun or result.status != "running" else None
 
+    def touched(self) -> int:
+        """When the process at work here last showed itself, in nanoseconds of the file system's clock."""
+        times = [0]
+        for path in (self._status, self._checkpoint, self.path / "metrics", self.path / "metrics" / ".lock"):
+            with suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime_ns)
+        return max(times)
+
     def trained(self) -> bool:
         """Whether there is anything of a run to go on with, or its end."""
         result = self.result()
@@ -147,8 +156,12 @@ class RunFolder:
         with written_aside(self._config) as aside:
             aside.write_text(yaml.dump(content, Dumper=_YAML_OUT, sort_keys=False, allow_unicode=True))
 
-    def check_same(self, config: RunConfig) -> None:
+    def check_same(self, config: RunConfig, source: Path | None = None) -> None:
         """Refuse to go on with a run under another configuration than it began with.
+
+        Args:
+            config: what is asked for.
+            source: the file with which to go on; None: the run's config.yaml.
 
         Raises:
             ConfigError: naming the first key that differs.
@@ -161,7 +174,7 @@ class RunFolder:
             if not key.startswith(_FREE_ON_RESUME) and stored.get(key) != given.get(key):
                 raise ConfigError(
                     f"cannot go on with the run in {self.path}: its {key} is {stored.get(key)!r}, here it is "
-                    f"{given.get(key)!r}; start from {self._config}, or give another output"
+                    f"{given.get(key)!r}; start from {source or self._config}, or give another output"
                 )
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -183,6 +196,11 @@ class RunFolder:
             return
         with written_aside(self._checkpoint) as aside:
             torch.save(state, aside)
+
+    def remove_checkpoint(self) -> None:
+        """Remove the checkpoint of a run that has ended and needs it no more."""
+        if self._writes:
+            self._checkpoint.unlink(missing_ok=True)
 
     def write_weights(self, state: dict[str, Any], name: Literal["best", "last"]) -> None:
         """Those of a model's state dict; of tensors that share their memory, one."""

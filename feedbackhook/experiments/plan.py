@@ -290,11 +290,14 @@ def check(runs: Sequence[PlannedRun]) -> None:
     """Refuse to mix runs of two configurations.
 
     Raises:
-        ConfigError: a run that has been trained was configured otherwise.
+        ConfigError: a run that has been trained was configured otherwise; it points to the sweep's
+            sweep.yaml, which the command takes, where there is one.
     """
     for run in runs:
         if run.folder.trained():
-            run.folder.check_same(resolve(as_begun(run.config, run.folder)))
+            given = resolve(as_begun(run.config, run.folder))
+            of_sweep = run.folder.path.parent / "sweep.yaml"
+            run.folder.check_same(given, of_sweep if of_sweep.is_file() else None)
 
 
 def ended(run: PlannedRun) -> bool:

@@ -30,6 +30,7 @@ from feedbackhook.experiments.config import (
 from feedbackhook.experiments.data import ImageData, Split
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
 from feedbackhook.experiments.processes import Processes
+from feedbackhook.experiments.stopping import stoppable, uninterrupted
 from feedbackhook.recorder import Recorder, read
 from feedbackhook.report import plots
 
@@ -76,7 +77,8 @@ def train(
     With ``resume`` the run goes on from its folder's checkpoint, on the CPU bit-equal to never having
     stopped, or begins where there is none; a finished or diverged run is returned as it is. A run whose
     loss is no longer finite ends as `diverged`, its table written. ``KeyboardInterrupt`` passes through
-    and leaves the run `interrupted`, its finished epochs kept; any other error leaves it `failed`.
+    and leaves the run `interrupted`, its finished epochs kept; so does SIGTERM, unless the program handles
+    it. Any other error leaves the run `failed`.
 
     Under torchrun all processes train this one run, and each of them returns its result; the first alone
     writes, and tells ``progress``. Their number may be another when the run is resumed.
@@ -84,7 +86,7 @@ def train(
     Raises:
         ConfigError: the run cannot start so: a bad option, data that are not there, a folder in use.
     """
-    with processes.started(config.protocol) as team:
+    with stoppable(), processes.started(config.protocol) as team:
         config, ended = team.told(lambda: _begin(config, resume, team.count))
         if ended is not None:
             return ended
@@ -227,10 +229,11 @@ def check_device(config: RunConfig) -> None:
 def _check_parts(config: RunConfig, count: int) -> None:
     """Sees that each mini-batch can be shared out, and that what is recorded can be measured then."""
     p = config.protocol
-    for name in ("precision", "strategy"):
-        value, known = getattr(p, name), get_args(get_type_hints(ProtocolConfig)[name])
+    for section, name in ((p, "precision"), (p, "strategy"), (config.record, "weights")):
+        value, known = getattr(section, name), get_args(get_type_hints(type(section))[name])
         if value not in known:
-            raise ConfigError(f"protocol.{name} must be {' or '.join(known)}, not {value!r}")
+            where = "record" if section is config.record else "protocol"
+            raise ConfigError(f"{where}.{name} must be {' or '.join(known)}, not {value!r}")
     parts = count * p.accumulation
     for size in (p.batch_size, *p.batch_sizes.values()):
         if size % parts:
@@ -315,6 +318,7 @@ class _Run:
         folder.tidy()
         checkpoint = self.team.told(folder.load_checkpoint)
         result = self.result = RunResult(folder.path)
+        self.touch = recorder.touch_if_due
         try:
             if checkpoint is None:
                 recorder.drop_after(-1)
@@ -351,7 +355,10 @@ class _Run:
             result.reason = f"{type(error).__name__}: {error}".rstrip(": ")
             raise
         finally:
-            folder.write_result(result)
+            with uninterrupted():
+                folder.write_result(result)
+                if result.ended and self.config.record.weights != "all":
+                    folder.remove_checkpoint()
         return result
 
     def _go_on(self, checkpoint: dict[str, Any], folder: RunFolder, recorder: Recorder) -> None:
@@ -396,6 +403,7 @@ class _Run:
             loss, missed = self._train_step(index, recorder, last=self.epoch == p.epochs and batch == batches)
             total += loss
             wrong += missed
+            self.touch()
             progress(Progress(self.epoch, p.epochs, batch, batches, total / batch))
         self.schedule.step()
         if self.patch is not None and self.epoch in self.config.feedback.schedule:
@@ -488,6 +496,7 @@ class _Run:
             logits, y = self.team.forward(x)[:counted], y[:counted]
             loss += F.cross_entropy(logits, y, reduction="sum").item()
             wrong += int((logits.argmax(1) != y).sum())
+            self.touch()
         loss, wrong = self.team.total(loss, wrong)
         return loss / count, 100 * wrong / count
 
@@ -496,9 +505,11 @@ class _Run:
         result = self.result
         recorder.flush()
         model, optimizer = self.team.states(self.model, self.optimizer)
-        if result.best_epoch == self.epoch:
+        keep = self.config.record.weights
+        if result.best_epoch == self.epoch and keep != "none":
             folder.write_weights(model, "best")
-        folder.write_weights(model, "last")
+        if keep == "all":
+            folder.write_weights(model, "last")
         cuda = self.device.type == "cuda"
         folder.write_checkpoint(
             {

@@ -12,7 +12,6 @@ import pickle
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,26 +19,34 @@ from pathlib import Path
 
 from feedbackhook.experiments.config import FolderInUse, RunConfig
 from feedbackhook.experiments.folder import RunFolder, RunResult
+from feedbackhook.experiments.stopping import exit_status, stoppable
 from feedbackhook.experiments.train import resolve, train
+from feedbackhook.recorder import holder
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # processes that a run may lose before it is kept as failed
+IN_USE = 75  # exit status where another process holds the run's folder: sysexits' "try again later"
 _POLL = 0.25  # seconds
+_GRACE = 10.0  # seconds that a run has to end when the process is gone with which it is to end
 
 
 def run_one(config: RunConfig, parent: int) -> str:
     """One run, from its checkpoint if there is one; how it went is in its folder. Returns the folder's name.
 
-    A folder in which another process is at work is waited for: a process that only seemed lost goes on.
-
     Args:
         config: of the run.
         parent: the process with which this one is to end.
+
+    Raises:
+        FolderInUse: another process holds the folder, perhaps one that only seemed lost: try again later.
+        KeyboardInterrupt: a signal has stopped the run.
     """
     try:
-        with _bound_to(parent):
-            _train(config)
+        with stoppable(always=True), _bound_to(parent):
+            train(config, resume=True)
+    except FolderInUse:
+        raise
     except Exception as error:  # whatever ends a run is kept with it, and ends no other
         try:
             fail(config, f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -48,18 +55,10 @@ def run_one(config: RunConfig, parent: int) -> str:
     return Path(str(config.output)).name
 
 
-def _train(config: RunConfig) -> None:
-    waiting = False
-    while True:
-        try:
-            train(config, resume=True)
-        except FolderInUse as other:
-            if not waiting:
-                logger.warning("%s", other)
-            waiting = True
-            time.sleep(_POLL)
-        else:
-            return
+def begin_worker() -> None:
+    """What a worker of the pool does first: without a run it leaves Ctrl-C to the sweep, which ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fail(config: RunConfig, reason: str, details: str | None = None) -> None:
@@ -86,15 +85,27 @@ def fail_for_lost_processes(config: RunConfig) -> None:
     fail(config, f"its process ended {ATTEMPTS} times: killed, or out of memory?")
 
 
+def keep_interrupted(config: RunConfig) -> None:
+    """Keep that a run was interrupted where its status says `running` and no process holds its folder."""
+    folder = RunFolder(str(config.output))
+    if holder(folder.path) is None:  # asked first: a process that just ends writes its status before
+        result = folder.result()
+        if result is not None and result.status == "running":
+            result.status, result.reason = "interrupted", "the sweep was stopped, and its process with it"
+            folder.write_result(result)
+
+
 @contextmanager
 def _bound_to(parent: int) -> Iterator[None]:
     """Within the block this process ends when ``parent`` does, however that ends: the next sweep must find
-    nobody at work in the folders."""
+    nobody at work in the folders. The run is interrupted, and has some seconds to say so."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(_POLL):
             if parent not in (os.getpid(), os.getppid()):
+                os.kill(os.getpid(), signal.SIGTERM)
+                done.wait(_GRACE)
                 os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -108,5 +119,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     try:
         run_one(*pickle.load(sys.stdin.buffer))
-    except KeyboardInterrupt:
-        sys.exit(130)  # as shells have it
+    except FolderInUse:
+        sys.exit(IN_USE)
+    except KeyboardInterrupt as stop:
+        sys.exit(exit_status(stop))
