@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -245,8 +246,12 @@ def _passed_on(name: str, inputs: list[_Flow]) -> _Flow:
 
 def _name(node: Node) -> str:
     """A node's name without what says that it is one: "Addmm" of "AddmmBackward0"."""
-    name: str = node.name().rpartition("::")[2]
-    return re.sub(r"(Backward\w*)?$", "", name)
+    return _short(node.name())
+
+
+@cache
+def _short(name: str) -> str:
+    return re.sub(r"(Backward\w*)?$", "", name.rpartition("::")[2])
 
 
 def graph_of(output: Any) -> list[Node]:

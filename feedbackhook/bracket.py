@@ -97,7 +97,7 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not torch.compiler.is_compiling() and func not in self.seen:
+        if not (self.traced or func in self.seen) and not torch.compiler.is_compiling():
             self.new.append((self.seen, func))
         if func not in _WATCHED:
             return func(*args, **kwargs) if kwargs else func(*args)  # most calls, and so the quickest way
@@ -294,6 +294,27 @@ class Bracket:
     def call(self, mode: _Mode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a function that is watched."""
         eager = not torch.compiler.is_compiling()
+        read = OPERATIONS.get(func)
+        if read is None or not torch.is_grad_enabled():
+            return self._other_call(mode, func, args, kwargs, eager)
+        call = read(*args, **kwargs)
+        use = self._use_of(call.weight, mode, eager)
+        if use is not None:
+            return self._reroute(mode, use, call, func, args, kwargs, eager)
+        if eager and func not in _LAYERS:
+            refuse_product(self, func, (*args, *kwargs.values()), mode.copies)
+        upstream = torch_internals.requires_grad(call.input)
+        if eager and upstream:
+            self._tell_unknown(func.__name__, call.weight)
+        output = func(*args, **kwargs)
+        if eager and not upstream:
+            mark_as_layer(output)
+        return output
+
+    def _other_call(
+        self, mode: _Mode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], eager: bool
+    ) -> Any:
+        """One that is not rerouted: it copies, multiplies matrices, holds other calls, or builds no graph."""
         if func in COPYING:
             copy = func(*args, **kwargs)
             if eager and args and isinstance(args[0], Tensor):
@@ -306,26 +327,12 @@ class Bracket:
         if not torch.is_grad_enabled():
             if eager:
                 self._follow_checkpoint(mode)
-            return func(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        elif func is F.multi_head_attention_forward:
             with mode:
                 return torch_internals.multi_head_attention(*args, **kwargs)
-        if (read := OPERATIONS.get(func)) is None:
-            if eager:
-                refuse_product(self, func, (*args, *kwargs.values()), mode.copies)
-            return func(*args, **kwargs)
-        call = read(*args, **kwargs)
-        use = self._use_of(call.weight, mode, eager)
-        if use is not None:
-            return self._reroute(mode, use, call, func, args, kwargs)
-        if eager and func not in _LAYERS:
+        elif eager:
             refuse_product(self, func, (*args, *kwargs.values()), mode.copies)
-        if eager and torch_internals.requires_grad(call.input):
-            self._tell_unknown(func.__name__, call.weight)
-        output = func(*args, **kwargs)
-        if eager and not torch_internals.requires_grad(call.input):
-            mark_as_layer(output)
-        return output
+        return func(*args, **kwargs)
 
     def _use_of(self, weight: Tensor, mode: _Mode, eager: bool) -> Use | None:
         """The patched layer to which a weight in a call belongs.
@@ -350,17 +357,24 @@ class Bracket:
         return alias(tensor, mode.storages)
 
     def _reroute(
-        self, mode: _Mode, use: Use, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        mode: _Mode,
+        use: Use,
+        call: Call,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        eager: bool,
     ) -> Tensor:
         layer = use.layer
         upstream = torch_internals.requires_grad(call.input)
-        eager = not torch.compiler.is_compiling()
         if not eager:
             layer.compiled = True
             layer.feedback.parts(use.weight)  # made here, since a traced backward may keep nothing
         else:
             _refuse(layer, call)
-            self._follow_checkpoint(mode)
+            if torch_internals.saves_through_hooks():
+                self._follow_checkpoint(mode)
             if layer.depth is None:
                 layer.depth = sum(other.depth is not None for other in self.layers)
             layer.calls += 1

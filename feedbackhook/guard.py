@@ -107,7 +107,7 @@ class Guard:
             return
         reached = bracket.backwards.has_reached(layer)
         if reached and not bracket.backwards.is_audited():
-            return
+            return  # as in most steps
         found = bracket.backwards.found()
         if found is None:
             if reached or layer.compiled:

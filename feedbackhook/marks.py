@@ -77,8 +77,8 @@ class Mark:
             mark_of(part)
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             warn(
-                f"this {type(module).__name__} is a copy of a part ({self.path!r}) of a patched model. "
-                "Copies of parts are not patched, so its error signals are exact; feedbackhook.patch patches it"
+                f"this {type(module).__name__} copies a part ({self.path!r}) of a patched model. Copies "
+                "of parts are not patched, so its error signals are exact; feedbackhook.patch patches it"
             )
 
     def close(self, module: nn.Module, args: object, output: object) -> None:

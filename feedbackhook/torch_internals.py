@@ -78,6 +78,11 @@ def wrap_checkpoint(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
             ctx.run_function = wrap(ctx.run_function)
 
 
+def saves_through_hooks() -> bool:
+    """Whether what autograd saves now goes through somebody's hooks, such as a checkpoint's."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _closure(function: Any) -> dict[str, Any]:
     """The variables of enclosing functions that a function uses; none for what is no function."""
     if not isinstance(function, FunctionType) or function.__closure__ is None:

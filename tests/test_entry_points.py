@@ -367,7 +367,7 @@ def test_a_copy_of_a_part_is_not_patched_and_says_so(duplicate):
     plain, x = redrawn(Net()), draw(2, 3, 5, 5)
     model, feedback = patched_copy(plain)
     part = duplicate(model.blocks)
-    with pytest.warns(UserWarning, match=r"copy of a part \('blocks'\) of a patched model"):
+    with pytest.warns(UserWarning, match=r"copies a part \('blocks'\) of a patched model"):
         assert_bit_equal(gradients(part, x), by_backprop(plain.blocks, x))
     assert not any(name.startswith("_feedbackhook") for module in part.modules() for name in vars(module))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in part.modules())
