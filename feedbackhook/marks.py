@@ -78,7 +78,8 @@ class Mark:
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             warn(
                 f"this {type(module).__name__} is a copy of a part ({self.path!r}) of a patched model. "
-                "Copies of parts are not patched, so its error signals are exact; feedbackhook.patch patches it"
+                "Copies of parts are not patched, so its error signals are exact; feedbackhook.patch patches "
+                "it"
             )
 
     def close(self, module: nn.Module, args: object, output: object) -> None:
@@ -119,7 +120,3 @@ def warn(message: str) -> None:
     ):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, stacklevel=depth)
-
-
-def _is_ours(module: str) -> bool:
-    return module.startswith(("feedbackhook.", "torch."))

@@ -192,7 +192,7 @@ def test_a_second_use_of_what_was_computed_from_a_trainable_weight_is_refused(se
 
 @pytest.mark.parametrize("second", OUT_OF_SIGHT_WHERE_FROZEN.values(), ids=OUT_OF_SIGHT_WHERE_FROZEN)
 def test_what_was_computed_from_a_frozen_weight_is_out_of_sight_and_exact(second):
-    """The graph has no trace of it. This is a limit, which the README states."""
+    """A known limit: the graph has no trace of it."""
     plain, x = redrawn(Twice(second, frozen=True)), draw(3, 4)
     model, feedback = patched_copy(plain)
     with no_warning():

@@ -113,7 +113,7 @@ def test_so_is_one_that_a_product_meets_computed(function):
 
 @pytest.mark.parametrize("function", COMPUTED.values(), ids=COMPUTED)
 def test_but_not_what_was_computed_from_a_frozen_one(function):
-    """The graph has no trace of it. This is a limit, which the README states."""
+    """A known limit: the graph has no trace of it."""
     model, x = between_layers(function, (4, 4)), draw(3, 4)
     model[2].requires_grad_(False)
     patch = feedbackhook.patch(model, "sign")
