@@ -228,6 +228,19 @@ def test_what_no_error_signal_passes_is_let_through(second, frozen):
     assert feedbackhook.get_patch(model).audit(model(x)) == []
 
 
+@FROZEN
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)], ids=["vector", "batch", "sequences"])
+@pytest.mark.parametrize("first", ["all", "bias alone", "weight alone"])
+def test_what_a_layer_makes_of_data_is_an_activation_whichever_of_its_parameters_learn(first, shape, frozen):
+    """Data leave no trace in the graph, and a frozen weight none either: the layer itself must be known."""
+    model = redrawn(Twice(torch.inner, frozen))
+    model.a.weight.requires_grad_(first != "bias alone")
+    model.a.bias.requires_grad_(first != "weight alone")
+    feedbackhook.patch(model)
+    with pytest.raises(feedbackhook.ExactGradientError, match="weight of 'b'"):
+        model(draw(*shape))
+
+
 # --- when it looks ---------------------------------------------------------------------------------------
 
 

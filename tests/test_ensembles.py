@@ -76,12 +76,21 @@ def assert_parts_belong_to_no_transform(patch: feedbackhook.Patch) -> None:
         assert not any(torch_internals.is_wrapped(part) for part in parts.values())
 
 
-@pytest.mark.parametrize("rule", ["random", "uSF", "brSF"])
-def test_parts_that_are_drawn_under_vmap_are_of_use_outside(rule):
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("random", {}),
+        ("brSF", {}),
+        ("frSF", {"concordance": 0.7}),
+        ("sign", {"magnitude": "weight", "concordance": 0.7}),
+    ],
+    ids=str,
+)
+def test_parts_that_are_drawn_under_vmap_are_of_use_outside(rule, options):
     """Loaded, moved or redrawn parts are first drawn where they are needed, which may be inside vmap."""
     members, x = [redrawn(small(), seed) for seed in range(2)], draw(3, 4)
     base = copy.deepcopy(members[0])
-    patch = feedbackhook.patch(base, rule)
+    patch = feedbackhook.patch(base, rule, **options)
     for layer in patch._bracket.layers:
         layer.feedback.redraw()  # without the draw that `patch.redraw()` does at once
     parameters, buffers = stack_module_state(members)
