@@ -1,4 +1,4 @@
-"""A model that changes after patching is followed, told of, or refused by name. Copies of parts stay small."""
+"""A model that changes after patching is followed, told of, or refused by name; a part is copied alone."""
 
 from __future__ import annotations
 
