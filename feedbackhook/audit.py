@@ -15,7 +15,8 @@ rerouted, or that have nothing upstream (`mark_as_layer`).
 The same meeting with a matrix that no layer holds is a finding too, of another kind: it cannot be patched.
 Scales are not: there an elementwise function, such as a normalization's, meets the activation.
 
-Out of sight are a frozen weight through a copy, and compiled code.
+Out of sight are a frozen weight through a copy or through hooks on saved tensors (a non-reentrant checkpoint
+has some, `save_on_cpu` too), and compiled code.
 """
 
 from __future__ import annotations

@@ -119,7 +119,3 @@ def warn(message: str) -> None:
     ):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, stacklevel=depth)
-
-
-def _is_ours(module: str) -> bool:
-    return module.startswith(("feedbackhook.", "torch."))
