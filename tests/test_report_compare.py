@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from feedbackhook.cli import main
 from feedbackhook.experiments.config import ConfigError, OptimizerConfig, ProtocolConfig, RunConfig
 from feedbackhook.report.compare import compare
 from feedbackhook.report.runs import collect
-from feedbackhook.report.statistics import interval, paired_test
+from feedbackhook.report.statistics import Interval, interval, paired_test, percent_interval
 
 A = [5.0, 5.5, 6.0, 4.5, 5.2, 5.9, 6.4]
 B = [7.0, 7.7, 8.9, 6.1, 5.1, 8.0, 9.0]
@@ -27,10 +28,61 @@ def test_an_interval_is_students() -> None:
     assert (low, high) == pytest.approx((expected.low, expected.high))
 
 
-def test_one_value_has_no_interval_and_none_no_mean() -> None:
-    assert interval([3.0]).mean == 3.0
-    assert math.isnan(interval([3.0]).low)
-    assert math.isnan(interval([]).mean)
+@pytest.mark.parametrize("of", [interval, percent_interval])
+def test_one_value_has_no_interval_and_none_no_mean(of: Callable[..., Interval]) -> None:
+    assert of([3.0]).mean == 3.0
+    assert math.isnan(of([3.0]).low)
+    assert math.isnan(of([]).mean)
+
+
+@pytest.mark.parametrize(
+    "errors", [[3.0, 90.6], [80.0, 99.0], [0.0, 0.2], [99.9, 100.0], [0.0, 100.0], [0.0, 0.0, 1e-12]], ids=str
+)
+def test_an_interval_of_errors_lies_within_0_and_100_and_holds_their_mean(errors: list[float]) -> None:
+    mean, low, high = percent_interval(errors)
+    assert 0 <= low < mean < high <= 100
+    student = interval(errors)
+    assert student.low < 0 or student.high > 100  # or this would test nothing
+
+
+@pytest.mark.parametrize("error", [0.0, 37.5, 100.0])
+def test_errors_that_do_not_vary_have_an_interval_without_width(error: float) -> None:
+    assert percent_interval([error] * 3) == pytest.approx((error, error, error))
+
+
+def test_an_interval_of_errors_is_students_on_the_scale_of_logits() -> None:
+    mean, low, high = percent_interval(B)
+    share, logits = mean / 100, [math.log(end / (100 - end)) for end in (low, mean, high)]
+    half = stats.t.ppf(0.975, 6) * stats.sem(B) / 100 / (share * (1 - share))
+    assert np.diff(logits) == pytest.approx([half, half])
+
+
+def test_what_is_no_percentage_has_no_such_interval() -> None:
+    with pytest.raises(ValueError, match="between 0 and 100, and these go from -1 to 3"):
+        percent_interval([3.0, -1.0])
+
+
+SAMPLES = 2_000
+DEVIATION = math.sqrt(0.95 * 0.05 / SAMPLES)  # of a coverage of 95% that is measured on so many samples
+
+
+def coverage(of: Callable[..., Interval], samples: np.ndarray, mean: float) -> float:
+    return float(np.mean([low <= mean <= high for _, low, high in map(of, samples)]))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_intervals_cover_95_percent_of_the_time(seeds: int) -> None:
+    """Normal errors whose spread is small beside their mean, for which the logit is a straight line and the
+    interval exact."""
+    samples = np.random.default_rng(seeds).normal(20, 0.01, (SAMPLES, seeds))
+    assert coverage(percent_interval, samples, 20) == pytest.approx(0.95, abs=5 * DEVIATION)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_skewed_errors_near_0_are_covered_better_than_by_students(seeds: int) -> None:
+    """Errors of a beta distribution, of mean 10 and deviation 6.5, whose long end is above."""
+    samples = 100 * np.random.default_rng(seeds).beta(2, 18, (SAMPLES, seeds))
+    assert coverage(percent_interval, samples, 10) > coverage(interval, samples, 10)
 
 
 def test_the_paired_test_is_wilcoxons_with_its_effect() -> None:
@@ -72,7 +124,7 @@ def test_configurations_are_compared_over_seeds(tmp_path: Path) -> None:
     means = found.means.set_index("configuration")
     assert means.loc["SGD", "best_mean"] == pytest.approx(np.mean(A))
     assert means.loc["SGD", "final_mean"] == pytest.approx(np.mean(A) + 1)
-    assert means.loc["uSF+BN", "best_high"] == pytest.approx(interval(B).high)
+    assert means.loc["uSF+BN", "best_high"] == pytest.approx(percent_interval(B).high)
     assert means["runs"].tolist() == [7, 7]
     best = found.tests[found.tests["error"] == "best"].iloc[0]
     assert (best["first"], best["second"], best["pairs"]) == ("SGD", "uSF+BN", 7)
@@ -122,7 +174,7 @@ def test_the_command_prints_means_tests_and_what_is_left_out(
     (tmp_path / "SGD--0" / "status.json").write_text("{")
     assert main(["compare", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    mean, low, high = interval(A[1:])
+    mean, low, high = percent_interval(A[1:])
     assert f"{mean:.2f} ({low:.2f} to {high:.2f})" in out
     assert "left out: SGD--0" in out
     assert "uSF+BN" in out

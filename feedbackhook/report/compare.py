@@ -11,7 +11,7 @@ import pandas as pd
 
 from feedbackhook.experiments.config import ConfigError
 from feedbackhook.report.runs import Runs
-from feedbackhook.report.statistics import LEAST_PAIRS, LEVEL, PairedTest, interval, paired_test
+from feedbackhook.report.statistics import LEAST_PAIRS, LEVEL, PairedTest, paired_test, percent_interval
 
 ERRORS = {"final": "last_error", "best": "best_error"}
 
@@ -83,7 +83,8 @@ def _means(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         row = {"configuration": configuration, "dataset": dataset, "runs": len(part)}
         row["diverged"] = int((part["status"] == "diverged").sum())
         for kind, column in ERRORS.items():
-            row |= {f"{kind}_{name}": value for name, value in interval(part[column])._asdict().items()}
+            found = percent_interval(part[column])._asdict()
+            row |= {f"{kind}_{name}": value for name, value in found.items()}
         yield row
 
 
