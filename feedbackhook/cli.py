@@ -22,10 +22,12 @@ from feedbackhook.console import (
     layer_totals,
     mean_table,
     print_whole,
+    rate_lines,
     run_progress,
     run_summary,
     sweep_progress,
     test_table,
+    too_few_lines,
 )
 
 if TYPE_CHECKING:
@@ -171,12 +173,20 @@ def _parser() -> ArgumentParser:
     report.add_argument("-o", "--output", type=str | None, help="the file; null: report.html in the sweep")
 
     compare = ArgumentParser(
-        description="Compare configurations over their seeds: final and best test error with 95% intervals, "
-        "and a paired test of each two.",
+        description="Compare configurations over their seeds, each at the learning rate chosen for it: final "
+        "and best test error with 95% intervals, and a paired test against the first.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     compare.add_argument("runs", type=str, nargs="+", help="run folders, or folders of such")
+    compare.add_argument(
+        "--against",
+        type=str | None,
+        help="the configuration that the others are tested against; `all`: test each two; null: the first",
+    )
+    compare.add_argument(
+        "--rates", type=bool, default=False, help="set learning rates beside each other, and choose none"
+    )
 
     data = ArgumentParser(
         description="Show the paper's datasets, or check the files of one.",
@@ -389,11 +399,14 @@ def _compare(given: Namespace) -> int:
     from feedbackhook.report.runs import collect
 
     runs = collect(*given.runs)
-    found = compare(runs)
+    found = compare(runs, given.against, given.rates)
     left_out = [f"left out: {name}: {reason}" for name, reason in runs.skipped.items()]
-    print_whole(mean_table(found), *left_out)
-    if len(found.tests):
-        print_whole(test_table(found))
+    too_few = too_few_lines(found)
+    if found.tests["p"].notna().any():
+        print_whole(mean_table(found), *rate_lines(found), *left_out)
+        print_whole(test_table(found), *too_few)
+    else:
+        print_whole(mean_table(found), *rate_lines(found), *left_out, *too_few)
     return 0
 
 

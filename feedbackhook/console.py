@@ -97,7 +97,8 @@ def mean_table(found: Comparison) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False, title="test error [%]: mean over seeds (95% interval)")
-    for heading in ("configuration", "dataset", "runs", "final", "best"):
+    headings = ["configuration", "dataset", *(["rate"] if found.chosen_by else []), "runs", "final", "best"]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("configuration", "dataset") else "right")
     for row in found.means.to_dict("records"):
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
@@ -105,8 +106,20 @@ def mean_table(found: Comparison) -> Table:
             interval_text(*(row[f"{kind}_{end}"] for end in ("mean", "low", "high")))
             for kind in ("final", "best")
         )
-        table.add_row(row["configuration"], row["dataset"], f"{row['runs']}{diverged}", *spans)
+        rate = [f"{row['learning_rate']:g}"] if found.chosen_by else []
+        table.add_row(row["configuration"], row["dataset"], *rate, f"{row['runs']}{diverged}", *spans)
     return table
+
+
+def rate_lines(found: Comparison) -> list[str]:
+    """How learning rates were chosen."""
+    if not found.chosen_by:
+        return []
+    most = found.means["rates"].max()
+    return [
+        f"rate: the learning rate, of up to {most}, with the smallest {found.chosen_by}",
+        "(--rates true shows all rates beside each other)",
+    ]
 
 
 def test_table(found: Comparison) -> Table:
@@ -115,20 +128,39 @@ def test_table(found: Comparison) -> Table:
 
     from feedbackhook.report.compare import ERRORS
 
-    title = "first less second, on the same data with the same seed: Wilcoxon's signed-rank test"
-    if len(found.tests) > len(ERRORS):
-        title += f"; p is not corrected for {len(found.tests)} tests"
+    tests = found.tests
+    several = tests["second"].nunique() > 1
+    title = "first less second" if several else f"less {tests['second'].iloc[0]}"
+    title += ", on the same data with the same seed: Wilcoxon's signed-rank test"
+    if (count := tests["p"].notna().sum()) > len(ERRORS):
+        title += f"; p is not corrected for {count} tests"
     table = Table(box=box.SIMPLE, pad_edge=False, title=title)
-    for heading in ("first", "second", "error", "pairs", "median [points]", "effect", "verdict"):
+    names = ["first", "second"] if several else ["configuration"]
+    for heading in (*names, "error", "pairs", "median [points]", "effect", "verdict"):
         table.add_column(
             heading, justify="right" if heading in ("pairs", "median [points]", "effect") else "left"
         )
-    for row in found.tests.to_dict("records"):
+    for row in tests.to_dict("records"):
         median = "" if row["pairs"] == 0 else f"{row['difference']:+.2f}"
         effect = "" if row["effect"] is None or row["effect"] != row["effect"] else f"{row['effect']:+.2f}"
-        names = (row["first"], row["second"], row["error"], str(row["pairs"]))
-        table.add_row(*names, median, effect, row["verdict"])
+        compared = (row["first"], row["second"])[: len(names)]
+        table.add_row(*compared, row["error"], str(row["pairs"]), median, effect, row["verdict"])
     return table
+
+
+def too_few_lines(found: Comparison) -> list[str]:
+    """Which tests could not be made, said once."""
+    from feedbackhook.report.statistics import LEAST_PAIRS
+
+    few = found.tests[found.tests["p"].isna()]
+    if few.empty:
+        return []
+    which = "every test" if len(few) == len(found.tests) else f"{len(few)} of {len(found.tests)} tests"
+    most = few["differing"].max()
+    return [
+        f"Too few runs for {which}: one takes {LEAST_PAIRS} pairs, on the same data with the same seed, "
+        f"whose errors differ, and there are at most {most}."
+    ]
 
 
 def interval_text(mean: float, low: float, high: float) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,15 @@ class FolderInUse(ConfigError):
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks, to be a part of another's message."""
     return " ".join(str(error).split())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The names among ``known`` that a misspelled one may have meant, nearest first, to end a message with:
+    "; did you mean 'A', 'B' or 'C'?". Case does not count. Empty where none is near."""
+    by_case = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), by_case, n=3)
+    *others, last = [repr(by_case[each]) for each in near] or [""]
+    return f"; did you mean {' or '.join(filter(None, (', '.join(others), last)))}?" if near else ""
 
 
 @dataclass

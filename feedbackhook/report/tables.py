@@ -91,7 +91,7 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
     planned = plan(config)
     found = describe(run.folder.path for run in planned if run.folder.path.is_dir())
     rows = found.rows(["test_error", "held_out_error", "train_error"], of_layers, categories=True)
-    errors = _errors(rows[rows["layer"].isna()])
+    errors = run_errors(rows[rows["layer"].isna()])
     status = dict(found.runs[["run", "status"]].to_numpy())
     missing = {
         run.name: found.skipped.get(run.name, "it has no test error" if run.name in status else "not begun")
@@ -208,7 +208,7 @@ def write(table: SweepTable, folder: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
-def _errors(rows: pd.DataFrame) -> pd.DataFrame:
+def run_errors(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each run its smallest test error after training began, and that at the epoch that is best on what
     was held out. A run that diverged before its first epoch ended has the untrained network's."""
     by_epoch = rows.pivot_table("value", ["run", "epoch"], "metric", observed=True).reindex(
