@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A diverged run is a result, not an error: its status is 0.
     """
     from feedbackhook import ExactGradientError
-    from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.experiments.config import ConfigError, plain_words
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser.instantiate(parser.parse_args(_config_first(arguments)))
         _check_processes(given.command)
         return _COMMANDS[given.command](given[given.command])
-    except (ArgumentError, ConfigError, ExactGradientError) as error:
+    except ArgumentError as error:
+        return _refuse(plain_words(error), error)
+    except (ConfigError, ExactGradientError) as error:
         return _refuse(str(error), error)
     except UnicodeDecodeError as error:
         return _refuse(f"the configuration file is not UTF-8 text: {error}", error)

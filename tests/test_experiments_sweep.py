@@ -189,7 +189,7 @@ def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_pa
     ("given", "message"),
     [
         ({"conditions": []}, "one of them is empty"),
-        ({"conditions": ["uSF+BX"]}, "'BX' is none of"),
+        ({"conditions": ["uSF+BX"]}, "'BX' is no part of a condition"),
         ({"conditions": ["uSF+BN", "uSF+BN"]}, "2 runs of the sweep have the name digits-uSF"),
         ({"datasets": ["Omniglot"], "model": SweepModelConfig()}, "no network for Omniglot: set model.name"),
         ({"data": DataConfig("MNIST")}, "data.name has no effect in a sweep"),

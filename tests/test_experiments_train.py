@@ -651,7 +651,7 @@ def test_timms_optimizer_leaves_biases_without_decay(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"optimizer": OptimizerConfig("adamw")}, "'adamw' is none of sgd.*; near it: timm/adamw"),
+        ({"optimizer": OptimizerConfig("adamw")}, "'adamw' is none of sgd.*; did you mean 'timm/adamw'"),
         ({"optimizer": OptimizerConfig("timm/adamw", setting=2)}, "setting has no effect with timm/adamw"),
         ({"optimizer": OptimizerConfig("sgd", options={"eps": 1.0})}, "options have no effect with sgd"),
         ({"optimizer": OptimizerConfig("timm/adamw", options={"wings": 1})}, "wings"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,13 +23,33 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The names among ``known`` that a misspelled one may have meant, nearest first, to end a message with:
-    "; did you mean 'A', 'B' or 'C'?". Case does not count. Empty where none is near."""
-    by_case = {each.casefold(): each for each in known}
-    near = difflib.get_close_matches(name.casefold(), by_case, n=3)
-    *others, last = [repr(by_case[each]) for each in near] or [""]
-    return f"; did you mean {' or '.join(filter(None, (', '.join(others), last)))}?" if near else ""
+_TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list ([A, B])",
+    "<class 'dict'>": "a mapping ({NAME: VALUE})",
+    "<class 'NoneType'>": "null",
+}
+
+
+def plain_words(error: Exception) -> str:
+    """What jsonargparse says of a value of the wrong type, without Python's types: which key, what it takes,
+    and what it was given. Other messages are only put on one line."""
+    message = one_line(error)
+    match = re.fullmatch(r'(.*?)Parser key "([^"]*)": (.*?)(?:\. Got| Given) value: (.*)', message)
+    if match is not None:
+        before, key, expected, given = match.groups()
+        kinds = re.findall(r"Expected a (<class '\w+'>|typing\.Literal\[[^]]*\])", expected)
+        words = [_TYPES.get(kind, kind.removeprefix("typing.Literal").strip("[]")) for kind in kinds]
+        if words:
+            words = list(dict.fromkeys(word.replace(", '", " or '") for word in words))
+            return f"{before}{key} must be {' or '.join(words)}, not {given}"
+    match = re.search(r'Parser key "([^"]*)": Unable to load config \'(.*?)\'', message)
+    if match is not None:
+        return f"{match[1]} must be a mapping of settings ({{NAME: VALUE}}), not {match[2]}"
+    return message
 
 
 @dataclass
@@ -319,8 +339,8 @@ class SweepConfig:
     """The product of conditions, datasets, learning rates and seeds.
 
     Args:
-        conditions: their names, as in a run; or a mapping from names of your own to what each sets in a run,
-            such as `{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}`.
+        conditions: a list of their names, as in a run; or a mapping from names of your own to what each sets
+            in a run, such as `{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}`.
         datasets: names of data, as in a run.
         data: the images; their name is that of the dataset.
         model: the network
@@ -337,7 +357,7 @@ class SweepConfig:
         output: the folder of the run folders and of sweep.yaml, which is this configuration.
     """
 
-    conditions: list[str] | dict[str, dict[str, Any]]
+    conditions: Any  # list[str] | dict[str, dict[str, Any]]; the plan says in plain words what is wrong
     datasets: list[str]
     data: DataConfig = field(default_factory=lambda: DataConfig(held_out=0.1))
     model: SweepModelConfig = field(default_factory=SweepModelConfig)

@@ -17,6 +17,7 @@ from feedbackhook.experiments import cifar, pretrained
 from feedbackhook.experiments.batch_norm import insert_batch_norm
 from feedbackhook.experiments.config import ConfigError, Frozen, ModelConfig
 from feedbackhook.experiments.networks import NETWORKS, build_network
+from feedbackhook.names import nearest
 
 
 def natural_size(config: ModelConfig) -> int | None:
@@ -163,9 +164,7 @@ def _torchvision_model(config: ModelConfig, classes: int, channels: int) -> nn.M
 
     name = config.name.partition("/")[2]
     if name not in (known := models.list_models(module=models)):
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ConfigError(f"torchvision has no classification model named {name!r}{hint}")
+        raise ConfigError(f"torchvision has no classification model named {name!r}{nearest(name, known)}")
     if channels != 3:
         raise ConfigError(f"{config.name} takes images of 3 channels, not {channels}")
     try:
@@ -181,12 +180,15 @@ def _timm_name(model: str) -> str:
 
     library, _, name = model.partition("/")
     if library != "timm" or not name:
-        known = ", ".join([*NETWORKS, *cifar.NETWORKS])
-        raise ConfigError(f"no model is named {model!r}: it is one of {known}, timm/NAME or torchvision/NAME")
+        known, wanted = [*NETWORKS, *cifar.NETWORKS], f"timm/{model}" if timm.is_model(model) else model
+        near = nearest(wanted, [*known, *(f"timm/{other}" for other in timm.list_models())])
+        raise ConfigError(
+            f"no model is named {model!r}{near or '.'} There are {', '.join(known)}, timm/NAME and "
+            "torchvision/NAME"
+        )
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name}*")[:3]
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ConfigError(f"timm has no model named {name!r}{hint}")
+        near = nearest(name, timm.list_models()) or nearest(name, timm.list_models(f"*{name}*"))
+        raise ConfigError(f"timm has no model named {name!r}{near}")
     return name
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 
 from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError, nearest
+from feedbackhook.experiments.config import ConfigError
 from feedbackhook.experiments.plan import stored
+from feedbackhook.names import nearest
 from feedbackhook.report.runs import Runs
 from feedbackhook.report.statistics import LEVEL, PairedTest, paired_test, percent_interval
 from feedbackhook.report.tables import run_errors
