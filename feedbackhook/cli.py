@@ -250,7 +250,7 @@ def _train(given: Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not speaks())
     try:
         with run_progress(console) as progress:
-            result = train(config, resume=given.resume, progress=progress)
+            result = train(config, resume=given.resume, progress=progress, tell=console.print)
     except KeyboardInterrupt:
         console.print("interrupted; --resume goes on from the last finished epoch, if there is one")
         return _INTERRUPTED

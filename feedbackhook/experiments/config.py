@@ -94,6 +94,7 @@ class ModelConfig:
         name: one of the paper's networks, `liao2016/mnist`, `liao2016/cifar`, `liao2016/svhn`,
             `liao2016/timit`, `liao2016/images` (its Table 1); `cifar/resnet20`, `cifar/resnet18`,
             `cifar/vgg16`, `cifar/mixer`, for images of 32 pixels; or `timm/NAME` or `torchvision/NAME`.
+            null: the paper's for the dataset, and `liao2016/mnist` for datasets that it does not have.
         batch_norm: for the paper's networks, before each hidden ReLU, and for others without normalisation,
             behind each convolution: `none`; `paper`, which has no learnable scale and shift; `affine`, which
             has them.
@@ -107,12 +108,17 @@ class ModelConfig:
         options: keyword arguments of `timm.create_model` or of torchvision's builder, such as `drop_rate`.
     """
 
-    name: str = "liao2016/mnist"
+    name: str | None = None
     batch_norm: Literal["none", "paper", "affine"] = "none"
     frozen: Frozen | None = None
     trained: str | None = None
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def network(self) -> str:
+        """The name, or that of the paper's MNIST network where there is none."""
+        return self.name or "liao2016/mnist"
 
 
 @dataclass

@@ -289,3 +289,9 @@ PAPER: dict[str, Dataset] = {
     )
 }
 """By the names that `data.name` takes."""
+
+
+def papers_network(dataset: str) -> str | None:
+    """The paper's network for a dataset; on digits that for MNIST. None where the paper has none."""
+    known = PAPER.get("MNIST" if dataset == "digits" else dataset)
+    return None if known is None else known.network

@@ -24,7 +24,7 @@ from feedbackhook.experiments.config import (
     SweepProtocolConfig,
     plain_words,
 )
-from feedbackhook.experiments.datasets import PAPER
+from feedbackhook.experiments.datasets import papers_network
 from feedbackhook.experiments.folder import RunFolder
 from feedbackhook.experiments.train import as_begun, resolve
 from feedbackhook.names import nearest
@@ -249,7 +249,7 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
     shared = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)}
     run = RunConfig(
         data=replace(config.data, name=dataset),
-        model=ModelConfig(**vars(config.model) | {"name": config.model.name or ""}),
+        model=ModelConfig(**vars(config.model)),
         feedback=config.feedback,
         optimizer=config.optimizer,
         protocol=ProtocolConfig(**shared | {"threads": config.protocol.threads or 1}),
@@ -261,8 +261,10 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
         else:
             name = Condition.parse(name).name
             configured = replace(run, condition=name)
-        if not configured.model.name:
-            configured = replace(configured, model=replace(configured.model, name=_papers_network(dataset)))
+        if configured.model.name is None:
+            if (network := papers_network(dataset)) is None:
+                raise ConfigError(f"the paper has no network for {dataset}: set model.name")
+            configured = replace(configured, model=replace(configured.model, name=network))
         if configured.condition is not None:
             Condition.parse(configured.condition).configure(configured)
         yield name, configured
@@ -328,14 +330,6 @@ def _slug(name: str) -> str:
 def _words(name: str) -> str:
     """The name as a part of a file's."""
     return re.sub(r"[^\w.+=-]+", "-", name)
-
-
-def _papers_network(dataset: str) -> str:
-    if dataset == "digits":
-        return PAPER["MNIST"].network
-    if dataset not in PAPER:
-        raise ConfigError(f"the paper has no network for {dataset}: set model.name")
-    return PAPER[dataset].network
 
 
 def check(runs: Sequence[PlannedRun]) -> None:

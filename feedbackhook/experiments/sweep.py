@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from feedbackhook.experiments import data, pool
 from feedbackhook.experiments.config import ConfigError, SweepConfig
 from feedbackhook.experiments.folder import RunResult
+from feedbackhook.experiments.opening import openings
 from feedbackhook.experiments.plan import PlannedRun, check, ended, plan, shrink
 from feedbackhook.experiments.train import check_device, resolve
 from feedbackhook.recorder import written_aside
@@ -40,7 +41,8 @@ def sweep(
     Args:
         config: the sweep.
         progress: called every second with how each run stands, by name; None is one not yet begun.
-        tell: called with what a person would like to know of the cluster, such as its dashboard's address.
+        tell: called with what a person would like to know: counts, network and rules of each dataset, and
+            of a cluster such as its dashboard's address.
 
     Raises:
         ConfigError: the sweep's configuration is wrong, a folder holds runs of another one, data are not
@@ -54,7 +56,12 @@ def sweep(
         with _backend(config, pending, tell) as run_all:
             for dataset in {run.dataset: run for run in pending}.values():
                 with _named(dataset.dataset):
-                    data.load(resolve(dataset.config).data)  # decodes what is not in the cache yet
+                    images = data.load(resolve(dataset.config).data)  # decodes what is not in the cache yet
+                on_it = [resolve(run.config) for run in pending if run.dataset == dataset.dataset]
+                # on a cluster each worker has its own device
+                device = f"; {on_it[0].protocol.device}" if config.backend == "joblib" else ""
+                for line in openings(on_it, images):
+                    tell(f"{line}{device}")
             _write(config)
             monitor = _Monitor(runs, progress)
             with monitor:
