@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from feedbackhook.console import (
     checked_table,
-    dataset_table,
     duration,
     file_size,
     layer_table,
     layer_totals,
     mean_table,
+    print_datasets,
     print_whole,
     rate_lines,
     run_progress,
@@ -331,12 +331,7 @@ def _data_list(given: Namespace) -> int:
     if given.json:
         print(json.dumps([asdict(dataset) for dataset in PAPER.values()], indent=2))
     else:
-        drawn = ", ".join(name for name, dataset in PAPER.items() if dataset.draw is not None)
-        print_whole(
-            dataset_table(PAPER.values()),
-            f"Drawn from larger sets: {drawn}. The draws are fixed and ours; the paper publishes none.",
-            "data.name may also be digits, imagefolder:PATH, or another class of torchvision.datasets.",
-        )
+        print_datasets(list(PAPER.values()))
     return 0
 
 
@@ -347,6 +342,8 @@ def _data_check(given: Namespace) -> int:
     found = check(DataConfig(given.name, root=given.root))
     count = len(found.faults)
     whole = f"{given.name} is whole: nothing is missing or damaged"
+    if found.differs:
+        whole = f"{given.name} can be used: nothing that its draw needs is missing or damaged"
     faults = f"{given.name} has {count} fault{'s' if count > 1 else ''}:"
     way_out = [f"What to do: {found.way_out}"] if found.way_out else []
     print_whole(checked_table(found), faults if count else whole, *found.faults, *way_out)

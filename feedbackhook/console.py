@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ENDED = ("finished", "diverged", "failed")
+_COLUMNS = 80
 
 
 def print_whole(table: Table, *lines: str) -> None:
@@ -39,32 +41,56 @@ def print_whole(table: Table, *lines: str) -> None:
         console.print(line)
 
 
-def dataset_table(datasets: Iterable[Dataset]) -> Table:
+def print_datasets(datasets: Sequence[Dataset]) -> None:
+    """What the paper's datasets are, within 80 columns: counts and places, then home pages, then the rest."""
+    print_whole(_dataset_counts(datasets), "")
+    print_whole(_home_pages(datasets), "")
+    licences: dict[str, list[str]] = {}
+    for dataset in datasets:
+        licences.setdefault(dataset.licence, []).append(dataset.name)
+    downloads = ", ".join(dataset.name for dataset in datasets if dataset.downloads)
+    drawn = ", ".join(dataset.name for dataset in datasets if dataset.draw is not None)
+    of_licences = [f"{licence}: {', '.join(names)}" for licence, names in licences.items()]
+    paragraphs = [
+        f"--data.download true fetches {downloads}; the others are at their home pages.",
+        f"Licences: {'; '.join(of_licences)}.",
+        *(f"{dataset.name}: {dataset.note}" for dataset in datasets if dataset.note),
+        f"Drawn from larger sets: {drawn}. The draws are fixed and ours; the paper publishes none.",
+        "data.name may also be digits, imagefolder:PATH, or another class of torchvision.datasets.",
+    ]
+    for paragraph in paragraphs:
+        print(textwrap.fill(paragraph, _COLUMNS, break_on_hyphens=False, break_long_words=False))
+
+
+def _dataset_counts(datasets: Iterable[Dataset]) -> Table:
     from rich import box
     from rich.table import Table
 
-    datasets = list(datasets)
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    _write_below(table, [f"{dataset.name}: {dataset.note}" for dataset in datasets if dataset.note])
-    for heading in ("name", "in the paper", "classes", "training", "test", "downloads"):
-        right = heading in ("classes", "training", "test")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for heading in ("in data.root", "licence", "source"):
-        table.add_column(heading, overflow="fold")
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for heading in ("name", "classes", "training", "test"):
+        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
+    table.add_column("in data.root", overflow="fold")
     about = {True: "≈ ", False: ""}
     for dataset in datasets:
         table.add_row(
             dataset.name,
-            dataset.paper_name,
             str(dataset.classes),
             f"{'≤ ' if dataset.train_at_most else about[dataset.about]}{dataset.train:,}",
             f"{'≤ ' if dataset.test_at_most else about[dataset.about]}{dataset.test:,}",
-            "yes" if dataset.downloads else "no",
-            ", ".join(dataset.where),
-            dataset.licence,
-            dataset.source,
+            "\n".join(dataset.where),
         )
+    return table
+
+
+def _home_pages(datasets: Iterable[Dataset]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("home page", overflow="fold")
+    for dataset in datasets:
+        table.add_row(dataset.name, dataset.source)
     return table
 
 
@@ -83,7 +109,7 @@ def checked_table(found: Checked) -> Table:
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     note = [f"Note: {found.note}"] if found.note else []
-    _write_below(table, [*found.short, *note])
+    _write_below(table, [*found.short, *found.differs, *note])
     for heading in ("split", "classes", "samples", "expected"):
         right = heading in ("classes", "samples")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
