@@ -457,7 +457,7 @@ def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["table", f"{tmp_path}/sweep"]) == 0
     assert "| SGD |" in capsys.readouterr().out
     assert main(["sweep", str(path), "--conditions", "[nothing]"]) == 2
-    assert "'nothing' is none of" in capsys.readouterr().err
+    assert "'nothing' is no part of a condition" in capsys.readouterr().err
 
 
 # what follows runs the command in a process of its own, and kills
