@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from feedbackhook.console import (
     checked_table,
-    dataset_table,
     duration,
     file_size,
     layer_table,
     layer_totals,
     mean_table,
+    print_datasets,
     print_whole,
+    rate_lines,
     run_progress,
     run_summary,
     sweep_progress,
     test_table,
+    too_few_lines,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A diverged run is a result, not an error: its status is 0.
     """
     from feedbackhook import ExactGradientError
-    from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.experiments.config import ConfigError, plain_words
     from feedbackhook.experiments.stopping import exit_status
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -58,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser.instantiate(parser.parse_args(_config_first(arguments)))
         _check_processes(given.command)
         return _COMMANDS[given.command](given[given.command])
-    except (ArgumentError, ConfigError, ExactGradientError) as error:
+    except ArgumentError as error:
+        return _refuse(plain_words(error), error)
+    except (ConfigError, ExactGradientError) as error:
         return _refuse(str(error), error)
     except UnicodeDecodeError as error:
         return _refuse(f"the configuration file is not UTF-8 text: {error}", error)
@@ -171,12 +175,20 @@ def _parser() -> ArgumentParser:
     report.add_argument("-o", "--output", type=str | None, help="the file; null: report.html in the sweep")
 
     compare = ArgumentParser(
-        description="Compare configurations over their seeds: final and best test error with 95% intervals, "
-        "and a paired test of each two.",
+        description="Compare configurations over their seeds, each at the learning rate chosen for it: final "
+        "and best test error with 95% intervals, and a paired test against the first.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     compare.add_argument("runs", type=str, nargs="+", help="run folders, or folders of such")
+    compare.add_argument(
+        "--against",
+        type=str | None,
+        help="the configuration that the others are tested against; `all`: test each two; null: the first",
+    )
+    compare.add_argument(
+        "--rates", type=bool, default=False, help="set learning rates beside each other, and choose none"
+    )
 
     data = ArgumentParser(
         description="Show the paper's datasets, or check the files of one.",
@@ -238,7 +250,7 @@ def _train(given: Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not speaks())
     try:
         with run_progress(console) as progress:
-            result = train(config, resume=given.resume, progress=progress)
+            result = train(config, resume=given.resume, progress=progress, tell=console.print)
     except KeyboardInterrupt:
         console.print("interrupted; --resume goes on from the last finished epoch, if there is one")
         raise
@@ -321,12 +333,7 @@ def _data_list(given: Namespace) -> int:
     if given.json:
         print(json.dumps([asdict(dataset) for dataset in PAPER.values()], indent=2))
     else:
-        drawn = ", ".join(name for name, dataset in PAPER.items() if dataset.draw is not None)
-        print_whole(
-            dataset_table(PAPER.values()),
-            f"Drawn from larger sets: {drawn}. The draws are fixed and ours; the paper publishes none.",
-            "data.name may also be digits, imagefolder:PATH, or another class of torchvision.datasets.",
-        )
+        print_datasets(list(PAPER.values()))
     return 0
 
 
@@ -337,6 +344,8 @@ def _data_check(given: Namespace) -> int:
     found = check(DataConfig(given.name, root=given.root))
     count = len(found.faults)
     whole = f"{given.name} is whole: nothing is missing or damaged"
+    if found.differs:
+        whole = f"{given.name} can be used: nothing that its draw needs is missing or damaged"
     faults = f"{given.name} has {count} fault{'s' if count > 1 else ''}:"
     way_out = [f"What to do: {found.way_out}"] if found.way_out else []
     print_whole(checked_table(found), faults if count else whole, *found.faults, *way_out)
@@ -391,11 +400,14 @@ def _compare(given: Namespace) -> int:
     from feedbackhook.report.runs import collect
 
     runs = collect(*given.runs)
-    found = compare(runs)
+    found = compare(runs, given.against, given.rates)
     left_out = [f"left out: {name}: {reason}" for name, reason in runs.skipped.items()]
-    print_whole(mean_table(found), *left_out)
-    if len(found.tests):
-        print_whole(test_table(found))
+    too_few = too_few_lines(found)
+    if found.tests["p"].notna().any():
+        print_whole(mean_table(found), *rate_lines(found), *left_out)
+        print_whole(test_table(found), *too_few)
+    else:
+        print_whole(mean_table(found), *rate_lines(found), *left_out, *too_few)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ENDED = ("finished", "diverged", "failed")
+_COLUMNS = 80
 
 
 def print_whole(table: Table, *lines: str) -> None:
@@ -39,32 +41,56 @@ def print_whole(table: Table, *lines: str) -> None:
         console.print(line)
 
 
-def dataset_table(datasets: Iterable[Dataset]) -> Table:
+def print_datasets(datasets: Sequence[Dataset]) -> None:
+    """What the paper's datasets are, within 80 columns: counts and places, then home pages, then the rest."""
+    print_whole(_dataset_counts(datasets), "")
+    print_whole(_home_pages(datasets), "")
+    licences: dict[str, list[str]] = {}
+    for dataset in datasets:
+        licences.setdefault(dataset.licence, []).append(dataset.name)
+    downloads = ", ".join(dataset.name for dataset in datasets if dataset.downloads)
+    drawn = ", ".join(dataset.name for dataset in datasets if dataset.draw is not None)
+    of_licences = [f"{licence}: {', '.join(names)}" for licence, names in licences.items()]
+    paragraphs = [
+        f"--data.download true fetches {downloads}; the others are at their home pages.",
+        f"Licences: {'; '.join(of_licences)}.",
+        *(f"{dataset.name}: {dataset.note}" for dataset in datasets if dataset.note),
+        f"Drawn from larger sets: {drawn}. The draws are fixed and ours; the paper publishes none.",
+        "data.name may also be digits, imagefolder:PATH, or another class of torchvision.datasets.",
+    ]
+    for paragraph in paragraphs:
+        print(textwrap.fill(paragraph, _COLUMNS, break_on_hyphens=False, break_long_words=False))
+
+
+def _dataset_counts(datasets: Iterable[Dataset]) -> Table:
     from rich import box
     from rich.table import Table
 
-    datasets = list(datasets)
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    _write_below(table, [f"{dataset.name}: {dataset.note}" for dataset in datasets if dataset.note])
-    for heading in ("name", "in the paper", "classes", "training", "test", "downloads"):
-        right = heading in ("classes", "training", "test")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for heading in ("in data.root", "licence", "source"):
-        table.add_column(heading, overflow="fold")
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for heading in ("name", "classes", "training", "test"):
+        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
+    table.add_column("in data.root", overflow="fold")
     about = {True: "≈ ", False: ""}
     for dataset in datasets:
         table.add_row(
             dataset.name,
-            dataset.paper_name,
             str(dataset.classes),
             f"{'≤ ' if dataset.train_at_most else about[dataset.about]}{dataset.train:,}",
             f"{'≤ ' if dataset.test_at_most else about[dataset.about]}{dataset.test:,}",
-            "yes" if dataset.downloads else "no",
-            ", ".join(dataset.where),
-            dataset.licence,
-            dataset.source,
+            "\n".join(dataset.where),
         )
+    return table
+
+
+def _home_pages(datasets: Iterable[Dataset]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("home page", overflow="fold")
+    for dataset in datasets:
+        table.add_row(dataset.name, dataset.source)
     return table
 
 
@@ -83,7 +109,7 @@ def checked_table(found: Checked) -> Table:
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     note = [f"Note: {found.note}"] if found.note else []
-    _write_below(table, [*found.short, *note])
+    _write_below(table, [*found.short, *found.differs, *note])
     for heading in ("split", "classes", "samples", "expected"):
         right = heading in ("classes", "samples")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
@@ -97,7 +123,8 @@ def mean_table(found: Comparison) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False, title="test error [%]: mean over seeds (95% interval)")
-    for heading in ("configuration", "dataset", "runs", "final", "best"):
+    headings = ["configuration", "dataset", *(["rate"] if found.chosen_by else []), "runs", "final", "best"]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("configuration", "dataset") else "right")
     for row in found.means.to_dict("records"):
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
@@ -105,8 +132,20 @@ def mean_table(found: Comparison) -> Table:
             interval_text(*(row[f"{kind}_{end}"] for end in ("mean", "low", "high")))
             for kind in ("final", "best")
         )
-        table.add_row(row["configuration"], row["dataset"], f"{row['runs']}{diverged}", *spans)
+        rate = [f"{row['learning_rate']:g}"] if found.chosen_by else []
+        table.add_row(row["configuration"], row["dataset"], *rate, f"{row['runs']}{diverged}", *spans)
     return table
+
+
+def rate_lines(found: Comparison) -> list[str]:
+    """How learning rates were chosen."""
+    if not found.chosen_by:
+        return []
+    most = found.means["rates"].max()
+    return [
+        f"rate: the learning rate, of up to {most}, with the smallest {found.chosen_by}",
+        "(--rates true shows all rates beside each other)",
+    ]
 
 
 def test_table(found: Comparison) -> Table:
@@ -115,20 +154,39 @@ def test_table(found: Comparison) -> Table:
 
     from feedbackhook.report.compare import ERRORS
 
-    title = "first less second, on the same data with the same seed: Wilcoxon's signed-rank test"
-    if len(found.tests) > len(ERRORS):
-        title += f"; p is not corrected for {len(found.tests)} tests"
+    tests = found.tests
+    several = tests["second"].nunique() > 1
+    title = "first less second" if several else f"less {tests['second'].iloc[0]}"
+    title += ", on the same data with the same seed: Wilcoxon's signed-rank test"
+    if (count := tests["p"].notna().sum()) > len(ERRORS):
+        title += f"; p is not corrected for {count} tests"
     table = Table(box=box.SIMPLE, pad_edge=False, title=title)
-    for heading in ("first", "second", "error", "pairs", "median [points]", "effect", "verdict"):
+    names = ["first", "second"] if several else ["configuration"]
+    for heading in (*names, "error", "pairs", "median [points]", "effect", "verdict"):
         table.add_column(
             heading, justify="right" if heading in ("pairs", "median [points]", "effect") else "left"
         )
-    for row in found.tests.to_dict("records"):
+    for row in tests.to_dict("records"):
         median = "" if row["pairs"] == 0 else f"{row['difference']:+.2f}"
         effect = "" if row["effect"] is None or row["effect"] != row["effect"] else f"{row['effect']:+.2f}"
-        names = (row["first"], row["second"], row["error"], str(row["pairs"]))
-        table.add_row(*names, median, effect, row["verdict"])
+        compared = (row["first"], row["second"])[: len(names)]
+        table.add_row(*compared, row["error"], str(row["pairs"]), median, effect, row["verdict"])
     return table
+
+
+def too_few_lines(found: Comparison) -> list[str]:
+    """Which tests could not be made, said once."""
+    from feedbackhook.report.statistics import LEAST_PAIRS
+
+    few = found.tests[found.tests["p"].isna()]
+    if few.empty:
+        return []
+    which = "every test" if len(few) == len(found.tests) else f"{len(few)} of {len(found.tests)} tests"
+    most = few["differing"].max()
+    return [
+        f"Too few runs for {which}: one takes {LEAST_PAIRS} pairs, on the same data with the same seed, "
+        f"whose errors differ, and there are at most {most}."
+    ]
 
 
 def interval_text(mean: float, low: float, high: float) -> str:

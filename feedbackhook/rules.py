@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
+from feedbackhook.names import nearest
 from feedbackhook.rng import CounterRNG
 from feedbackhook.targets import LayerInfo
 
@@ -76,7 +77,7 @@ def make_rule(mode: str, options: Mapping[str, Any]) -> Rule:
     if not isinstance(mode, str):
         raise TypeError(f"mode is the name of a rule, not {mode!r}; known: {', '.join(_RULES)}")
     if mode not in _RULES:
-        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(_RULES)}")
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(_RULES)}{nearest(mode, _RULES)}")
     cls = _RULES[mode]
     return cast(Rule, cls(**_as_fields(mode, cls, options)))
 
@@ -133,7 +134,7 @@ def _as_fields(mode: str, cls: type, options: Mapping[str, Any]) -> dict[str, An
     fields = _options(cls)
     unknown = [name for name in options if name not in fields]
     if unknown:
-        has = f"it has {', '.join(fields)}" if fields else "it has none"
+        has = f"it has {', '.join(fields)}{nearest(unknown[0], fields)}" if fields else "it has none"
         raise TypeError(f"mode {mode!r} has no option {', '.join(map(repr, unknown))}; {has}")
     required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     lacking = [name for name in required if name not in options]

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 
 from feedbackhook.cli import main
@@ -27,10 +29,19 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_train_says_how_it_went_and_where_all_lies(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *SMALL, "--protocol.epochs", "2", "--protocol.seed", "3"]) == 0
+    given = ["--protocol.epochs", "2", "--protocol.seed", "3", "--protocol.device", "cpu"]
+    assert main(["train", *SMALL, *given]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    lines = out.splitlines()
+    begin, *lines = out.splitlines()
+    parameters = sum(
+        p.numel() for p in timm.create_model("test_resnet", num_classes=10, in_chans=1).parameters()
+    )
+    threads = torch.get_num_threads()
+    assert begin == (
+        f"timm/test_resnet on 1x16x16 pixels, {parameters:,} parameters; digits: 1,437 training, 360 test, "
+        f"10 classes; sign; cpu ({threads} thread{'' if threads == 1 else 's'})"
+    )
     assert [line.partition(":")[0] for line in lines] == [
         "finished (2 epochs kept)",
         "test error",
@@ -42,6 +53,16 @@ def test_train_says_how_it_went_and_where_all_lies(capsys: pytest.CaptureFixture
     assert lines[2] == "run folder: runs/digits-sign-seed3"
     drawn = list(Path("runs/digits-sign-seed3/figures").iterdir())
     assert lines[3] == f"figures: {len(drawn)} in runs/digits-sign-seed3/figures"
+
+
+def test_the_first_line_names_condition_options_and_what_is_held_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--condition", "brSF+BM concordance=0.75", "--data.held_out", "0.1", "--protocol.epochs", "1"]
+    assert main(["train", *SMALL, *given, "--record.figures", "false"]) == 0
+    begin = capsys.readouterr().out.splitlines()[0]
+    assert "; digits: 1,293 training, 144 held out, 360 test, 10 classes; " in begin
+    assert "; brSF concordance=0.75 (brSF+BM concordance=0.75); " in begin
 
 
 def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,13 +154,21 @@ def test_a_diverged_run_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "bad.yaml"], "data.nam"),
         (["train", "broken.yaml"], "parsing config: while parsing a flow mapping"),
         (["train", "--data.nam", "digits"], "--data.nam"),
-        (["train", "--protocol.epochs", "many"], "protocol.epochs"),
+        (["train", "--protocol.epochs", "many"], "protocol.epochs must be a whole number, not many"),
         (["train", "--optimizer.name", "adam"], "batch_manhattan"),
-        (["train", "--data.size", "big"], "data.size"),
+        (["train", "--data.size", "big"], "data.size must be a whole number or null, not big"),
         (["train", "--data.name", "MNIST", "--data.root", "nowhere"], "train-images-idx3-ubyte is missing"),
         (["train", "--data.name", "imagefolder:nowhere"], "nowhere/train is missing"),
         (["train", "--feedback.options.concordance", "1.3"], "concordance"),
-        (["train", "--feedback.mode", "sgin"], "'sgin'"),
+        (["train", "--feedback.mode", "sgin"], "RndF; did you mean 'sign'?"),
+        (["train", "--feedback.options.concordanse", "1"], "did you mean 'concordance'?"),
+        (["train", "--data.name", "MNST"], "'MNST' is unknown; did you mean 'MNIST', "),
+        (["train", "--data.name", "flowers17"], "'flowers17' is unknown; did you mean 'Flowers17' or "),
+        (["train", "--model.name", "liao2016/mnst"], "'liao2016/mnst'; did you mean 'liao2016/mnist', "),
+        (["train", "--model.name", "resnet18"], "'resnet18'; did you mean 'timm/resnet18', "),
+        (["train", "--optimizer.name", "batchmanhattan"], "did you mean 'batch_manhattan'?"),
+        (["train", "--model.frozen", "Middle"], "model.frozen must be 'Top' or 'Bottom' or null, not Middle"),
+        (["train", "--data", "digits"], "data must be a mapping of settings ({NAME: VALUE}), not digits"),
         (["train", "--feedback.include", "head"], "head"),
         (["train", "--model.name", "timm/resnet81"], "resnet81"),
         (["train", "--output", "taken"], "is no run folder"),

@@ -58,6 +58,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_sentence(folder / "TEST" / "DR1" / "FAKS0", "SX43", "h# iy s h#", 4)
     (folder / "TEST" / "DR1" / "FAKS0" / "SX43.TXT").write_text("0 12800 She had your dark suit.\n")
     monkeypatch.setattr(audio, "PHONES", PHONES)
+    monkeypatch.setattr(audio, "_RECORDINGS", {"train": 2, "test": 1})
     draw = datasets.Draw(of=3, train=3, test=1, least_test=1, least_train=1)
     shrink(monkeypatch, "TIMIT-80", classes=3, train=9, test=3, draw=draw)
     return tmp_path
@@ -240,6 +241,16 @@ def test_a_recording_that_is_not_timits_is_named(root: Path) -> None:
     path.write_bytes(whole)
     truncate(path.with_suffix(".PHN"))
     assert "SX43.PHN is damaged" in error(timit(root)) or "holds no segment" in error(timit(root))
+
+
+def test_a_copy_with_fewer_recordings_says_that_other_segments_are_drawn(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audio, "_RECORDINGS", {"train": 3, "test": 1})
+    assert check(timit(root)).differs == [
+        f"{root / 'TIMIT' / 'TRAIN'} holds 2 of the 3 recordings that were published; other segments are "
+        "drawn than from the whole set"
+    ]
 
 
 def test_a_copy_that_is_not_there_is_said_with_its_home_page(root: Path) -> None:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
+from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import (
     ConfigError,
@@ -66,8 +68,11 @@ def test_what_a_condition_decides(name, decided):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("uSf", "'uSf' is none of SGD, uSF"),
-        ("BM4", "'BM4' is none of"),
+        ("uSf", "'uSf' is no part of a condition; did you mean 'uSF' or 'NuSF'\\? One is made of SGD, uSF"),
+        ("brsf+BN+BM", "'brsf' is no part of a condition; did you mean 'brSF' or 'frSF'\\?"),
+        ("uSF+qqq", "'qqq' is no part of a condition\\. One is made of SGD"),
+        ("brSF concordnace=0.5", "Top nor Bottom; did you mean 'concordance='\\?"),
+        ("BM4", "'BM4' is no part of a condition; did you mean 'BM"),
         ("uSF+RndF", "says twice what feedback is"),
         ("SGD+BN", "SGD stands alone"),
         ("uSF concordance=0.5", "belongs to brSF and frSF"),
@@ -80,6 +85,38 @@ def test_what_a_condition_decides(name, decided):
 def test_what_is_no_condition_says_why(name, message):
     with pytest.raises(ConfigError, match=message):
         Condition.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ("SGD", "conditions must be a list of names, such as [SGD, uSF+BN], or a mapping, such as {half: "),
+        ({"half": 5}, "'half' must map settings of a run to values, such as {feedback: {mode: sign"),
+        ({"half": None}, "'half' must map settings of a run to values, such as {feedback: {mode: sign"),
+        ({"half": "uSF+BN"}, "such as {condition: uSF+BN}, or {feedback: "),
+        ([{"half": {}}, "SGD"], "make all of them a mapping (without the dashes), such as {half: "),
+        ({0.5: {}}, "the name of a condition must be text, not 0.5: put it into quotes"),
+        ({"half": {"feedbac": {}}}, "sets feedbac, which a run does not have; did you mean 'feedback'?"),
+        (
+            {"half": {"feedback": {"optons": {}}}},
+            "feedback.optons, which a run does not have; did you mean 'opt",
+        ),
+        (
+            {"half": {"feedback": "sign"}},
+            "map settings of feedback to values, such as {feedback: {mode: VALUE}}",
+        ),
+        ({"half": {"feedback": {"options": 5}}}, "feedback.options must be a mapping ({NAME: VALUE}), not 5"),
+        ({"half": {"protocol": {"epochs": "many"}}}, "protocol.epochs must be a whole number, not many"),
+    ],
+    ids=str,
+)
+def test_conditions_that_are_none_say_what_to_write(conditions, message, tmp_path, capsys):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({"conditions": conditions, "datasets": ["digits"]}))
+    assert main(["sweep", str(path), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not any(word in error for word in ("Union", "<class", "typing", "Parser key"))
 
 
 @pytest.mark.parametrize(

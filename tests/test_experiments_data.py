@@ -196,7 +196,7 @@ def test_a_channel_of_one_value_does_not_divide_by_zero(folder: Path) -> None:
         (DataConfig("ImageNet", root="nowhere"), r"ImageNet.*nowhere.*cannot download it; set --data.root"),
         (DataConfig("CocoDetection"), "'CocoDetection' has no classes for training and test.*CIFAR10"),
         (DataConfig("VOCSegmentation"), "'VOCSegmentation' has no classes for training and test"),
-        (DataConfig("CIFAR11"), "'CIFAR11' is unknown: use digits, imagefolder:PATH"),
+        (DataConfig("CIFAR11"), "'CIFAR11' is unknown; did you mean 'CIFAR10'"),
         (DataConfig("imagefolder:nowhere"), r"nowhere/train is missing.*; imagefolder:PATH needs PATH/train"),
         (DataConfig(held_out=1.0), "data.held_out must be a share from 0 to less than 1, not 1.0"),
         (DataConfig(held_out=0.001), "cannot set 0.001 of the 1437 images apart"),

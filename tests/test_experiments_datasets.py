@@ -391,6 +391,98 @@ def test_a_draw_leaves_out_what_is_no_class(tmp_path: Path, monkeypatch: pytest.
     assert seen == {"001.ak47", "002.flag", "003.bat", "004.dog", "A_B", "E_F", "G_H", "K_L"}
 
 
+WHERE = {"LFW-ID": "lfw-py/lfw_funneled", "Caltech256-101": "caltech256/256_ObjectCategories"}
+
+
+def know_the_whole(name: str, root: Path, monkeypatch: pytest.MonkeyPatch, **known: object) -> None:
+    """The registry knows of the made tree what it knows of the published set."""
+    folder, dataset = root / WHERE[name], datasets.PAPER[name]
+    sources = data_sources.find(config(name, root))
+    assert dataset.draw is not None
+    assert sources.folder is not None
+    chosen = {
+        Path(item.name).relative_to(folder).parts[0] for split in sources.splits.values() for item in split
+    }
+    known |= {"last": data_folders.ranked(chosen, "")[-1], "images": len(sources.folder)}
+    shrink(monkeypatch, name, draw=dataclasses.replace(dataset.draw, **known))
+
+
+def test_lfw_needs_the_people_with_images_enough_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / lfw(tmp_path, monkeypatch).file
+    whole, splits = drawn("LFW-ID", tmp_path), data_sources.find(config("LFW-ID", tmp_path)).splits
+    know_the_whole("LFW-ID", tmp_path, monkeypatch, digest=data_folders.digest(splits, folder))
+    assert check(config("LFW-ID", tmp_path)).differs == []
+    for person in ("C_D", "I_J"):  # who have two and one
+        (folder / person).rename(tmp_path / person)
+    assert drawn("LFW-ID", tmp_path) == whole
+    status, lines = run(capsys, "check", "LFW-ID", "--root", str(tmp_path))
+    assert status == 0
+    assert lines[-1] == "LFW-ID can be used: nothing that its draw needs is missing or damaged"
+    assert lines[-2].rstrip() == (
+        f"{folder} holds 4 of the 6 classes and 13 of the 16 images that were published; what is drawn is "
+        "the same as from the whole set"
+    )
+
+
+def test_images_that_lack_in_a_class_that_is_drawn_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / lfw(tmp_path, monkeypatch).file
+    splits = data_sources.find(config("LFW-ID", tmp_path)).splits
+    know_the_whole("LFW-ID", tmp_path, monkeypatch, digest=data_folders.digest(splits, folder))
+    [path] = [item.name for item in splits["test"] if "E_F" in item.name]  # one of four
+    Path(path).unlink()
+    load(config("LFW-ID", tmp_path))
+    assert (
+        f"LFW-ID: {folder} holds 15 of the 16 images that were published; the classes that are drawn are "
+        "those of the whole set; from a class that lacks images, others are drawn"
+    ) in caplog.text
+
+
+def test_a_folder_from_which_others_would_be_drawn_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / lfw(tmp_path, monkeypatch).file
+    shrink(monkeypatch, "LFW-ID", classes=2, train=4, test=2)
+    people = {Path(path).parent.name for path in set.union(*drawn("LFW-ID", tmp_path))}
+    know_the_whole("LFW-ID", tmp_path, monkeypatch)
+    (folder / min(people)).rename(tmp_path / "elsewhere")
+    assert "holds 5 classes in the place of 6, and not all that are drawn from the whole set: " in error(
+        config("LFW-ID", tmp_path)
+    )
+
+
+def test_caltech256_needs_the_classes_that_are_drawn_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / caltech256(tmp_path, monkeypatch).file
+    whole = drawn("Caltech256-101", tmp_path)
+    know_the_whole("Caltech256-101", tmp_path, monkeypatch)
+    used = {Path(path).parent.name for path in set.union(*whole)}
+    for other in ({"001.ak47", "002.flag", "003.bat", "004.dog"} - used) | {"257.clutter"}:
+        (folder / other).rename(tmp_path / other)
+    assert drawn("Caltech256-101", tmp_path) == whole
+    [line] = check(config("Caltech256-101", tmp_path)).differs
+    assert "holds 3 of the 4 classes and 12 of the 16 images that were published" in line
+    (folder / min(used)).rename(tmp_path / "elsewhere")
+    assert "holds 2 classes, 1 fewer than are drawn" in error(config("Caltech256-101", tmp_path))
+
+
+def test_what_is_known_of_whole_folders() -> None:
+    draws = {name: dataset.draw for name, dataset in datasets.PAPER.items() if dataset.draw is not None}
+    assert {name: draw.last for name, draw in draws.items() if draw.last} == {
+        "Caltech256-101": "088.golf-ball",
+        "LFW-ID": "Amelie_Mauresmo",
+    }
+    assert {name: draw.images for name, draw in draws.items() if draw.images} == {
+        "Caltech101": 9144,
+        "Caltech256-101": 29780,
+        "LFW-ID": 13233,
+    }
+
+
 class Exploit:
     """Its unpickling makes a file."""
 
@@ -570,11 +662,15 @@ def test_another_class_of_torchvision_is_checked(tmp_path: Path, capsys: pytest.
 def test_the_list_shows_each_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = run(capsys, "list")
     assert status == 0
+    assert max(map(len, lines)) <= 80
     for dataset in datasets.PAPER.values():
-        [line] = [line for line in lines if line.split()[:1] == [dataset.name]]
-        counts = f"{dataset.train:,}", f"{dataset.test:,}"
-        for text in (dataset.paper_name, *counts, dataset.licence, dataset.source, *dataset.where):
-            assert text in line
+        counts, page = [line for line in lines if line.split()[:1] == [dataset.name]]
+        for text in (f"{dataset.train:,}", f"{dataset.test:,}", dataset.where[0]):
+            assert text in counts
+        assert page.split() == [dataset.name, dataset.source]
+        words = " ".join(" ".join(lines).split())
+        for text in (dataset.licence, *dataset.where):
+            assert text in words
     status, lines = run(capsys, "list", "--json")
     shown = {entry["name"]: entry for entry in json.loads("\n".join(lines))}
     assert [*shown] == [*datasets.PAPER]

@@ -339,11 +339,44 @@ def test_what_is_not_the_papers_is_told(
 ) -> None:
     noted = [name for name, dataset in datasets.PAPER.items() if dataset.note]
     assert noted == ["iCubWorld", "Flowers17", "TIMIT-80"]
-    lines = [line.rstrip() for line in run(capsys, "list")[1]]
+    words = " ".join(run(capsys, "list")[1])
     for name in noted:
-        assert f"{name}: {datasets.PAPER[name].note}" in lines
+        assert f"{name}: {datasets.PAPER[name].note}" in words
     icubworld(tmp_path, monkeypatch)
     status, lines = run(capsys, "check", "iCubWorld", "--root", str(tmp_path))
     assert status == 0
     assert f"Note: {datasets.PAPER['iCubWorld'].note}" in [line.rstrip() for line in lines]
     assert any("2 classes, about 2,001 images" in line for line in lines)
+
+
+def test_sufr_needs_its_whole_list_and_the_images_that_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / sufr(tmp_path, monkeypatch).needed[0]
+    draw = datasets.Draw(of=3, train=1, test=1, least_test=1, large_enough=True, least_train=1)
+    shrink(monkeypatch, "SUFR-W-ID", classes=2, train=2, test=2, draw=draw)
+    whole = names("SUFR-W-ID", tmp_path)
+    used = {Path(name).name for split in whole.values() for name in split}
+    others = [path for path in sorted(folder.glob("*.jpg")) if path.name not in used]
+    assert len(others) == 5
+    for path in others:
+        path.unlink()
+    assert names("SUFR-W-ID", tmp_path) == whole
+    found = check(config("SUFR-W-ID", tmp_path))
+    assert found.faults == []
+    assert found.differs == [
+        f"{folder} holds 4 of the 9 images that SUFR_in_the_wild_info.txt names; what is drawn is the same "
+        "as from the whole set"
+    ]
+    (folder / min(used)).unlink()
+    assert faults("SUFR-W-ID", tmp_path) == [
+        f"{folder / min(used)} is missing; {folder / 'SUFR_in_the_wild_info.txt'} names it"
+    ]
+
+
+def test_pubfig83_needs_all_its_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who of them are drawn follows from all their counts, which nothing published says."""
+    folder = tmp_path / pubfig83(tmp_path, monkeypatch).needed[0]
+    shrink(monkeypatch, "PubFig83-ID", classes=2, train=4, test=2)
+    (folder / "Ali Landry").rename(tmp_path / "elsewhere")
+    assert faults("PubFig83-ID", tmp_path) == [f"{folder} holds 2 classes in the place of 3"]

@@ -230,7 +230,7 @@ def test_a_timm_model_is_built_for_the_data() -> None:
         (ModelConfig("timm/"), 28, "no model is named 'timm/'"),
         (ModelConfig(), 8, "takes images of 28x28, not 8x8: set data.size to 28"),
         (ModelConfig(options={"width": 2}), 28, r"has no model.options; it was given \['width'\]"),
-        (ModelConfig("timm/resnet81"), 28, "no model named 'resnet81'; near it: resnet"),
+        (ModelConfig("timm/resnet81"), 28, "no model named 'resnet81'; did you mean 'resnet"),
         (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "normalisation; this one has Batch"),
         (ModelConfig("timm/resnet18", options={"wings": 2}), 28, "timm/resnet18 with model.options.*wings"),
         (ModelConfig("timm/vit_tiny_patch16_224"), 28, "cannot take images of 28x28 with 1 channels"),

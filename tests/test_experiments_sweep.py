@@ -198,7 +198,7 @@ def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_pa
     ("given", "message"),
     [
         ({"conditions": []}, "one of them is empty"),
-        ({"conditions": ["uSF+BX"]}, "'BX' is none of"),
+        ({"conditions": ["uSF+BX"]}, "'BX' is no part of a condition"),
         ({"conditions": ["uSF+BN", "uSF+BN"]}, "2 runs of the sweep have the name digits-uSF"),
         ({"datasets": ["Omniglot"], "model": SweepModelConfig()}, "no network for Omniglot: set model.name"),
         ({"data": DataConfig("MNIST")}, "data.name has no effect in a sweep"),
@@ -582,7 +582,7 @@ def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["table", f"{tmp_path}/sweep"]) == 0
     assert "| SGD |" in capsys.readouterr().out
     assert main(["sweep", str(path), "--conditions", "[nothing]"]) == 2
-    assert "'nothing' is none of" in capsys.readouterr().err
+    assert "'nothing' is no part of a condition" in capsys.readouterr().err
 
 
 # what follows runs the command in a process of its own, and kills
@@ -720,3 +720,27 @@ def test_workers_stop_with_the_sweep(tmp_path: Path) -> None:
     while any(runs(pid) for pid in left):
         assert time.monotonic() < until, "a worker outlived its sweep"
         time.sleep(0.1)
+
+
+def test_a_sweep_begins_with_its_networks_data_and_rules(tmp_path: Path) -> None:
+    conditions = {
+        "backprop": {"feedback": {"mode": None}},
+        "signs": {"feedback": {"mode": "sign"}},
+        "normalised": {"feedback": {"mode": "sign"}, "model": {"batch_norm": "affine"}},
+        "large": {"data": {"size": 28}, "model": {"name": "liao2016/cifar"}},
+    }
+    once = SweepProtocolConfig(epochs=1, rates=1, device="cpu")
+    config = tiny(tmp_path, conditions=conditions, protocol=once, model=SweepModelConfig("liao2016/mnist"))
+    config = replace(config, data=replace(config.data, size=28))
+    told: list[str] = []
+    results = sweep(config, tell=told.append)
+    assert [result.status for result in results.values()] == ["finished"] * 3 + ["failed"]
+    counts = "digits: 1,293 training, 144 held out, 360 test, 10 classes"
+    lines = [line for line in told if "digits: " in line]
+    assert lines == [
+        f"liao2016/mnist on 1x28x28 pixels, 431,080 parameters; {counts}; backprop, sign; cpu",
+        # two more for each of 20 and 50 maps and 500 units
+        f"liao2016/mnist on 1x28x28 pixels, {431_080 + 2 * 570:,} parameters; {counts}; sign; cpu",
+        "digits: liao2016/cifar cannot be trained (liao2016/cifar takes images of 32x32, not 28x28: set "
+        "data.size to 32); sign; cpu",
+    ]

@@ -32,7 +32,9 @@ from feedbackhook.experiments.config import (
     RunConfig,
 )
 from feedbackhook.experiments.data import Split, load
+from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.models import build
+from feedbackhook.experiments.networks import NETWORKS
 from feedbackhook.experiments.train import Progress, resolve, train
 from feedbackhook.recorder import Recorder, read
 from feedbackhook.report.plots import FIGURES
@@ -683,7 +685,7 @@ def test_timms_optimizer_leaves_biases_without_decay(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"optimizer": OptimizerConfig("adamw")}, "'adamw' is none of sgd.*; near it: timm/adamw"),
+        ({"optimizer": OptimizerConfig("adamw")}, "'adamw' is none of sgd.*; did you mean 'timm/adamw'"),
         ({"optimizer": OptimizerConfig("timm/adamw", setting=2)}, "setting has no effect with timm/adamw"),
         ({"optimizer": OptimizerConfig("sgd", options={"eps": 1.0})}, "options have no effect with sgd"),
         ({"optimizer": OptimizerConfig("timm/adamw", options={"wings": 1})}, "wings"),
@@ -708,3 +710,20 @@ def test_options_without_effect_or_sense_are_refused(
 def test_a_resolved_configuration_with_a_cosine_resolves_to_itself(config: RunConfig) -> None:
     config.protocol.schedule = "cosine"
     assert resolve(resolve(config)) == resolve(config)
+
+
+@pytest.mark.parametrize("name", [*PAPER, "digits"])
+def test_the_network_is_the_papers_for_the_dataset(name: str) -> None:
+    network = "liao2016/mnist" if name == "digits" else PAPER[name].network
+    config = resolve(RunConfig(data=DataConfig(name)))
+    assert config.model.name == network
+    assert config.data.size == (NETWORKS[network].input[-1] if NETWORKS[network].convolutions else None)
+    assert resolve(config) == config
+
+
+def test_a_network_that_is_named_wins_and_other_data_have_that_of_mnist() -> None:
+    named = resolve(RunConfig(data=DataConfig("Flowers17"), model=ModelConfig("cifar/resnet20")))
+    assert (named.model.name, named.data.size) == ("cifar/resnet20", 32)
+    for name in ("FashionMNIST", "imagefolder:birds"):
+        other = resolve(RunConfig(data=DataConfig(name)))
+        assert (other.model.name, other.data.size) == ("liao2016/mnist", 28)

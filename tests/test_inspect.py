@@ -61,7 +61,7 @@ def test_json(capsys):
 
 
 REFUSED = [
-    (["resnet10x"], "timm has no model named 'resnet10x'; near it: "),
+    (["resnet10x"], "timm has no model named 'resnet10x'; did you mean "),
     (["other/resnet18"], "no model is named 'other/resnet18'"),
     (["resnet10t", "--mode", "sgn"], "unknown mode 'sgn'; known: symmetric"),
     (["resnet10t", "--options.std", "1"], "mode 'sign' has no option 'std'; it has concordance"),

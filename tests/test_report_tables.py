@@ -66,9 +66,10 @@ def test_best_is_the_smallest_test_error_over_epochs_and_rates_of_each_seed(fold
     sgd = cell(folder, "SGD")
     assert sgd["best_error"] == pytest.approx((10 + 14) / 2)  # not the untrained network's 0.01
     assert (sgd["rate"], sgd["best_epoch"], sgd["seeds"]) == (1.0, 2, 2)
-    half = 12.706 * (2 / math.sqrt(2))  # t of one degree of freedom; the standard error of 10 and 14 is 2
-    assert sgd["best_high"] - sgd["best_error"] == pytest.approx(half * math.sqrt(2), rel=1e-4)
-    assert sgd["best_error"] - sgd["best_low"] == pytest.approx(half * math.sqrt(2), rel=1e-4)
+    # t of one degree of freedom times the standard error of 10 and 14, on the scale of logits at their mean
+    half = 12.706 * 0.02 / (0.12 * 0.88)
+    logits = [math.log(sgd[f"best_{end}"] / (100 - sgd[f"best_{end}"])) for end in ("low", "error", "high")]
+    assert [logits[1] - logits[0], logits[2] - logits[1]] == pytest.approx([half, half], rel=1e-4)
 
 
 def test_chosen_does_not_look_at_the_test_set(folder: Path) -> None:

@@ -47,8 +47,8 @@ paper = pd.DataFrame(
 display(error_against_concordance(runs[["rule", "concordance", "error"]], paper))
 
 # %% [markdown]
-# The mean over seeds with its 95% interval. With three seeds these are wide, and the paired tests say that there are
-# too few runs to tell:
+# The mean over seeds with its 95% interval, and each condition less the first, `BN+BM`. With three seeds the intervals
+# are wide, and there are too few runs for a paired test:
 
 # %%
 comparison = compare(found)

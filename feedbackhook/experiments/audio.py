@@ -34,6 +34,7 @@ RATE = 16_000  # samples a second
 WINDOW, STEP = 400, 160  # samples of a frame, and from one to the next: 25 ms, 10 ms
 BANDS, FRAMES = 40, 15
 _FLOOR = 1e-10  # of power, which has a logarithm then
+_RECORDINGS = {"train": 3_696, "test": 1_344}  # without SA1 and SA2: 8 each of 462 and of 168 speakers
 _REACH = 2  # frames on either side from which a difference is taken
 
 _LABELS = (
@@ -80,7 +81,13 @@ def timit(dataset: Dataset, config: DataConfig) -> Sources:
         if not place.is_dir():
             found.faults.append(f"{place} is missing")
             continue
-        for recording, segments in _transcribed(place, found.faults):
+        transcribed = list(_transcribed(place, found.faults))
+        if len(transcribed) < _RECORDINGS[split]:
+            found.differs.append(
+                f"{place} holds {len(transcribed):,} of the {_RECORDINGS[split]:,} recordings that were "
+                "published; other segments are drawn than from the whole set"
+            )
+        for recording, segments in transcribed:
             for segment in segments:
                 name = f"{recording} ({PHONES[segment.label]} at {segment.start})"
                 item = Item(name, partial(_read, features, recording, segment), segment.label)

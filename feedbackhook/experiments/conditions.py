@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from feedbackhook.experiments.config import ConfigError, Frozen, RunConfig
+from feedbackhook.names import nearest
 
 Feedback = Literal["uSF", "NuSF", "brSF", "frSF", "RndF"]
 _WITH_CONCORDANCE = ("brSF", "frSF")
@@ -122,8 +123,12 @@ def _term(name: str, term: str) -> dict[str, object]:
         return {"manhattan": int(setting or 1), **({"spoken": True} if setting == "1" else {})}
     if term in get_args(Feedback):
         return {"feedback": term}
-    known = ", ".join(("SGD", *get_args(Feedback), "BN", "BM", "BM0 to BM3"))
-    raise ConfigError(f"condition {name!r}: {term!r} is none of {known}")
+    known = ("SGD", *get_args(Feedback), "BN", "BM")
+    near = nearest(term, (*known, "BM0", "BM1", "BM2", "BM3")) or "."
+    raise ConfigError(
+        f"condition {name!r}: {term!r} is no part of a condition{near} One is made of {', '.join(known)} and "
+        "BM0 to BM3, joined by +"
+    )
 
 
 def _word(name: str, word: str, fields: dict[str, object]) -> dict[str, object]:
@@ -131,7 +136,10 @@ def _word(name: str, word: str, fields: dict[str, object]) -> dict[str, object]:
         return {"frozen": word}
     key, _, value = word.partition("=")
     if key != "concordance":
-        raise ConfigError(f"condition {name!r}: {word!r} is neither concordance=NUMBER nor Top nor Bottom")
+        near = nearest(key, ("concordance=", *get_args(Frozen)))
+        raise ConfigError(
+            f"condition {name!r}: {word!r} is neither concordance=NUMBER nor Top nor Bottom{near}"
+        )
     if fields.get("feedback") not in _WITH_CONCORDANCE:
         raise ConfigError(f"condition {name!r}: concordance belongs to {' and '.join(_WITH_CONCORDANCE)}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,35 @@ class FolderInUse(ConfigError):
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks, to be a part of another's message."""
     return " ".join(str(error).split())
+
+
+_TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list ([A, B])",
+    "<class 'dict'>": "a mapping ({NAME: VALUE})",
+    "<class 'NoneType'>": "null",
+}
+
+
+def plain_words(error: Exception) -> str:
+    """What jsonargparse says of a value of the wrong type, without Python's types: which key, what it takes,
+    and what it was given. Other messages are only put on one line."""
+    message = one_line(error)
+    match = re.fullmatch(r'(.*?)Parser key "([^"]*)": (.*?)(?:\. Got| Given) value: (.*)', message)
+    if match is not None:
+        before, key, expected, given = match.groups()
+        kinds = re.findall(r"Expected a (<class '\w+'>|typing\.Literal\[[^]]*\])", expected)
+        words = [_TYPES.get(kind, kind.removeprefix("typing.Literal").strip("[]")) for kind in kinds]
+        if words:
+            words = list(dict.fromkeys(word.replace(", '", " or '") for word in words))
+            return f"{before}{key} must be {' or '.join(words)}, not {given}"
+    match = re.search(r'Parser key "([^"]*)": Unable to load config \'(.*?)\'', message)
+    if match is not None:
+        return f"{match[1]} must be a mapping of settings ({{NAME: VALUE}}), not {match[2]}"
+    return message
 
 
 @dataclass
@@ -64,6 +94,7 @@ class ModelConfig:
         name: one of the paper's networks, `liao2016/mnist`, `liao2016/cifar`, `liao2016/svhn`,
             `liao2016/timit`, `liao2016/images` (its Table 1); `cifar/resnet20`, `cifar/resnet18`,
             `cifar/vgg16`, `cifar/mixer`, for images of 32 pixels; or `timm/NAME` or `torchvision/NAME`.
+            null: the paper's for the dataset, and `liao2016/mnist` for datasets that it does not have.
         batch_norm: for the paper's networks, before each hidden ReLU, and for others without normalisation,
             behind each convolution: `none`; `paper`, which has no learnable scale and shift; `affine`, which
             has them.
@@ -77,12 +108,17 @@ class ModelConfig:
         options: keyword arguments of `timm.create_model` or of torchvision's builder, such as `drop_rate`.
     """
 
-    name: str = "liao2016/mnist"
+    name: str | None = None
     batch_norm: Literal["none", "paper", "affine"] = "none"
     frozen: Frozen | None = None
     trained: str | None = None
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def network(self) -> str:
+        """The name, or that of the paper's MNIST network where there is none."""
+        return self.name or "liao2016/mnist"
 
 
 @dataclass
@@ -312,8 +348,8 @@ class SweepConfig:
     """The product of conditions, datasets, learning rates and seeds.
 
     Args:
-        conditions: their names, as in a run; or a mapping from names of your own to what each sets in a run,
-            such as `{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}`.
+        conditions: a list of their names, as in a run; or a mapping from names of your own to what each sets
+            in a run, such as `{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}`.
         datasets: names of data, as in a run.
         data: the images; their name is that of the dataset.
         model: the network
@@ -330,7 +366,7 @@ class SweepConfig:
         output: the folder of the run folders and of sweep.yaml, which is this configuration.
     """
 
-    conditions: list[str] | dict[str, dict[str, Any]]
+    conditions: Any  # list[str] | dict[str, dict[str, Any]]; the plan says in plain words what is wrong
     datasets: list[str]
     data: DataConfig = field(default_factory=lambda: DataConfig(held_out=0.1))
     model: SweepModelConfig = field(default_factory=SweepModelConfig)

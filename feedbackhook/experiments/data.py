@@ -170,6 +170,8 @@ def _decoded(config: DataConfig) -> dict[str, Tensor]:
         command = f"feedbackhook data check {shlex.quote(config.name)}{root}"
         others = f" (and {more} more, which {command} lists)" if more else ""
         raise ConfigError(f"{config.name} could not be read: {first}{others}; {sources.way_out}")
+    for difference in sources.differs:
+        logger.warning("%s: %s", config.name, difference)
     known = "all" not in sources.splits and all(
         item.label is not None for items in sources.splits.values() for item in items
     )

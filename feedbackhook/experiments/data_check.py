@@ -37,6 +37,8 @@ class Checked:
         faults: all that is missing, damaged or other than published, each by its path.
         way_out: what to do where files are missing.
         short: classes of a draw that have fewer samples than are drawn, and are used with what they have.
+        differs: how the folder of a draw differs from the published one, though all that the draw needs is
+            there.
         note: what of the dataset is ours, or is not known to be as in the paper.
     """
 
@@ -44,6 +46,7 @@ class Checked:
     faults: list[str]
     way_out: str
     short: list[str]
+    differs: list[str]
     note: str
 
 
@@ -64,7 +67,7 @@ def check(config: DataConfig) -> Checked:
         for name, items in sources.splits.items():  # part of the above
             classes = len({item.label for item in items})
             splits.append(CheckedSplit(name, classes, len(items), _published(dataset, name)))
-        return Checked(splits, faults, way_out, sources.short, note)
+        return Checked(splits, faults, way_out, sources.short, sources.differs, note)
     for name, items in sources.splits.items():
         split = _decoded(name, items, _published(dataset, name), faults)
         splits.append(split)
@@ -76,7 +79,7 @@ def check(config: DataConfig) -> Checked:
             where = ", ".join(map(str, data_sources.locations(config)))
             what = f"{split.classes} classes, {len(items):,} images"
             faults.append(f"{where}: {name} holds {what} in the place of {split.expected}")
-    return Checked(splits, faults, way_out, sources.short, note)
+    return Checked(splits, faults, way_out, sources.short, sources.differs, note)
 
 
 def _decoded(name: str, items: Sequence[Item], expected: str, faults: list[str]) -> CheckedSplit:

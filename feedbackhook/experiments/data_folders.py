@@ -135,16 +135,22 @@ def sufr(dataset: Dataset, config: DataConfig) -> Sources:
             found.faults.append(f"{info} is damaged: line {number} is not 'ID # NAME'")
             continue
         of_person = images.setdefault(f"{int(match[1])} {match[2]}", [])
-        if number in paths:
-            of_person.append(paths[number])
-        else:
-            found.faults.append(f"{folder / f'{number}.jpg'} is missing; {info} names it")
+        of_person.append(str(folder / f"{number}.jpg"))  # which need not be there, unless it is drawn
     found.faults += [
         f"{path} is not in {info}, which ends at line {len(people)}"
         for number, path in sorted(paths.items())
         if not 1 <= number <= len(people)
     ]
     _draw(images, lambda person: f"{folder} ({person})", dataset, dataset.draw, folder, found)
+    missing = [str(folder / f"{number}.jpg") for number in range(1, len(people) + 1) if number not in paths]
+    drawn = {item.name for items in found.splits.values() for item in items}
+    if needed := [path for path in missing if path in drawn or not found.splits]:
+        found.faults += [f"{path} is missing; {info} names it" for path in needed]
+        found.splits = {}
+    elif missing:
+        count = f"{len(people) - len(missing):,} of the {len(people):,} images"
+        found.differs.append(f"{folder} holds {count} that {info.name} names; {_SAME}")
+    found.folder = [item for item in found.folder or [] if item.name not in set(missing)]
     return found
 
 
@@ -160,27 +166,28 @@ def _draw(
     classes = list(images)
     found.folder = _numbered(images, classes)
     found.faults += [f"{place(name)} holds no images" for name in classes if not images[name]]
-    if len(classes) != draw.of:
-        found.faults.append(f"{folder} holds {len(classes)} classes in the place of {draw.of}")
+    holds = f"{folder} holds {len(classes)} classes in the place of {draw.of}"
+    if len(classes) > draw.of or (len(classes) < draw.of and not draw.last):
+        found.faults.append(holds)
     if draw.large_enough:
         classes = [name for name in classes if len(images[name]) >= draw.least]
-        if lack := max(dataset.classes - len(classes), 0):
-            what = f"{len(classes)} classes of {draw.least} images or more, {lack} fewer than are drawn"
-            found.faults.append(f"{folder} holds {what}")
+    if (lack := dataset.classes - len(classes)) > 0 and (draw.large_enough or draw.last):
+        enough = f" of {draw.least} images or more" if draw.large_enough else ""
+        found.faults.append(f"{folder} holds {len(classes)} classes{enough}, {lack} fewer than are drawn")
     rank = ranked(classes, "")
     if draw.large_enough:  # those that have fewer than are drawn come last
         rank.sort(key=lambda name: len(images[name]) < draw.train + draw.test)
-    chosen = sorted(rank[: dataset.classes])
+    rank = rank[: dataset.classes]
+    count = sum(map(len, images.values()))
+    differs = len(images) < draw.of or (draw.images is not None and count < draw.images)
+    if differs and draw.last and rank[-1:] != [draw.last] and lack <= 0:
+        found.faults.append(
+            f"{holds}, and not all that are drawn from the whole set: {rank[-1]} would be drawn in the place "
+            "of one that is missing or lacks images"
+        )
+    chosen = sorted(rank)
     for name in chosen:
-        count = len(images[name])
-        if 0 < count < draw.least:
-            what = f"{count} images, {draw.least - count} fewer than are drawn"
-            found.faults.append(f"{place(name)} holds {what}")
-        elif draw.least <= count < draw.train + draw.test:
-            found.short.append(
-                f"{place(name)} holds {count} images: {draw.training(count)} for training in the place of "
-                f"{draw.train}, {count - draw.training(count)} for testing in the place of {draw.test}"
-            )
+        _tell_size(len(images[name]), place(name), draw, found)
     if not found.faults:
         parts: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
         for name in chosen:
@@ -191,6 +198,44 @@ def _draw(
                 sorted(paths[end : end + draw.test]),
             )
         found.splits = {split: _numbered(part, chosen) for split, part in parts.items()}
+    if differs and not found.faults:
+        same = draw.digest == digest(found.splits, folder)
+        found.differs.append(_difference(folder, len(images), count, draw, _SAME if same else _SAME_CLASSES))
+
+
+_SAME = "what is drawn is the same as from the whole set"
+_SAME_CLASSES = (
+    "the classes that are drawn are those of the whole set; from a class that lacks images, others are drawn"
+)
+
+
+def _difference(folder: Path, classes: int, images: int, draw: Draw, what: str) -> str:
+    """How a folder differs from the published one, and ``what`` follows for the draw."""
+    of_classes = [f"{classes:,} of the {draw.of:,} classes"] if classes < draw.of else []
+    of_images = [f"{images:,} of the {draw.images:,} images"] if draw.images is not None else []
+    return f"{folder} holds {' and '.join([*of_classes, *of_images])} that were published; {what}"
+
+
+def _tell_size(count: int, place: object, draw: Draw, found: Sources) -> None:
+    """Says of a class that is drawn that it has too few images, or fewer than are drawn."""
+    if 0 < count < draw.least:
+        what = f"{count} images, {draw.least - count} fewer than are drawn"
+        found.faults.append(f"{place} holds {what}")
+    elif draw.least <= count < draw.train + draw.test:
+        found.short.append(
+            f"{place} holds {count} images: {draw.training(count)} for training in the place of "
+            f"{draw.train}, {count - draw.training(count)} for testing in the place of {draw.test}"
+        )
+
+
+def digest(splits: Mapping[str, Sequence[Item]], folder: Path) -> str:
+    """A hash of which images are drawn into which split and class, whatever the place of the folder."""
+    names = (
+        f"{split}/{item.label}/{Path(item.name).relative_to(folder).as_posix()}"
+        for split, items in splits.items()
+        for item in items
+    )
+    return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:16]
 
 
 def ranked(names: Iterable[str], prefix: str) -> list[str]:

@@ -41,6 +41,7 @@ class Sources:
         folder: of a draw, all samples of the folder that it is from.
         faults: what is missing or damaged, each by its path. Whether samples can be decoded is not among it.
         short: classes of a draw that have fewer samples than are drawn, and are used with what they have.
+        differs: how a folder from which a draw can be made differs from the published one.
         way_out: what to do about the faults.
     """
 
@@ -48,6 +49,7 @@ class Sources:
     folder: list[Item] | None = None
     faults: list[str] = field(default_factory=list)
     short: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
     way_out: str = ""
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from feedbackhook.experiments.config import ConfigError, DataConfig, one_line
 from feedbackhook.experiments.data_items import Item, Sources, root, way_out
 from feedbackhook.experiments.datasets import PAPER
+from feedbackhook.names import nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,10 +59,11 @@ def named(config: DataConfig) -> Sources:
 
     if config.name not in _TORCHVISION:
         known = ", ".join(sorted({*_TORCHVISION, *PAPER}))
-        what = "has no classes for training and test" if hasattr(datasets, config.name) else "is unknown"
-        raise ConfigError(
-            f"data.name {config.name!r} {what}: use digits, imagefolder:PATH, or one of {known}"
-        )
+        if hasattr(datasets, config.name):
+            what = "has no classes for training and test."
+        else:
+            what = f"is unknown{nearest(config.name, ['digits', *PAPER, *_TORCHVISION]) or '.'}"
+        raise ConfigError(f"data.name {config.name!r} {what} Use digits, imagefolder:PATH, or one of {known}")
     constructor, folder = getattr(datasets, config.name), root(config)
     given = _accepted(constructor, {"root": str(folder), "download": config.download})
     splits = _TORCHVISION[config.name]

@@ -19,6 +19,11 @@ class Draw:
         test: test images drawn from what is left of it; of TIMIT, from its test part.
         least_test: how few these may be where no more are left.
         least_train: how few training images may be drawn where the class has no more; None: no fewer.
+        last: the class that is drawn last from the whole folder. A folder with fewer classes, where it is the
+            last as well, draws the same classes; empty where it is not known, and then all must be there.
+        images: in the whole folder, those in `without` not counted; None where that is not known.
+        digest: of what is drawn from the whole folder, as `data_folders.digest` has it; empty where that is
+            not known.
         without: folders that are no class of the draw.
         large_enough: draw from the classes alone that have images enough, first from those that have as many
             as are drawn. Else each class that is drawn must have enough.
@@ -31,6 +36,9 @@ class Draw:
     without: tuple[str, ...] = ()
     large_enough: bool = False
     least_train: int | None = None
+    last: str = ""
+    images: int | None = None
+    digest: str = ""
 
     @property
     def least(self) -> int:
@@ -164,7 +172,7 @@ PAPER: dict[str, Dataset] = {
             licence="CC BY 4.0",
             downloads=True,
             where=("caltech101/101_ObjectCategories",),
-            draw=Draw(of=102, train=30, test=10, least_test=1),
+            draw=Draw(of=102, train=30, test=10, least_test=1, images=9_144),
         ),
         Dataset(
             name="Caltech256-101",
@@ -177,7 +185,15 @@ PAPER: dict[str, Dataset] = {
             licence=_NOT_STATED,
             downloads=True,
             where=("caltech256/256_ObjectCategories",),
-            draw=Draw(of=256, train=30, test=10, least_test=10, without=("257.clutter",)),
+            draw=Draw(
+                of=256,
+                train=30,
+                test=10,
+                least_test=10,
+                without=("257.clutter",),
+                last="088.golf-ball",
+                images=29_780,
+            ),
         ),
         Dataset(
             name="iCubWorld",
@@ -257,7 +273,16 @@ PAPER: dict[str, Dataset] = {
             licence=_NOT_STATED,
             downloads=False,
             where=("lfw-py/lfw_funneled",),
-            draw=Draw(of=5_749, train=10, test=5, least_test=5, large_enough=True),
+            draw=Draw(
+                of=5_749,
+                train=10,
+                test=5,
+                least_test=5,
+                large_enough=True,
+                last="Amelie_Mauresmo",
+                images=13_233,
+                digest="597ee184dea96691",
+            ),
         ),
         Dataset(
             name="MIT-Indoor67",
@@ -289,3 +314,9 @@ PAPER: dict[str, Dataset] = {
     )
 }
 """By the names that `data.name` takes."""
+
+
+def papers_network(dataset: str) -> str | None:
+    """The paper's network for a dataset; on digits that for MNIST. None where the paper has none."""
+    known = PAPER.get("MNIST" if dataset == "digits" else dataset)
+    return None if known is None else known.network

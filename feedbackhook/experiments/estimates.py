@@ -66,7 +66,7 @@ def _rehearse(run: PlannedRun) -> tuple[float, float, float]:
     """Seconds a step, bytes of weights and checkpoint, and bytes of the table an epoch."""
     _, _, classes = _counts(run)
     config = resolve(run.config)
-    channels, height, _ = default_size(config.model.name)
+    channels, height, _ = default_size(config.model.network)
     size = config.data.size or height
     p = config.protocol
     generator = torch.Generator().manual_seed(0)

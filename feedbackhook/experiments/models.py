@@ -17,13 +17,14 @@ from feedbackhook.experiments import cifar, pretrained
 from feedbackhook.experiments.batch_norm import insert_batch_norm
 from feedbackhook.experiments.config import ConfigError, Frozen, ModelConfig
 from feedbackhook.experiments.networks import NETWORKS, build_network
+from feedbackhook.names import nearest
 
 
 def natural_size(config: ModelConfig) -> int | None:
     """The image size that a model is made for, in pixels, or None where images come as they are."""
-    if config.name in cifar.NETWORKS:
+    if config.network in cifar.NETWORKS:
         return cifar.SIZE
-    network = NETWORKS.get(config.name)
+    network = NETWORKS.get(config.network)
     return network.input[-1] if network is not None and network.convolutions else None
 
 
@@ -56,10 +57,10 @@ def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int
         ConfigError: no such model, options that it does not have, images that it cannot take, weights that
             are missing or of another model, or nothing that would learn.
     """
-    features = config.name in NETWORKS and not NETWORKS[config.name].convolutions
+    features = config.network in NETWORKS and not NETWORKS[config.network].convolutions
     if size == (1, 1) and not features:  # see `data`
         raise ConfigError(
-            f"{config.name} takes images, and the data are {channels} features: set model.name to "
+            f"{config.network} takes images, and the data are {channels} features: set model.name to "
             "liao2016/timit"
         )
     if (given := config.options.get("num_classes", classes)) != classes:
@@ -68,22 +69,22 @@ def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int
         )
     options = {name: value for name, value in config.options.items() if name != "num_classes"}
     config = replace(config, options=options)
-    if config.weights is not None and not config.name.startswith("timm/"):
+    if config.weights is not None and not config.network.startswith("timm/"):
         raise ConfigError(
-            f"model.weights are for timm's models (model.name timm/NAME), not for {config.name}"
+            f"model.weights are for timm's models (model.name timm/NAME), not for {config.network}"
         )
-    if config.name in NETWORKS:
+    if config.network in NETWORKS:
         model: nn.Module = _network(config, classes, channels, size)
     else:
-        if config.name in cifar.NETWORKS:
-            model = cifar.build(config.name, classes, channels, config.options)
-        elif config.name.startswith("torchvision/"):
+        if config.network in cifar.NETWORKS:
+            model = cifar.build(config.network, classes, channels, config.options)
+        elif config.network.startswith("torchvision/"):
             model = _torchvision_model(config, classes, channels)
         else:
-            model = _timm_model(_timm_name(config.name), config, classes, channels)
+            model = _timm_model(_timm_name(config.network), config, classes, channels)
         if config.batch_norm != "none":
             insert_batch_norm(model, affine=config.batch_norm == "affine")
-        _try_images(model, config.name, channels, size)
+        _try_images(model, config.network, channels, size)
     if config.trained is None:
         freeze(model, config.frozen)
     elif config.frozen is not None:
@@ -98,7 +99,7 @@ def statistics(config: ModelConfig, channels: int) -> tuple[Tensor, Tensor] | No
     which the model's weights were trained; None for a model that begins anew."""
     if config.weights is None:
         return None
-    return pretrained.statistics(_timm_name(config.name), channels)
+    return pretrained.statistics(_timm_name(config.network), channels)
 
 
 def still(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
@@ -142,36 +143,34 @@ def freeze(model: nn.Module, part: Frozen | None) -> None:
 
 
 def _network(config: ModelConfig, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
-    network = NETWORKS[config.name]
+    network = NETWORKS[config.network]
     if network.convolutions and size != network.input[1:]:
         wanted = network.input[-1]
         raise ConfigError(
-            f"{config.name} takes images of {wanted}x{wanted}, not {size[0]}x{size[1]}: set data.size to "
+            f"{config.network} takes images of {wanted}x{wanted}, not {size[0]}x{size[1]}: set data.size to "
             f"{wanted}"
         )
     if not network.convolutions and channels * size[0] * size[1] != network.input[0]:
         raise ConfigError(
-            f"{config.name} takes {network.input[0]} features, not {channels}x{size[0]}x{size[1]} pixels"
+            f"{config.network} takes {network.input[0]} features, not {channels}x{size[0]}x{size[1]} pixels"
         )
     if config.options:
-        raise ConfigError(f"{config.name} has no model.options; it was given {sorted(config.options)}")
-    return build_network(config.name, classes, channels, config.batch_norm)
+        raise ConfigError(f"{config.network} has no model.options; it was given {sorted(config.options)}")
+    return build_network(config.network, classes, channels, config.batch_norm)
 
 
 def _torchvision_model(config: ModelConfig, classes: int, channels: int) -> nn.Module:
     from torchvision import models
 
-    name = config.name.partition("/")[2]
+    name = config.network.partition("/")[2]
     if name not in (known := models.list_models(module=models)):
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ConfigError(f"torchvision has no classification model named {name!r}{hint}")
+        raise ConfigError(f"torchvision has no classification model named {name!r}{nearest(name, known)}")
     if channels != 3:
-        raise ConfigError(f"{config.name} takes images of 3 channels, not {channels}")
+        raise ConfigError(f"{config.network} takes images of 3 channels, not {channels}")
     try:
         model: nn.Module = models.get_model(name, num_classes=classes, **config.options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{config.name} with model.options {config.options}: {error}") from error
+        raise ConfigError(f"{config.network} with model.options {config.options}: {error}") from error
     return model
 
 
@@ -181,12 +180,15 @@ def _timm_name(model: str) -> str:
 
     library, _, name = model.partition("/")
     if library != "timm" or not name:
-        known = ", ".join([*NETWORKS, *cifar.NETWORKS])
-        raise ConfigError(f"no model is named {model!r}: it is one of {known}, timm/NAME or torchvision/NAME")
+        known, wanted = [*NETWORKS, *cifar.NETWORKS], f"timm/{model}" if timm.is_model(model) else model
+        near = nearest(wanted, [*known, *(f"timm/{other}" for other in timm.list_models())])
+        raise ConfigError(
+            f"no model is named {model!r}{near or '.'} There are {', '.join(known)}, timm/NAME and "
+            "torchvision/NAME"
+        )
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name}*")[:3]
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ConfigError(f"timm has no model named {name!r}{hint}")
+        near = nearest(name, timm.list_models()) or nearest(name, timm.list_models(f"*{name}*"))
+        raise ConfigError(f"timm has no model named {name!r}{near}")
     return name
 
 

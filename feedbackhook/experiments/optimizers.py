@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from torch import nn
 
 from feedbackhook.experiments.config import ConfigError, OptimizerConfig, ProtocolConfig
+from feedbackhook.names import nearest
 from feedbackhook.optim import BatchManhattan
 
 
@@ -72,7 +72,10 @@ def _timm_name(name: str) -> str:
     library, _, own = name.partition("/")
     known = list_optimizers()
     if library != "timm" or own not in known:
-        near = difflib.get_close_matches(own or name, known, n=3)
-        hint = f"; near it: {', '.join(f'timm/{other}' for other in near)}" if near else ""
-        raise ConfigError(f"optimizer.name {name!r} is none of sgd, batch_manhattan and timm/NAME{hint}")
+        wanted, names = name, ["sgd", "batch_manhattan", *(f"timm/{other}" for other in known)]
+        if library != "timm" and name in known:
+            wanted = f"timm/{name}"
+        raise ConfigError(
+            f"optimizer.name {name!r} is none of sgd, batch_manhattan and timm/NAME{nearest(wanted, names)}"
+        )
     return own

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,11 +22,12 @@ from feedbackhook.experiments.config import (
     RunConfig,
     SweepConfig,
     SweepProtocolConfig,
-    one_line,
+    plain_words,
 )
-from feedbackhook.experiments.datasets import PAPER
+from feedbackhook.experiments.datasets import papers_network
 from feedbackhook.experiments.folder import RunFolder
 from feedbackhook.experiments.train import as_begun, resolve
+from feedbackhook.names import nearest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -73,6 +74,7 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
             given.
     """
     config = shrink(config)
+    _check_conditions(config.conditions)
     if config.data.name != DataConfig().name:
         raise ConfigError("data.name has no effect in a sweep: name the data in datasets")
     rates, p = _rates(config.protocol.rates), config.protocol
@@ -142,9 +144,61 @@ def stored(folder: str | os.PathLike[str]) -> SweepConfig:
     try:
         given = parser.instantiate(parser.parse_path(str(path)))
     except (ArgumentError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged: {one_line(error)}") from error
+        raise ConfigError(f"{path} is damaged: {plain_words(error)}") from error
     config = SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
     return replace(config, output=str(folder))
+
+
+_EXAMPLE = "{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}"
+
+
+def _check_conditions(conditions: Any) -> None:
+    """Raises a ConfigError that says what to write where these are no conditions."""
+    if not isinstance(conditions, (list, dict)):
+        raise ConfigError(
+            "conditions must be a list of names, such as [SGD, uSF+BN], or a mapping, such as "
+            f"{_EXAMPLE}, not {conditions!r}"
+        )
+    for name in conditions:
+        if isinstance(name, dict):
+            raise ConfigError(
+                f"conditions are a list, so {name!r} must be a name; to give a condition settings, make all "
+                f"of them a mapping (without the dashes), such as {_EXAMPLE}"
+            )
+        if not isinstance(name, str):
+            raise ConfigError(f"the name of a condition must be text, not {name!r}: put it into quotes")
+    if isinstance(conditions, dict):
+        for name, settings in conditions.items():
+            _check_settings(name, settings)
+
+
+def _check_settings(name: str, settings: Any) -> None:
+    if not isinstance(settings, dict):
+        wanted = "such as {feedback: {mode: sign, options: {concordance: 0.5}}}"
+        if isinstance(settings, str):
+            wanted = f"such as {{condition: {settings}}}, or {wanted.removeprefix('such as ')}"
+        raise ConfigError(
+            f"condition {name!r} must map settings of a run to values, {wanted}, not be {settings!r}"
+        )
+    known = vars(RunConfig())
+    for key, value in settings.items():
+        if key not in known:
+            near = nearest(str(key), known)
+            raise ConfigError(f"condition {name!r} sets {key}, which a run does not have{near}")
+        if not is_dataclass(known[key]):
+            continue
+        options = list(vars(known[key]))
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"condition {name!r} must map settings of {key} to values, such as "
+                f"{{{key}: {{{options[0]}: VALUE}}}}, not be {value!r}"
+            )
+        if unknown := [option for option in value if option not in options]:
+            near = nearest(str(unknown[0]), options) or "."
+            raise ConfigError(
+                f"condition {name!r} sets {key}.{unknown[0]}, which a run does not have{near} "
+                f"{key} has {', '.join(options)}"
+            )
 
 
 def _check_cluster(config: SweepConfig) -> None:
@@ -195,7 +249,7 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
     shared = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)}
     run = RunConfig(
         data=replace(config.data, name=dataset),
-        model=ModelConfig(**vars(config.model) | {"name": config.model.name or ""}),
+        model=ModelConfig(**vars(config.model)),
         feedback=config.feedback,
         optimizer=config.optimizer,
         protocol=ProtocolConfig(**shared | {"threads": config.protocol.threads or 1}),
@@ -207,8 +261,10 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
         else:
             name = Condition.parse(name).name
             configured = replace(run, condition=name)
-        if not configured.model.name:
-            configured = replace(configured, model=replace(configured.model, name=_papers_network(dataset)))
+        if configured.model.name is None:
+            if (network := papers_network(dataset)) is None:
+                raise ConfigError(f"the paper has no network for {dataset}: set model.name")
+            configured = replace(configured, model=replace(configured.model, name=network))
         if configured.condition is not None:
             Condition.parse(configured.condition).configure(configured)
         yield name, configured
@@ -220,9 +276,9 @@ def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfi
 
     parser = _parser()
     try:
-        given = parser.instantiate(parser.parse_object(_merged(asdict(run), settings, name)))
+        given = parser.instantiate(parser.parse_object(_merged(asdict(run), settings)))
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(f"condition {name!r}: {one_line(error)}") from error
+        raise ConfigError(f"condition {name!r}: {plain_words(error)}") from error
     made = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
     for of_sweep in ("data.name", "protocol.seed", "label", "output"):
         section, _, key = of_sweep.rpartition(".")
@@ -241,10 +297,8 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _merged(base: dict[str, Any], settings: Any, where: str) -> dict[str, Any]:
+def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Two levels deep, as a run's configuration is: what is an option's value is not merged."""
-    if not isinstance(settings, dict):
-        raise ConfigError(f"condition {where!r} must map settings of a run to values, not be {settings!r}")
     merged = dict(base)
     for key, value in settings.items():
         section = key in base and isinstance(base[key], dict)
@@ -276,14 +330,6 @@ def _slug(name: str) -> str:
 def _words(name: str) -> str:
     """The name as a part of a file's."""
     return re.sub(r"[^\w.+=-]+", "-", name)
-
-
-def _papers_network(dataset: str) -> str:
-    if dataset == "digits":
-        return PAPER["MNIST"].network
-    if dataset not in PAPER:
-        raise ConfigError(f"the paper has no network for {dataset}: set model.name")
-    return PAPER[dataset].network
 
 
 def check(runs: Sequence[PlannedRun]) -> None:

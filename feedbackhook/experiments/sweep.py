@@ -15,6 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from feedbackhook.experiments import data, pool
 from feedbackhook.experiments.config import ConfigError, SweepConfig
 from feedbackhook.experiments.folder import RunResult
+from feedbackhook.experiments.opening import openings
 from feedbackhook.experiments.plan import PlannedRun, check, ended, plan, shrink
 from feedbackhook.experiments.stopping import stoppable
 from feedbackhook.experiments.train import check_device, resolve
@@ -47,8 +48,9 @@ def sweep(
     Args:
         config: the sweep.
         progress: called every second with how each run stands, by name; None is one not yet begun.
-        tell: called with lines for a person: at once with what there is to do and where, then with the
-            address of a cluster's dashboard, and with what stands still.
+        tell: called with lines for a person: at once with what there is to do and where; with counts,
+            network and rules of each dataset; with the address of a cluster's dashboard; and with what
+            stands still.
 
     Raises:
         ConfigError: the sweep's configuration is wrong, a folder holds runs of another one, data are not
@@ -64,7 +66,12 @@ def sweep(
         with _backend(config, pending, tell) as run_all:
             for dataset in {run.dataset: run for run in pending}.values():
                 with _named(dataset.dataset):
-                    data.load(resolve(dataset.config).data)  # decodes what is not in the cache yet
+                    images = data.load(resolve(dataset.config).data)  # decodes what is not in the cache yet
+                on_it = [resolve(run.config) for run in pending if run.dataset == dataset.dataset]
+                # on a cluster each worker has its own device
+                device = f"; {on_it[0].protocol.device}" if config.backend == "joblib" else ""
+                for line in openings(on_it, images):
+                    tell(f"{line}{device}")
             _write(config)
             with monitor, _interrupted_at_the_end(pending):
                 run_all(pending)

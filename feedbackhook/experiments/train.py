@@ -28,7 +28,9 @@ from feedbackhook.experiments.config import (
     rule_name,
 )
 from feedbackhook.experiments.data import ImageData, Split
+from feedbackhook.experiments.datasets import papers_network
 from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
+from feedbackhook.experiments.opening import opening
 from feedbackhook.experiments.processes import Processes
 from feedbackhook.experiments.stopping import stoppable, uninterrupted
 from feedbackhook.recorder import Recorder, read
@@ -69,10 +71,12 @@ def train(
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
     images: ImageData | None = None,
+    tell: Callable[[str], None] = logger.info,
 ) -> RunResult:
     """Train as ``config`` says and leave a run folder; the global random state and thread count stay.
 
-    ``images`` are trained on in the place of those that ``config.data`` names.
+    ``images`` are trained on in the place of those that ``config.data`` names. ``tell`` is called once with
+    what is trained: network, size and counts of the data, rule and device.
 
     With ``resume`` the run goes on from its folder's checkpoint, on the CPU bit-equal to never having
     stopped, or begins where there is none; a finished or diverged run is returned as it is. A run whose
@@ -94,6 +98,8 @@ def train(
         with _threads(config.protocol.threads), _random_state(config.protocol.seed, config.protocol.device):
             run = team.in_turn(lambda: _built(config, images, team))
             try:
+                if team.first:
+                    tell(opening(config, run.data, run.model))
                 run.distribute()
                 with team.agreed(), _one_clear_error():
                     recorder = _recorder(folder, config)
@@ -160,6 +166,9 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
     """
     if config.condition is not None:
         config = Condition.parse(config.condition).configure(config)
+    if config.model.name is None:
+        network = papers_network(config.data.name) or config.model.network
+        config = replace(config, model=replace(config.model, name=network))
     p = config.protocol
     for name, value, least in (
         ("protocol.epochs", p.epochs, 1),

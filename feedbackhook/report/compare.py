@@ -5,19 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError
+from feedbackhook.experiments.plan import stored
+from feedbackhook.names import nearest
 from feedbackhook.report.runs import Runs
-from feedbackhook.report.statistics import LEAST_PAIRS, LEVEL, PairedTest, interval, paired_test
+from feedbackhook.report.statistics import LEVEL, PairedTest, paired_test, percent_interval
+from feedbackhook.report.tables import run_errors
 
 ERRORS = {"final": "last_error", "best": "best_error"}
 
 _BLOCK = ["dataset", "seed"]  # what the two runs of a pair share
 _DECIDED = ["rule", "options", "batch_norm", "frozen", "optimizer", "setting"]  # by a condition
-_OTHERS = ["learning_rate", "model", "held_out", "epochs", "batch_size", "batch_sizes"]
+_OTHERS = ["model", "held_out", "epochs", "batch_size", "batch_sizes"]
+_RATE = "learning_rate"
 
 
 @dataclass(frozen=True)
@@ -25,24 +31,37 @@ class Comparison:
     """What a comparison found.
 
     Args:
-        means: a row a configuration and dataset: `configuration`, `dataset`, `runs`, `diverged`, and of the
-            final and of the best test error in percent `..._mean`, `..._low` and `..._high`, the ends of the
-            95% interval over seeds (missing with one).
+        means: a row a configuration and dataset: `configuration`, `dataset`, `learning_rate`, `rates` (how
+            many that one was chosen from), `runs`, `diverged`, and of the final and of the best test error in
+            percent `..._mean`, `..._low` and `..._high`, the ends of the 95% interval over seeds (missing
+            with one).
         tests: a row two configurations and kind of error: `first`, `second`, `error`, the fields of
             :class:`feedbackhook.report.statistics.PairedTest`, and `verdict`, the test in words. Pairs are
             runs on the same dataset with the same seed.
+        chosen_by: how learning rates were chosen, in words; empty where there was nothing to choose.
     """
 
     means: pd.DataFrame
     tests: pd.DataFrame
+    chosen_by: str
 
 
-def compare(runs: Runs) -> Comparison:
-    """Compare the runs, those of equal configuration but for dataset and seed taken together.
+def compare(runs: Runs, against: str | None = None, rates: bool = False) -> Comparison:
+    """Compare the runs. Those that differ in dataset, learning rate and seed alone are one configuration.
+
+    For each configuration and dataset the runs at one learning rate count: the rate whose held-out error,
+    smallest over epochs, is smallest in the mean over seeds. If a run held nothing out, it is the rate with
+    the smallest best test error instead.
+
+    Args:
+        runs: the runs.
+        against: the configuration that each of the others is tested against, or `all`, which tests each two;
+            None: the first, in the order of a sweep's conditions.
+        rates: take the learning rate for a part of the configuration, and choose none.
 
     Raises:
-        ConfigError: no run has ended, one has diverged before there was an error, or two are of the same
-            configuration, dataset and seed.
+        ConfigError: no run has ended, one has diverged before there was an error, two are of the same
+            configuration, dataset and seed, or no configuration is called ``against``.
     """
     table = runs.runs
     if table.empty:
@@ -51,24 +70,81 @@ def compare(runs: Runs) -> Comparison:
         raise ConfigError(
             f"{without['run'].iloc[0]} has no test error ({without['reason'].iloc[0]}): leave it out"
         )
-    table = table.assign(configuration=_labels(table))
-    for _, same in table.groupby(["configuration", *_BLOCK]):
+    table = _in_order(table)
+    table = table.assign(configuration=_labels(table, rates))
+    for _, same in table.groupby(["configuration", _RATE, *_BLOCK]):
         if len(same) > 1:
             names = " and ".join(same["run"])
             raise ConfigError(f"{names} are of one configuration and seed: leave one of them out")
-    return Comparison(pd.DataFrame(_means(table)), pd.DataFrame(_tests(table), columns=_TEST_COLUMNS))
+    table, chosen_by = _at_chosen_rates(table, runs)
+    tests = pd.DataFrame(_tests(table, against), columns=_TEST_COLUMNS)
+    return Comparison(pd.DataFrame(_means(table)), tests, chosen_by)
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
-    """What tells each configuration from the others, in words."""
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a sweep in the order of its conditions, and the sweeps in the order in which they come."""
+    sweeps: dict[Path, dict[str, int]] = {}
+    places = []
+    for folder, condition in table[["folder", "condition"]].to_numpy():
+        sweep = Path(folder).parent
+        if sweep not in sweeps:
+            names = _conditions(sweep) if (sweep / "sweep.yaml").is_file() else []
+            sweeps[sweep] = {name: place for place, name in enumerate(names)}
+        places.append((list(sweeps).index(sweep), sweeps[sweep].get(condition, len(sweeps[sweep]))))
+    order = sorted(range(len(places)), key=places.__getitem__)  # which keeps the order of equals
+    return table.iloc[order].reset_index(drop=True)
+
+
+def _conditions(sweep: Path) -> list[str]:
+    given = stored(sweep).conditions
+    return list(given) if isinstance(given, dict) else [Condition.parse(name).name for name in given]
+
+
+def _at_chosen_rates(table: pd.DataFrame, runs: Runs) -> tuple[pd.DataFrame, str]:
+    """The runs at the learning rate that is chosen for each configuration and dataset, with the number of
+    `rates` that there were, and how it was chosen."""
+    cell = ["configuration", "dataset"]
+    table = table.assign(rates=table.groupby(cell)[_RATE].transform("nunique"))
+    several = table[table["rates"] > 1]
+    if several.empty:
+        return table, ""
+    if (several["held_out"] > 0).all():
+        rows = Runs(several, runs.skipped).rows(["test_error", "held_out_error"])
+        score = several["run"].map(run_errors(rows)["held_out_error"])
+        several = several[score.notna()]  # a table that cannot be read is among `skipped` now
+        chosen_by = "error on what is held out of the training set"
+    else:
+        score, chosen_by = several["best_error"], "best test error, which flatters it: nothing is held out"
+    by_rate = several.assign(score=score).groupby([*cell, _RATE], sort=False)
+    rates = by_rate["score"].agg(["count", "mean"]).reset_index()
+    rates = rates.sort_values(["count", "mean"], ascending=[False, True], kind="stable")  # seeds first
+    chosen = rates.drop_duplicates(cell)[[*cell, _RATE]]
+    kept = several.merge(chosen, on=[*cell, _RATE])
+    single = table[table["rates"] == 1]
+    names = list(dict.fromkeys(table["configuration"]))
+    both = pd.concat([part for part in (single, kept) if len(part)])
+    return both.sort_values("configuration", key=lambda c: c.map(names.index), kind="stable"), chosen_by
+
+
+def _labels(table: pd.DataFrame, rates: bool) -> list[str]:
+    """What tells each configuration from the others on the same dataset, in words."""
     by_condition = bool(table["condition"].notna().all())
-    columns = _OTHERS if by_condition else [*_DECIDED[1:], *_OTHERS]
-    varying = [name for name in columns if table[name].map(str).nunique() > 1]
+    columns = [*([] if by_condition else _DECIDED[1:]), *([_RATE] if rates else []), *_OTHERS]
+    texts = table[["dataset", *columns]].astype(str)
+    varying = [name for name in columns if texts.groupby("dataset")[name].nunique().max() > 1]
     shown = ["condition" if by_condition else "rule", *varying]
-    return [", ".join(_words(name, row[name]) for name in shown) for row in table.to_dict("records")]
+    return [
+        ", ".join(filter(None, (_words(name, row[name]) for name in shown)))
+        for row in table.to_dict("records")
+    ]
 
 
 def _words(name: str, value: Any) -> str:
+    """A setting in words; empty where there is none."""
+    if isinstance(value, dict) and name == "options":
+        return ", ".join(f"{option} {setting}" for option, setting in value.items())
+    if value == {} or (name == "frozen" and pd.isna(value)):
+        return ""
     if name in ("condition", "rule", "model"):
         return "backprop" if name == "rule" and pd.isna(value) else str(value)
     return (
@@ -80,18 +156,20 @@ def _words(name: str, value: Any) -> str:
 
 def _means(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for (configuration, dataset), part in table.groupby(["configuration", "dataset"], sort=False):
-        row = {"configuration": configuration, "dataset": dataset, "runs": len(part)}
+        row = {"configuration": configuration, "dataset": dataset}
+        row |= {"learning_rate": part[_RATE].iloc[0], "rates": part["rates"].iloc[0], "runs": len(part)}
         row["diverged"] = int((part["status"] == "diverged").sum())
         for kind, column in ERRORS.items():
-            row |= {f"{kind}_{name}": value for name, value in interval(part[column])._asdict().items()}
+            found = percent_interval(part[column])._asdict()
+            row |= {f"{kind}_{name}": value for name, value in found.items()}
         yield row
 
 
 _TEST_COLUMNS = ["first", "second", "error", *PairedTest._fields, "verdict"]
 
 
-def _tests(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    for first, second in itertools.combinations(table["configuration"].unique(), 2):
+def _tests(table: pd.DataFrame, against: str | None) -> Iterator[dict[str, Any]]:
+    for first, second in _pairs(list(table["configuration"].unique()), against):
         sides = (table[table["configuration"] == label].set_index(_BLOCK) for label in (first, second))
         pairs = pd.concat(dict(zip(("first", "second"), sides, strict=True)), axis=1, join="inner")
         for kind, column in ERRORS.items():
@@ -100,11 +178,21 @@ def _tests(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
             yield {"first": first, "second": second, "error": kind, **test._asdict(), "verdict": verdict}
 
 
+def _pairs(names: list[str], against: str | None) -> list[tuple[str, str]]:
+    """Each configuration with the one that it is tested against."""
+    if against == "all":
+        return [(first, second) for second, first in itertools.combinations(names, 2)]
+    reference = names[0] if against is None else against
+    if reference not in names:
+        raise ConfigError(f"against {against!r}: no configuration is called so{nearest(reference, names)}")
+    return [(name, reference) for name in names if name != reference]
+
+
 def _verdict(test: PairedTest, first: str, second: str) -> str:
     if test.pairs == 0:
         return "nothing to compare: no two runs share dataset and seed"
     if test.p is None:
-        return f"too few runs to tell: pairs that differ: {test.differing}, and it takes {LEAST_PAIRS}"
+        return "too few runs"
     if test.p >= LEVEL:
         return f"no difference shown (p = {test.p:.2g})"
     smaller, larger = (first, second) if (test.effect or 0) < 0 else (second, first)

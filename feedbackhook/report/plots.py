@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feedbackhook.report import theme
+from feedbackhook.report.statistics import percent_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,7 +188,7 @@ def accuracy_and_angle(table: DataFrame) -> Figure:
 
 def error_against_concordance(runs: DataFrame, paper: DataFrame | None = None) -> Figure:
     """Test error against concordance: a line a rule, fixed feedback beside redrawn, in a band of the
-    bootstrapped 95% interval over seeds, and the paper's own errors as dashed lines.
+    95% interval over seeds, and the paper's own errors as dashed lines.
 
     Args:
         runs: a row a rule, concordance and seed: `rule`, `concordance` (0 to 1), `error` (percent), and
@@ -209,9 +210,10 @@ def error_against_concordance(runs: DataFrame, paper: DataFrame | None = None) -
                 )
                 continue
             line = {"x": "concordance", "y": "error", "color": look.colour, "marker": look.marker, "ax": axes}
-            sns.lineplot(part, label=_WORDS.get(rule, rule), errorbar=("ci", 95), seed=0, **line)
+            sns.lineplot(part, label=_WORDS.get(rule, rule), errorbar=_interval_ends, **line)
             if paper is not None and not (theirs := paper[paper["rule"] == rule]).empty:
-                sns.lineplot(theirs, label=f"{rule}, Liao et al. 2016", linestyle="--", alpha=0.6, **line)
+                label = f"{rule}, Liao et al. 2016"
+                sns.lineplot(theirs, label=label, errorbar=None, linestyle="--", alpha=0.6, **line)
         if (finite["error"] > 0).all():  # on a logarithmic axis no error would be no point
             axes.set_yscale("log")
         axes.set(
@@ -222,6 +224,11 @@ def error_against_concordance(runs: DataFrame, paper: DataFrame | None = None) -
         axes.yaxis.set_major_formatter("{x:g}")
         _legend_beside(axes)
     return figure
+
+
+def _interval_ends(errors: Sequence[float]) -> tuple[float, float]:
+    _, low, high = percent_interval(errors)
+    return low, high
 
 
 _WORDS = {"frSF": "frSF: drawn once", "brSF": "brSF: redrawn"}

@@ -14,7 +14,7 @@ LEAST_PAIRS = 6
 
 
 class Interval(NamedTuple):
-    """A mean, and the ends of its 95% interval by Student's t; NaN where there are too few values."""
+    """A mean, and the ends of its 95% interval; NaN where there are too few values."""
 
     mean: float
     low: float
@@ -37,18 +37,46 @@ class PairedTest(NamedTuple):
 
 
 def interval(values: ArrayLike) -> Interval:
-    """The mean of n values and its interval."""
+    """The mean of n values and its interval by Student's t, for values without bounds."""
+    mean, half = _mean_and_half(values)
+    return Interval(mean, mean - half, mean + half)
+
+
+def percent_interval(values: ArrayLike) -> Interval:
+    """The mean m of n percentages, such as errors, and its interval, which stays within 0 and 100.
+
+    Student's interval for the logit of the mean, logit(m) ± t s / (sqrt(n) m (1 - m)) with m and the standard
+    deviation s as shares, mapped back by the inverse of the logit: the "xlogit" interval of R's
+    `survey::svyciprop`; docs/intervals.md says how well it covers. For a small spread it is Student's own
+    interval. Values that do not vary give an interval without width.
+
+    Raises:
+        ValueError: a value is not between 0 and 100.
+    """
+    from scipy.special import expit, logit
+
+    shares = np.asarray(values, float) / 100
+    if ((shares < 0) | (shares > 1)).any():
+        found = f"{100 * shares.min():g} to {100 * shares.max():g}"
+        raise ValueError(f"percentages lie between 0 and 100, and these go from {found}")
+    mean, half = _mean_and_half(shares)
+    if not half > 0:  # also where it is NaN; a mean of 0 or 1 is among these
+        return Interval(100 * mean, 100 * (mean - half), 100 * (mean + half))
+    half /= mean * (1 - mean)
+    low, high = expit(logit(mean) + np.array([-half, half]))
+    return Interval(100 * mean, 100 * float(low), 100 * float(high))
+
+
+def _mean_and_half(values: ArrayLike) -> tuple[float, float]:
+    """The mean, and half the width of its interval by Student's t."""
     from scipy.stats import t
 
     values = np.asarray(values, float)
-    if len(values) == 0:
-        return Interval(np.nan, np.nan, np.nan)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Interval(mean, np.nan, np.nan)
+    mean = float(values.mean()) if len(values) else np.nan
+    if len(values) < 2:
+        return mean, np.nan
     standard_error = values.std(ddof=1) / np.sqrt(len(values))
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * standard_error)
-    return Interval(mean, mean - half, mean + half)
+    return mean, float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * standard_error)
 
 
 def paired_test(first: ArrayLike, second: ArrayLike) -> PairedTest:

@@ -20,7 +20,7 @@ from feedbackhook.experiments.datasets import PAPER
 from feedbackhook.experiments.plan import PlannedRun, plan, stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import Runs, describe
-from feedbackhook.report.statistics import interval
+from feedbackhook.report.statistics import percent_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,10 +46,11 @@ class SweepTable:
         cells: a row a condition and dataset, in the order of the sweep; errors in percent. `best_error` is
             the smallest test error over epochs and learning rates, as the paper reports it; `chosen_error`
             the test error at the epoch and the rate whose error on what was held out of the training set is
-            smallest. Both are means over seeds, `..._low` and `..._high` the ends of their 95% intervals by
-            Student's t (missing with one seed). `rate` is the factor of the learning rate of the best run of
-            the first seed, `best_epoch` its epoch. `runs` are planned, of which `ended` are in the means,
-            `diverged` of these. `paper_error` is the paper's, `difference` ours less that.
+            smallest. Both are means over seeds, `..._low` and `..._high` the ends of their 95% intervals (see
+            :func:`feedbackhook.report.statistics.percent_interval`; missing with one seed). `rate` is the
+            factor of the learning rate of the best run of the first seed, `best_epoch` its epoch. `runs` are
+            planned, of which `ended` are in the means, `diverged` of these. `paper_error` is the paper's,
+            `difference` ours less that.
         missing: the runs that are not in the means, by name, and why.
         rank_correlation: Spearman's, of ours with the paper's over the conditions of each dataset, and the
             number of conditions; of three or more.
@@ -90,7 +91,7 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
     planned = plan(config)
     found = describe(run.folder.path for run in planned if run.folder.path.is_dir())
     rows = found.rows(["test_error", "held_out_error", "train_error"], of_layers, categories=True)
-    errors = _errors(rows[rows["layer"].isna()])
+    errors = run_errors(rows[rows["layer"].isna()])
     status = dict(found.runs[["run", "status"]].to_numpy())
     missing = {
         run.name: found.skipped.get(run.name, "it has no test error" if run.name in status else "not begun")
@@ -207,7 +208,7 @@ def write(table: SweepTable, folder: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
-def _errors(rows: pd.DataFrame) -> pd.DataFrame:
+def run_errors(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each run its smallest test error after training began, and that at the epoch that is best on what
     was held out. A run that diverged before its first epoch ended has the untrained network's."""
     by_epoch = rows.pivot_table("value", ["run", "epoch"], "metric", observed=True).reindex(
@@ -257,7 +258,7 @@ def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _interval(name: str, values: pd.Series) -> dict[str, float]:
-    mean, low, high = interval(values)
+    mean, low, high = percent_interval(values)
     return {f"{name}_error": mean, f"{name}_low": low, f"{name}_high": high}
 
 

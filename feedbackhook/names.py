@@ -1,0 +1,15 @@
+"""Misspelled names, and what they may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The names among ``known`` that are near to a misspelled one, nearest first, as the end of a message's
+    first part: "; did you mean 'A', 'B' or 'C'?". Case does not count. Empty where none is near."""
+    by_case = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), by_case, n=3)
+    *others, last = [repr(by_case[each]) for each in near] or [""]
+    return f"; did you mean {' or '.join(filter(None, (', '.join(others), last)))}?" if near else ""
