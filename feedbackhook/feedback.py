@@ -92,8 +92,9 @@ class Feedback:
     @torch.no_grad()
     def _draw(self, rule: Rule, weight: Tensor, count: int | Tensor) -> dict[str, Tensor]:
         if transformed() and is_wrapped(weight):
-            # One draw for all members of an ensemble, and none that belongs to a transform which ends.
-            weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            # One draw for all members of an ensemble, and none that belongs to a transform which ends. There
+            # is no one weight, so a rule that draws by its values gets NaN.
+            weight = torch.full(weight.shape, torch.nan, dtype=weight.dtype, device=weight.device)
         return rule.draw(weight, CounterRNG(self.seed, self.layer, count, self.fused, self._keys))
 
     def redraw(self) -> None:
