@@ -1,4 +1,4 @@
-"""Models of transformers, at tiny sizes: each layer is rerouted, and a weight that no layer holds is named."""
+"""Models of transformers, at tiny sizes: each layer is rerouted, and a weight of no layer is named."""
 
 from __future__ import annotations
 

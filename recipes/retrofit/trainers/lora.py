@@ -11,9 +11,10 @@ With `exclude` the adapters stay exact, and the error signal is V_W^T d + s A^T 
 
     python recipes/retrofit/trainers/lora.py --feedback.exclude '.*[.]lora_.*'
 
-Patching before `get_peft_model` does the same, since the layers that PEFT adds are not patched then (a warning
-names them); but V is that of other names, and the table of the patch calls the base layers by their old
-names. A layer of `modules_to_save` is a copy that PEFT makes, which is not patched either: patch afterwards. With DoRA (`use_dora=True`) V follows the weight that DoRA composes.
+Patching before `get_peft_model` does the same, since the layers that PEFT adds are not patched then (a
+warning names them); but V is that of other names, and the table of the patch calls the base layers by their
+old names. A layer of `modules_to_save` is a copy that PEFT makes, which is not patched either: patch
+afterwards. With DoRA (`use_dora=True`) V follows the weight that DoRA composes.
 
 The task: a vision transformer of two blocks learns scikit-learn's digits by backprop, then its adapters learn
 the digits turned by 90 degrees, with feedback.
