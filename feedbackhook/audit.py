@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from feedbackhook.torch_internals import Node, saved_tensors, sequence_number, storage_of, unwrapped
+from feedbackhook.torch_internals import Node, levels, saved_tensors, sequence_number, storage_of
 
 MARK = "feedbackhook"
 """The key in the metadata of a node that says: this is a layer's output."""
@@ -113,8 +113,9 @@ _ACTIVATION = _Flow(activation=True)
 
 def mark_as_layer(output: Tensor) -> None:
     """Notes in the graph that this is a layer's output, where the graph cannot tell: data times a weight."""
-    for node in _nodes_of_call(unwrapped(output).grad_fn):
-        node.metadata[MARK] = True
+    for level in levels(output):
+        for node in _nodes_of_call(level.grad_fn):
+            node.metadata[MARK] = True
 
 
 def _nodes_of_call(node: Node | None) -> Iterator[Node]:
@@ -262,8 +263,7 @@ def graph_of(output: Any) -> list[Node]:
     while parts:
         part = parts.pop()
         if isinstance(part, Tensor):
-            if (node := unwrapped(part).grad_fn) is not None:
-                nodes.append(node)
+            nodes += [level.grad_fn for level in levels(part) if level.grad_fn is not None]
             continue
         if isinstance(part, (str, bytes)) or id(part) in seen:
             continue

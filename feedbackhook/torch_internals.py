@@ -99,11 +99,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor inside the wrappers of torch.func, which hide whether it requires a gradient."""
+def levels(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, and those inside the wrappers of torch.func, each of which may have a graph of its own."""
+    yield tensor
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
+        yield tensor
 
 
 def is_wrapped(tensor: Tensor) -> bool:
@@ -117,11 +118,7 @@ def requires_grad(tensor: Tensor) -> bool:
         return True
     if not torch._C._are_functorch_transforms_active():
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-        if tensor.requires_grad:
-            return True
-    return False
+    return any(level.requires_grad for level in levels(tensor))
 
 
 def is_tracing() -> bool:

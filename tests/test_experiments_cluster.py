@@ -377,6 +377,13 @@ def test_a_sweep_that_stops_begins_no_run_that_was_given_back(
     assert begun == []
 
 
+def test_ctrl_c_is_what_it_was_after_the_import_of_job_queues() -> None:
+    code = "import signal; before = signal.getsignal(signal.SIGINT); "
+    code += "from feedbackhook.experiments.cluster import job_queue; job_queue(); "
+    code += "assert signal.getsignal(signal.SIGINT) is before"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(
     ("cluster_options", "lines"),
     [
@@ -392,7 +399,7 @@ def test_a_sweep_that_stops_begins_no_run_that_was_given_back(
 def test_a_job_asks_for_what_is_given(
     monkeypatch: pytest.MonkeyPatch, cluster_options: dict[str, Any], lines: list[str]
 ) -> None:
-    jobqueue = pytest.importorskip("dask_jobqueue")
+    jobqueue = cluster.job_queue()
     asked: list[Any] = []
     monkeypatch.setattr(jobqueue.SLURMCluster, "adapt", lambda _, **jobs: asked.append(jobs))
     slurm = {"memory": "4GB", **LOOPBACK, **cluster_options.pop("slurm")}

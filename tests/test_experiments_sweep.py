@@ -367,7 +367,8 @@ def test_a_sweep_says_at_once_what_there_is_to_do(tmp_path: Path, monkeypatch: p
     before: list[list[str]] = []
     monkeypatch.setattr(pool, "run_all", lambda *_: before.append(list(told)))
     sweep(config, tell=told.append)
-    first, second = before[0]
+    first, second, opening = before[0]
+    assert opening.startswith("timm/test_resnet on 1x16x16 pixels, ")
     assert first == f"4 runs in {tmp_path}/sweep: 1 have ended already, 1 to resume, 2 to start"
     assert second.startswith("running 3 at a time on this machine (")
     assert second.endswith("if this stops, rerun the same command to resume")
@@ -388,7 +389,7 @@ def test_a_run_whose_folder_is_in_use_makes_way_for_the_others(tmp_path: Path) -
         results = sweep(config, release, told.append)
     assert [result.status for result in results.values()] == ["finished"] * 2
     me = process_name(os.getpid())
-    assert told[2:] == [f"{first.name} is in use by {me}: the other runs go on, and it is tried again"]
+    assert told[3:] == [f"{first.name} is in use by {me}: the other runs go on, and it is tried again"]
 
 
 def test_a_worker_gives_back_a_run_whose_folder_is_in_use(

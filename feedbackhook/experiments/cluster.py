@@ -232,11 +232,20 @@ def _client(config: SweepConfig) -> Iterator[distributed.Client]:
         yield client
 
 
-def _slurm(cluster: ClusterConfig, threads: int) -> Any:
+def job_queue() -> Any:
+    """The package dask_jobqueue, whose import replaces the handler of Ctrl-C; it is put back."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        from dask_jobqueue import SLURMCluster
+        import dask_jobqueue
     except ImportError as error:
         raise ConfigError(f"cluster.slurm: {error}: pip install 'feedbackhook[cluster]'") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
+    return dask_jobqueue
+
+
+def _slurm(cluster: ClusterConfig, threads: int) -> Any:
+    job_queues = job_queue()
     options = dict(cluster.slurm or {})
     directives = list(options.pop("job_extra_directives", []))
     if cluster.gpus and not any("gres" in line or "gpus" in line for line in directives):
@@ -245,7 +254,7 @@ def _slurm(cluster: ClusterConfig, threads: int) -> Any:
     # one worker a job: each of its threads waits for the process of a run
     of_worker = [*options.pop("worker_extra_args", []), "--nthreads", str(at_once)]
     try:
-        jobs = SLURMCluster(
+        jobs = job_queues.SLURMCluster(
             **{"processes": 1, **options}, job_extra_directives=directives, worker_extra_args=of_worker
         )
         # not scale: a job that ends at its time limit is followed by another

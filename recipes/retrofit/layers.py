@@ -30,7 +30,7 @@ from feedbackhook.experiments.models import build
 from feedbackhook.experiments.plan import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
-from feedbackhook.targets import patchable
+from feedbackhook.targets import layers_in
 
 YAML = Path(__file__).with_suffix(".yaml")
 CONCORDANCES = (1.0, 0.75, 0.5)
@@ -45,7 +45,7 @@ def parts(model: str) -> list[str]:
     """The network's parts by name, from the input to the output, without the first layer, which has no one to
     send an error signal to."""
     network = build(ModelConfig(model), 10, 3, (32, 32))
-    return list(dict.fromkeys(name.partition(".")[0] for name in patchable(network)[1:]))
+    return list(dict.fromkeys(name.partition(".")[0] for name in list(layers_in(network))[1:]))
 
 
 def conditions(model: str) -> dict[str, dict[str, Any]]:
