@@ -202,10 +202,11 @@ def _is_layer(node: Node, name: str, inputs: list[_Flow], by_storage: Mapping[in
     """Whether what leaves a node is an activation although nothing but weights enters it: data do, too."""
     if name in _LOOK_UPS or _EDGES.search(name):
         return True
-    if any(flow.activation for flow in inputs):
-        return False
-    if MARK in node.metadata:
+    activation = any(flow.activation for flow in inputs)  # a bias that is nobody's counts as one
+    if (not activation or name in _PRODUCTS or name in _SHAPING) and MARK in node.metadata:
         return True
+    if activation:
+        return False
     if name not in _PRODUCTS and not isinstance(node, BackwardCFunction):
         return False
     without_graph = any(earlier is None for earlier, _ in node.next_functions)
