@@ -10,7 +10,12 @@ ROUNDING = {
     "bfloat16": 2.0**-8,
     "float16": 2.0**-11,
 }  # of a number, by half a last place
+HALF_OF_FLOAT64 = 2.0**-26  # half of its digits: kernels add in orders of their own
 HALF_OF_FLOAT32 = 2.0**-12  # half of its digits, where some steps of training multiply what is rounded
+
+
+ANGLE = math.degrees(4 * HALF_OF_FLOAT64)
+"""Of an angle in degrees whose sums are in float64: near 0 it is the root of what cancels, a few eps."""
 
 
 def of_mean(std: float, n: int) -> float:

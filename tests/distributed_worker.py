@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import bounds
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ RULES: dict[str, dict[str, Any]] = {
     "brSF": {"mode": "brSF", "concordance": 0.8, "seed": 3},
     "symmetric": {"mode": "symmetric"},
 }
-TOLERANCE = 1e-10  # relative, in float64: two ranks sum in another order than one process does
+TOLERANCE = bounds.HALF_OF_FLOAT64  # relative: two ranks sum in another order than one process does
 STEPS = 3
 WORLD = 2
 largest: dict[str, float] = {}
@@ -266,7 +267,7 @@ def watch(case: str, rule_name: str, order: str, folder: str) -> None:
                 assert len(angles) == len(LAYERS) + 1
                 assert all(math.isfinite(row.value) for row in angles)
                 values = [torch.tensor([row.value for row in rows]) for rows in (together, wanted, alone)]
-                torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-6, equal_nan=True)
+                torch.testing.assert_close(values[0], values[1], rtol=0, atol=bounds.ANGLE, equal_nan=True)
                 assert not torch.allclose(values[2], values[1], rtol=0, atol=1e-3, equal_nan=True)
             else:
                 with pytest.raises(RuntimeError, match="sharded"):
@@ -284,9 +285,9 @@ def watch(case: str, rule_name: str, order: str, folder: str) -> None:
     assert (got.isna() == want.isna()).all()
     difference = (got - want).abs().max()
     largest["watched"] = float(difference)
-    assert difference < 1e-6, difference
+    assert difference < bounds.ANGLE, difference
     of_samples = got.index.get_level_values("metric").str.startswith("error_angle")
-    assert (local[~of_samples] - want[~of_samples]).abs().max() < 1e-6
+    assert (local[~of_samples] - want[~of_samples]).abs().max() < bounds.ANGLE
     for metric in ("error_angle", "error_angle_per_sample", "error_angle_samples"):
         assert (local - want).abs().xs(metric, level="metric").max() > 1e-3, metric
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bounds
 import pytest
 import torch
 from torch import nn
@@ -181,7 +182,9 @@ def test_on_one_mini_batch_evaluation_equals_training() -> None:
     model = build_network("liao2016/mnist", 10, 1, "paper")
     x = torch.randn(20, 1, 28, 28)
     estimate_statistics(model, [x])
-    torch.testing.assert_close(model.eval()(x), model.train()(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.eval()(x), model.train()(x), rtol=bounds.HALF_OF_FLOAT32, atol=bounds.HALF_OF_FLOAT32
+    )
 
 
 def test_taking_statistics_leaves_everything_else_as_it_was() -> None:
@@ -294,6 +297,6 @@ def test_batch_norm_goes_behind_each_convolution_of_a_model_without(affine: bool
     x = torch.randn(8, 3, 32, 32)
     seen = model[0].norm(plain[0](x))  # type: ignore[index, union-attr, operator]
     torch.testing.assert_close(model[0](x), seen)  # type: ignore[index, operator]
-    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(8), atol=bounds.HALF_OF_FLOAT32, rtol=0)
     with pytest.raises(ConfigError, match="and this model has none"):
         insert_batch_norm(nn.Sequential(nn.Linear(2, 2)))

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import bounds
 import pytest
 import timm
 import torch
@@ -45,7 +46,9 @@ def test_the_loop(capsys):
     assert "fc" not in {row.name for row in layers}
     assert "weight_angle" in capsys.readouterr().out
     agreement = [row.value for row in feedbackhook.measure(names["patch"]) if row.metric == "sign_agreement"]
-    assert sum(agreement) / len(agreement) == pytest.approx(0.75, abs=0.02)
+    assert sum(agreement) / len(agreement) == pytest.approx(
+        0.75, abs=bounds.of_share(0.75, 9408)
+    )  # the first layer's weights
 
 
 def test_the_mapping():
