@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -63,8 +63,6 @@ _PRODUCTS = {
 normalization does.)"""
 _SHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 _PURE_NODES = 16  # a weight that was derived before the forward began has fewer nodes behind it
-
-Key = TypeVar("Key")
 
 
 class Weight(NamedTuple):
@@ -258,13 +256,19 @@ def _short(name: str) -> str:
 
 
 def graph_of(output: Any) -> list[Node]:
-    """The nodes of all tensors in a module's output: tuples, lists, mappings, dataclasses, named tuples."""
-    nodes: list[Node] = []
-    parts, seen = [output], set[int]()
+    """The nodes of all tensors in a module's output."""
+    made = (level.grad_fn for tensor in tensors_in(output) for level in levels(tensor))
+    return [node for node in made if node is not None]
+
+
+def tensors_in(value: Any, objects: bool = True) -> Iterator[Tensor]:
+    """The tensors in what a module takes or gives: in tuples, lists, mappings and, unless not wanted, in the
+    attributes of objects, such as dataclasses."""
+    parts, seen = [value], set[int]()
     while parts:
         part = parts.pop()
         if isinstance(part, Tensor):
-            nodes += [level.grad_fn for level in levels(part) if level.grad_fn is not None]
+            yield part
             continue
         if isinstance(part, (str, bytes)) or id(part) in seen:
             continue
@@ -273,6 +277,5 @@ def graph_of(output: Any) -> list[Node]:
             parts += part.values()
         elif isinstance(part, (list, tuple, set, frozenset)):
             parts += part
-        elif hasattr(part, "__dict__") and not isinstance(part, type):
+        elif objects and hasattr(part, "__dict__") and not isinstance(part, type):
             parts += vars(part).values()
-    return nodes

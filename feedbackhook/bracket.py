@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from feedbackhook import torch_internals
-from feedbackhook.audit import Finding, Weight, audit, graph_of, mark_as_layer
+from feedbackhook.audit import Finding, Weight, audit, graph_of, mark_as_layer, tensors_in
 from feedbackhook.edge import Layer, join
 from feedbackhook.guard import (
     MATRIX_PRODUCTS,
@@ -245,7 +245,7 @@ class Bracket:
             mode.__enter__()  # type: ignore[no-untyped-call]
         mode.running.append(Running(module, mark, None, 0))
 
-    def close(self, module: nn.Module, output: object) -> None:
+    def close(self, module: nn.Module, inputs: object, output: object) -> None:
         """A hooked module's forward has run, or has raised."""
         mode = self._mode()
         if mode is None:
@@ -267,7 +267,7 @@ class Bracket:
             return
         self._check_opaque(ended, output)
         if not mode.running:
-            self._audit_forward(mode, ended, output)
+            self._audit_forward(mode, ended, inputs, output)
 
     @contextmanager
     def reopened(self, running: Iterable[Running]) -> Iterator[_Mode]:
@@ -414,7 +414,7 @@ class Bracket:
                     return function(*args, **kwargs)
                 with self.reopened(running) as again:
                     output = function(*args, **kwargs)
-                self._audit_forward(again, running[-1], output)
+                self._audit_forward(again, running[-1], (args, kwargs), output)
                 return output
 
             return recompute
@@ -451,10 +451,12 @@ class Bracket:
                 mark.seen.clear()
                 mark.audited.clear()
 
-    def _audit_forward(self, mode: _Mode, outermost: Running, output: object) -> None:
-        """Looks into the graph of a forward that did what none had done before."""
-        training = outermost.module.training
-        if not self.enabled or (not mode.new and training in outermost.mark.audited):
+    def _audit_forward(self, mode: _Mode, outermost: Running, inputs: object, output: object) -> None:
+        """Looks into the graph of a forward that did what none had done before: that called a function for
+        the first time, or was the first in this training mode, or with something upstream of its inputs."""
+        upstream = any(torch_internals.requires_grad(tensor) for tensor in tensors_in(inputs, objects=False))
+        kind = (outermost.module.training, upstream)
+        if not self.enabled or (not mode.new and kind in outermost.mark.audited):
             return
         nodes = graph_of(output)
         findings = self.audit(nodes, mode.since) if nodes else []
@@ -464,7 +466,7 @@ class Bracket:
             raise exact_use(patched[0].name, patched[0].operation)
         self._tell_unpatchable(findings)
         self.backwards.due = True
-        outermost.mark.audited.add(training)
+        outermost.mark.audited.add(kind)
         for seen, function in mode.new:
             seen.add(function)
 
@@ -482,13 +484,15 @@ class Bracket:
         """A frozen weight leaves no trace in what is computed from it: it can only be said that it may be."""
         if not self.enabled or weight.requires_grad or isinstance(weight, nn.Parameter):
             return
+        key = f"{function} {tuple(weight.shape)}"
+        if key in self._told or any(weight is buffer for buffer in self.root.buffers()):
+            return
         frozen = [
             layer
             for p, layer in self.weights.parameters()
             if not p.requires_grad and p.numel() == weight.numel()
         ]
-        key = f"{function} {tuple(weight.shape)}"
-        if not frozen or key in self._told or any(weight is buffer for buffer in self.root.buffers()):
+        if not frozen:
             return
         self._told.add(key)
         warn(

@@ -43,17 +43,18 @@ class Mark:
     Attributes:
         seen: functions that were called while this module was the innermost, in forwards that passed the
             audit.
-        audited: of an outermost module, the values of `training` in which it has been audited.
+        audited: of an outermost module, the kinds of forward that have been audited: in training or not, with
+            inputs that require a gradient or not.
     """
 
     def __init__(self, link: Link, path: str, module: nn.Module) -> None:
         self.link = link
         self.path = path
         self.seen: set[Any] = set()
-        self.audited: set[bool] = set()
+        self.audited: set[tuple[bool, bool]] = set()
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self.open, prepend=True),
-            module.register_forward_hook(self.close, always_call=True),
+            module.register_forward_hook(self.close, always_call=True, with_kwargs=True),
         ]
         module.__dict__[MARK] = self
         module.__dict__[_SCRIPT] = refuse_script
@@ -81,10 +82,10 @@ class Mark:
                 "of parts are not patched, so its error signals are exact; feedbackhook.patch patches it"
             )
 
-    def close(self, module: nn.Module, args: object, output: object) -> None:
+    def close(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         """The hook after it, also where it has raised."""
         if (bracket := self.link.bracket) is not None:
-            bracket.close(module, output)
+            bracket.close(module, (args, kwargs), output)
 
     def take_off(self, module: nn.Module) -> None:
         """Takes hooks and attributes from the module."""

@@ -102,7 +102,7 @@ def transformed() -> bool:
 def levels(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor, and those inside the wrappers of torch.func, each of which may have a graph of its own."""
     yield tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
         yield tensor
 

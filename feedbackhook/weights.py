@@ -32,8 +32,9 @@ class Use(NamedTuple):
     part: Part | None = None
 
 
-Copies = dict[int, tuple[Tensor, Use]]
-"""By the id of a copy: the copy itself, which keeps the id its own, and what it is a copy of."""
+Copies = dict[int, tuple[Tensor, Use, int]]
+"""By the id of a copy: the copy itself, which keeps the id its own, what it is a copy of, and its version
+then, since one that was changed in place is a copy no more."""
 
 
 class Weights:
@@ -204,8 +205,8 @@ def _view(tensor: Tensor, base: Tensor) -> View:
 
 
 def _copied(tensor: Tensor, copies: Copies) -> Use | None:
-    copy, use = copies.get(id(tensor), (None, None))
-    return use if copy is tensor else None
+    copy, use, version = copies.get(id(tensor), (None, None, None))
+    return use if copy is tensor and copy._version == version else None
 
 
 def note_copy(
@@ -218,4 +219,5 @@ def note_copy(
 ) -> None:
     """Keeps in mind that `copy` is what a function of `COPYING` made of a weight or a part of it."""
     if isinstance(copy, Tensor) and copy._base is None:
-        copies[id(copy)] = copy, use._replace(part=Copied(use.part, func, args[1:], kwargs))
+        part = Copied(use.part, func, args[1:], kwargs)
+        copies[id(copy)] = copy, use._replace(part=part), copy._version

@@ -303,14 +303,14 @@ def test_a_function_that_passed_is_looked_into_again_after_an_error():
             h = self.a(x)
             return self.b(torch.mul(h, self.b.weight if self.exact else h))
 
-    model, x = redrawn(Switched()), draw(4, 4)
+    model, x = redrawn(Switched()), draw(4, 4).requires_grad_()
     patch = feedbackhook.patch(model)
     gradients(model, x)
     model.exact = True
     output = model(x)  # `mul` passed before, so that this is found on request alone
     assert patch.audit(output) == [Finding("b", True, (4, 4), "MulBackward0")]
     with pytest.raises(feedbackhook.ExactGradientError, match="weight of 'a'"):
-        F.linear(x.requires_grad_(), model.a.weight).sum().backward()
+        F.linear(x, model.a.weight).sum().backward()
     with pytest.raises(feedbackhook.ExactGradientError, match="weight of 'b'"):
         model(x)
 

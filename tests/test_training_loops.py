@@ -316,3 +316,50 @@ def test_an_update_is_one_redraw_however_many_steps_it_is_made_of(optimizer):
         assert [row["draws"] for row in patch.state_dict()["layers"].values()] == [number] * 3
         assert not torch.equal(patch.feedback("2").abs(), before.abs())
     assert not torch.equal(model[2].weight, weight)
+
+
+class Pruned(nn.Linear):
+    """Changes a copy of its weight in place before it uses it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.clone()
+        weight[:, 0] = 0
+        return F.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_a_copy_that_was_changed_in_place_is_a_weight_of_its_own(frozen):
+    """V follows the weight in the call, whose pruned column has no sign."""
+    model = redrawn(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Pruned(4, 4), nn.Tanh(), nn.Linear(4, 3)))
+    model[2].weight.requires_grad_(not frozen)
+    sent = []
+    patch = feedbackhook.patch(model, "uSF")
+    patch.on_error_signal("2", lambda error_in, error_out: sent.append((error_in, error_out)))
+    gradients(model, draw(3, 4))
+    ((error_in, error_out),) = sent
+    v = model[2].weight.detach().sign()
+    v[:, 0] = 0
+    torch.testing.assert_close(error_in, error_out @ v)
+    assert not error_in[:, 0].any()
+
+
+class Inner(nn.Module):
+    """Its first layer's weight meets its input in a function that cannot be rerouted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(torch.inner(x, self.first.weight)))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_what_passes_on_data_is_looked_into_again_on_inputs_that_require_a_gradient(frozen):
+    model, x = redrawn(Inner()), draw(3, 4)
+    model.requires_grad_(not frozen)
+    feedbackhook.patch(model, "sign")
+    for _ in range(2):
+        model(x)  # nothing lies upstream
+    with pytest.raises(feedbackhook.ExactGradientError, match="'first'"):
+        model(x.requires_grad_())

@@ -23,6 +23,13 @@ SMALL = {
 }
 CAUSAL = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 16}
 GPT2 = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+NO_DROPOUT = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+}
 T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
 
@@ -32,6 +39,11 @@ def of_words(model: nn.Module) -> Tensor:
 
 def of_images(model: nn.Module) -> Tensor:
     return model(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing_enable()
+    return model
 
 
 class Case(NamedTuple):
@@ -54,6 +66,9 @@ class Case(NamedTuple):
 
 CASES = {
     "GPT-2": Case(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2)), 9),
+    "GPT-2, checkpointed": Case(
+        lambda: checkpointed(hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, **NO_DROPOUT))), 9
+    ),
     "BERT": Case(lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL, max_position_embeddings=16)), 14),
     "Llama": Case(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**CAUSAL)), 15),
     "Llama, tied head": Case(
