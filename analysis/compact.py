@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 from jsonargparse import auto_cli
 
-from feedbackhook.recorder import parts_of, schema
+from feedbackhook.store.recorder import parts_of, schema
 
 
 def main(sweep: Path, output: Path) -> None:

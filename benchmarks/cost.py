@@ -21,12 +21,12 @@ from common import RESULTS
 from jsonargparse import ArgumentParser, auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 
-from feedbackhook.experiments import models
+from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.config import ModelConfig, SweepConfig
-from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.estimates import estimate
-from feedbackhook.experiments.plan import PlannedRun, plan
-from feedbackhook.experiments.train import resolve
+from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.sweep.estimate import estimate
+from feedbackhook.experiments.sweep.grid import PlannedRun, plan
+from feedbackhook.experiments.training.run import resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "liao2016"
 

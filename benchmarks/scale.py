@@ -27,9 +27,9 @@ from jsonargparse import auto_cli
 
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
-from feedbackhook.experiments.folder import RunFolder, RunResult, as_yaml
-from feedbackhook.experiments.plan import check, ended, plan
-from feedbackhook.experiments.train import resolve
+from feedbackhook.store.run_folder import RunFolder, RunResult, as_yaml
+from feedbackhook.experiments.sweep.grid import check, ended, plan
+from feedbackhook.experiments.training.run import resolve
 from feedbackhook.report.tables import paper_errors
 
 EPOCHS, STEPS_AN_EPOCH = 65, 500

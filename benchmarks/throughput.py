@@ -28,9 +28,9 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.data import ImageData, Split
-from feedbackhook.experiments.models import build
-from feedbackhook.experiments.train import Progress, train
+from feedbackhook.experiments.data.load import ImageData, Split
+from feedbackhook.experiments.models.build import build
+from feedbackhook.experiments.training.run import Progress, train
 
 BATCH = 100
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from feedbackhook.experiments.config import SweepConfig
-    from feedbackhook.experiments.plan import PlannedRun
+    from feedbackhook.experiments.sweep.grid import PlannedRun
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from feedbackhook import ExactGradientError
     from feedbackhook.experiments.config import ConfigError, plain_words
-    from feedbackhook.experiments.stopping import exit_status
+    from feedbackhook.experiments.training.stopping import exit_status
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_processes(command: str) -> None:
-    from feedbackhook.experiments.processes import refusal, started_processes
+    from feedbackhook.experiments.training.distributed import refusal, started_processes
 
     if command == "sweep" and (count := started_processes()) > 1:
         raise refusal(
@@ -88,7 +88,7 @@ def _check_processes(command: str) -> None:
 
 def _refuse(message: str, error: Exception) -> int:
     """Tells the user what is wrong; of several processes one does."""
-    from feedbackhook.experiments.processes import ToldElsewhere, speaks
+    from feedbackhook.experiments.training.distributed import ToldElsewhere, speaks
 
     logger.debug("refused", exc_info=error)
     if speaks("LOCAL_RANK") and not isinstance(error, ToldElsewhere):
@@ -100,7 +100,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     from feedbackhook.experiments.config import RunConfig, SweepConfig
-    from feedbackhook.experiments.inspection import InspectConfig
+    from feedbackhook.experiments.models.inspection import InspectConfig
 
     train = ArgumentParser(
         description="Train a network with feedback weights; leaves a run folder with a table and figures.",
@@ -243,8 +243,8 @@ def _train(given: Namespace) -> int:
     from rich.console import Console
 
     from feedbackhook.experiments.config import RunConfig
-    from feedbackhook.experiments.processes import speaks
-    from feedbackhook.experiments.train import train
+    from feedbackhook.experiments.training.distributed import speaks
+    from feedbackhook.experiments.training.run import train
 
     config = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not speaks())
@@ -262,8 +262,8 @@ def _sweep(given: Namespace) -> int:
     from rich.console import Console
 
     from feedbackhook.experiments.config import SweepConfig
-    from feedbackhook.experiments.plan import plan, shrink
-    from feedbackhook.experiments.sweep import sweep
+    from feedbackhook.experiments.sweep.grid import plan, shrink
+    from feedbackhook.experiments.sweep.run import sweep
 
     config = SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -287,9 +287,9 @@ def _sweep(given: Namespace) -> int:
 
 
 def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
-    from feedbackhook.experiments.estimates import estimate
-    from feedbackhook.experiments.plan import check, ended, shrink
-    from feedbackhook.experiments.pool import workers
+    from feedbackhook.experiments.sweep.estimate import estimate
+    from feedbackhook.experiments.sweep.grid import check, ended, shrink
+    from feedbackhook.experiments.sweep.local import workers
 
     check(runs)
     estimates = estimate(runs)
@@ -311,7 +311,7 @@ def _dry_run(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) 
 
 
 def _inspect(given: Namespace) -> int:
-    from feedbackhook.experiments.inspection import InspectConfig, inspect
+    from feedbackhook.experiments.models.inspection import InspectConfig, inspect
 
     config = InspectConfig(**{field.name: given[field.name] for field in fields(InspectConfig)})
     found = inspect(config)
@@ -328,7 +328,7 @@ def _data(given: Namespace) -> int:
 
 
 def _data_list(given: Namespace) -> int:
-    from feedbackhook.experiments.datasets import PAPER
+    from feedbackhook.experiments.data.registry import PAPER
 
     if given.json:
         print(json.dumps([asdict(dataset) for dataset in PAPER.values()], indent=2))
@@ -339,7 +339,7 @@ def _data_list(given: Namespace) -> int:
 
 def _data_check(given: Namespace) -> int:
     from feedbackhook.experiments.config import DataConfig
-    from feedbackhook.experiments.data_check import check
+    from feedbackhook.experiments.data.verify import check
 
     found = check(DataConfig(given.name, root=given.root))
     count = len(found.faults)
@@ -358,7 +358,7 @@ def _plot(given: Namespace) -> int:
     from rich.console import Console
 
     from feedbackhook.experiments.config import ConfigError
-    from feedbackhook.recorder import read
+    from feedbackhook.store.recorder import read
     from feedbackhook.report import theme
     from feedbackhook.report.plots import draw_all
 
@@ -389,7 +389,7 @@ def _table(given: Namespace) -> int:
 def _report(given: Namespace) -> int:
     from pathlib import Path
 
-    from feedbackhook.report.html import write
+    from feedbackhook.report.html.page import write
 
     print(write(given.sweep, given.output or Path(given.sweep) / "report.html"))
     return 0

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from feedbackhook.experiments.data_check import Checked
-    from feedbackhook.experiments.datasets import Dataset
-    from feedbackhook.experiments.folder import RunResult
-    from feedbackhook.experiments.inspection import Inspection
-    from feedbackhook.experiments.plan import PlannedRun
-    from feedbackhook.experiments.train import Progress
+    from feedbackhook.experiments.data.verify import Checked
+    from feedbackhook.experiments.data.registry import Dataset
+    from feedbackhook.store.run_folder import RunResult
+    from feedbackhook.experiments.models.inspection import Inspection
+    from feedbackhook.experiments.sweep.grid import PlannedRun
+    from feedbackhook.experiments.training.run import Progress
     from feedbackhook.report.compare import Comparison
 
 logger = logging.getLogger(__name__)
@@ -346,7 +346,7 @@ class _SweepClock:
 
     def _weights(self, states: dict[str, RunResult | None]) -> dict[str, float]:
         from feedbackhook.experiments.config import ConfigError
-        from feedbackhook.experiments.estimates import estimate
+        from feedbackhook.experiments.sweep.estimate import estimate
 
         left = [
             run for run in self._runs if (result := states[run.name]) is None or result.status not in _ENDED

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.audit import Finding, graph_of
-from feedbackhook.bracket import Bracket
-from feedbackhook.edge import Layer, Tap
-from feedbackhook.feedback import Feedback
-from feedbackhook.marks import mark_of
+from feedbackhook.core.audit import Finding, graph_of
+from feedbackhook.core.interception import Bracket
+from feedbackhook.core.edge import Layer, Tap
+from feedbackhook.core.feedback import Feedback
+from feedbackhook.core.marks import mark_of
 from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
-from feedbackhook.targets import LayerInfo, Selection, Target, find_targets, layers_in, select
-from feedbackhook.watch import Watch
+from feedbackhook.selection import LayerInfo, Selection, Target, find_targets, layers_in, select
+from feedbackhook.monitor import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from feedbackhook.recorder import Recorder
+    from feedbackhook.store.recorder import Recorder
 
 
 class LayerRow(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from feedbackhook.targets import LayerInfo
+    from feedbackhook.selection import LayerInfo
 
 _IntOrTensor = TypeVar("_IntOrTensor", int, Tensor)
 

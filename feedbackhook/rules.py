@@ -18,7 +18,7 @@ from torch import Tensor
 
 from feedbackhook.names import nearest
 from feedbackhook.rng import CounterRNG
-from feedbackhook.targets import LayerInfo
+from feedbackhook.selection import LayerInfo
 
 Magnitude = Literal["random", "uniform", "weight"]
 Redraw = Literal["never", "update"]

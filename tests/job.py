@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from feedbackhook.experiments import processes, train
+from feedbackhook.experiments.training import distributed as processes
+from feedbackhook.experiments.training import run as train
 from feedbackhook.experiments.config import RunConfig
-from feedbackhook.experiments.data import ImageData
+from feedbackhook.experiments.data.load import ImageData
 
 
 @dataclass

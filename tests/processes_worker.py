@@ -18,10 +18,10 @@ from accelerate import PartialState
 from job import Job, precisely, stopped_before
 from torch import Tensor, nn
 
-from feedbackhook.experiments import processes
-from feedbackhook.experiments.batch_norm import OfAllProcesses
+from feedbackhook.experiments.training import distributed as processes
+from feedbackhook.experiments.models.batch_norm import OfAllProcesses
 from feedbackhook.experiments.config import ConfigError, ProtocolConfig
-from feedbackhook.experiments.train import train
+from feedbackhook.experiments.training.run import train
 
 
 def first_share(team: processes.ManyProcesses, size: int) -> list[slice]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig
-from feedbackhook.experiments.folder import RunFolder, RunResult
-from feedbackhook.experiments.train import resolve
+from feedbackhook.store.run_folder import RunFolder, RunResult
+from feedbackhook.experiments.training.run import resolve
 
 
 def leave_run(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import feedbackhook
-from feedbackhook.alignment import Sums
+from feedbackhook.measurement import Sums
 
 ANGLES = [
     ([1.0, 0.0], [0.0, 2.0], 90.0),

@@ -20,7 +20,7 @@ from problems import MLP_UPSTREAM, draw, mlp, outside_every_bracket, patched_cop
 from torch import Tensor, nn
 
 import feedbackhook
-from feedbackhook.audit import Finding
+from feedbackhook.core.audit import Finding
 
 SecondUse = Callable[[Tensor, Tensor], Tensor]
 FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])

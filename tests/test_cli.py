@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from feedbackhook.cli import main
-from feedbackhook.experiments import train as train_module
-from feedbackhook.experiments.data import Split
-from feedbackhook.recorder import read
+from feedbackhook.experiments.training import run as train_module
+from feedbackhook.experiments.data.load import Split
+from feedbackhook.store.recorder import read
 
 # a network and images that train in a second
 SMALL = ["--model.name", "timm/test_resnet", "--data.size", "16", "--optimizer.lr", "0.001"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 import feedbackhook
-from feedbackhook import torch_internals
+from feedbackhook.core import torch_internals
 
 RULES = ("symmetric", "random", "sign", "uSF", "NuSF", "brSF", "frSF")
 

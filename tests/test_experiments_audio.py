@@ -11,14 +11,17 @@ import torch
 from test_experiments_datasets import config, error, no_decoding, run, same, shrink, truncate
 
 from feedbackhook.cli import main
-from feedbackhook.experiments import audio, data_folders, data_sources, datasets
+from feedbackhook.liao2016 import timit as audio
+from feedbackhook.experiments.data import folders as data_folders
+from feedbackhook.experiments.data import sources as data_sources
+from feedbackhook.experiments.data import registry as datasets
 from feedbackhook.experiments.config import ConfigError, DataConfig, ModelConfig, SweepConfig
-from feedbackhook.experiments.data import load
-from feedbackhook.experiments.data_check import check
-from feedbackhook.experiments.estimates import estimate
-from feedbackhook.experiments.models import build
-from feedbackhook.experiments.plan import plan
-from feedbackhook.recorder import read
+from feedbackhook.experiments.data.load import load
+from feedbackhook.experiments.data.verify import check
+from feedbackhook.experiments.sweep.estimate import estimate
+from feedbackhook.experiments.models.build import build
+from feedbackhook.experiments.sweep.grid import plan
+from feedbackhook.store.recorder import read
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("librosa")

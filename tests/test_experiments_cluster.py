@@ -22,12 +22,13 @@ from test_experiments_sweep import children, how_many, runs, tiny, written
 
 import feedbackhook
 from feedbackhook.cli import main
-from feedbackhook.experiments import cluster, worker
-from feedbackhook.experiments import sweep as sweep_module
+from feedbackhook.experiments.sweep import dask as cluster
+from feedbackhook.experiments.sweep import worker
+from feedbackhook.experiments.sweep import run as sweep_module
 from feedbackhook.experiments.config import ClusterConfig, ConfigError, SweepConfig, SweepProtocolConfig
-from feedbackhook.experiments.plan import PlannedRun, plan, stored
-from feedbackhook.experiments.sweep import sweep
-from feedbackhook.recorder import Recorder, holder, process_name
+from feedbackhook.experiments.sweep.grid import PlannedRun, plan, stored
+from feedbackhook.experiments.sweep.run import sweep
+from feedbackhook.store.recorder import Recorder, holder, process_name
 from feedbackhook.report.tables import sweep_table
 
 LOOPBACK = {"scheduler_options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
@@ -355,7 +356,7 @@ def test_a_run_whose_process_finds_its_folder_in_use_is_run_again(
 def test_the_process_of_a_run_says_that_its_folder_is_in_use(tmp_path: Path) -> None:
     config = three(tmp_path)[1][0].config
     with Recorder(str(config.output)):
-        command = [sys.executable, "-m", "feedbackhook.experiments.worker"]
+        command = [sys.executable, "-m", "feedbackhook.experiments.sweep.worker"]
         message = pickle.dumps((config, os.getpid()))
         assert subprocess.run(command, input=message, env=ENVIRONMENT).returncode == worker.IN_USE
 
@@ -379,7 +380,7 @@ def test_a_sweep_that_stops_begins_no_run_that_was_given_back(
 
 def test_ctrl_c_is_what_it_was_after_the_import_of_job_queues() -> None:
     code = "import signal; before = signal.getsignal(signal.SIGINT); "
-    code += "from feedbackhook.experiments.cluster import job_queue; job_queue(); "
+    code += "from feedbackhook.experiments.sweep.dask import job_queue; job_queue(); "
     code += "assert signal.getsignal(signal.SIGINT) is before"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -18,8 +18,8 @@ from feedbackhook.experiments.config import (
     ProtocolConfig,
     RunConfig,
 )
-from feedbackhook.experiments.train import resolve, train
-from feedbackhook.recorder import read
+from feedbackhook.experiments.training.run import resolve, train
+from feedbackhook.store.recorder import read
 
 PAPER = [
     *("SGD", "BM", "BN", "BN+BM", "uSF", "NuSF", "uSF+BM", "uSF+BN", "uSF+BN+BM"),

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from feedbackhook.experiments.config import ConfigError, DataConfig
-from feedbackhook.experiments.data import ImageData, load, minibatches, seeded
+from feedbackhook.experiments.data.load import ImageData, load, minibatches, seeded
 
 CPU = torch.device("cpu")
 

@@ -24,11 +24,14 @@ from test_experiments_data import images, write_mnist
 from torch._subclasses import FakeTensorMode
 
 from feedbackhook.cli import main
-from feedbackhook.experiments import data_cache, data_folders, data_sources, datasets
+from feedbackhook.experiments.data import cache as data_cache
+from feedbackhook.experiments.data import folders as data_folders
+from feedbackhook.experiments.data import sources as data_sources
+from feedbackhook.experiments.data import registry as datasets
 from feedbackhook.experiments.config import ConfigError, DataConfig
-from feedbackhook.experiments.data import ImageData, Split, load
-from feedbackhook.experiments.data_check import check
-from feedbackhook.experiments.networks import NETWORKS
+from feedbackhook.experiments.data.load import ImageData, Split, load
+from feedbackhook.experiments.data.verify import check
+from feedbackhook.liao2016.networks import NETWORKS
 from feedbackhook.report.tables import paper_errors
 
 SIZE = 8

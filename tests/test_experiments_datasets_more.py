@@ -25,9 +25,11 @@ from test_experiments_datasets import (
     write_image,
 )
 
-from feedbackhook.experiments import data_folders, data_sources, datasets
-from feedbackhook.experiments.data import load
-from feedbackhook.experiments.data_check import check
+from feedbackhook.experiments.data import folders as data_folders
+from feedbackhook.experiments.data import sources as data_sources
+from feedbackhook.experiments.data import registry as datasets
+from feedbackhook.experiments.data.load import load
+from feedbackhook.experiments.data.verify import check
 
 
 class Tree(NamedTuple):

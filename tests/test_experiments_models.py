@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import feedbackhook
-from feedbackhook.experiments.batch_norm import PaperBatchNorm, estimate_statistics, insert_batch_norm
+from feedbackhook.experiments.models.batch_norm import PaperBatchNorm, estimate_statistics, insert_batch_norm
 from feedbackhook.experiments.config import ConfigError, ModelConfig
-from feedbackhook.experiments.models import build
-from feedbackhook.experiments.networks import NETWORKS, build_network
+from feedbackhook.experiments.models.build import build
+from feedbackhook.liao2016.networks import NETWORKS, build_network
 
 WITHOUT_BN = 431_080
 

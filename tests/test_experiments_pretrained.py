@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from feedbackhook.experiments import pretrained
+from feedbackhook.experiments.models import pretrained
 from feedbackhook.experiments.config import (
     ConfigError,
     DataConfig,
@@ -22,9 +22,9 @@ from feedbackhook.experiments.config import (
     ProtocolConfig,
     RunConfig,
 )
-from feedbackhook.experiments.models import build, statistics
-from feedbackhook.experiments.train import train
-from feedbackhook.recorder import read
+from feedbackhook.experiments.models.build import build, statistics
+from feedbackhook.experiments.training.run import train
+from feedbackhook.store.recorder import read
 
 SMALL = "timm/test_efficientnet"  # 160 pixels, but it takes 32
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from feedbackhook import read
 from feedbackhook.cli import main
-from feedbackhook.experiments.batch_norm import other_batch_statistics
+from feedbackhook.experiments.models.batch_norm import other_batch_statistics
 from feedbackhook.experiments.config import (
     ConfigError,
     DataConfig,
@@ -33,9 +33,9 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.processes import Processes
-from feedbackhook.experiments.train import RunResult, resolve
-from feedbackhook.experiments.train import train as train_as_it_is
+from feedbackhook.experiments.training.distributed import Processes
+from feedbackhook.experiments.training.run import RunResult, resolve
+from feedbackhook.experiments.training.run import train as train_as_it_is
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"

@@ -13,9 +13,9 @@ import pytest
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import DataConfig, ModelConfig, ProtocolConfig, RecordConfig, RunConfig
-from feedbackhook.experiments.folder import RunFolder, RunResult
-from feedbackhook.experiments.stopping import Terminated, stoppable, uninterrupted
-from feedbackhook.experiments.train import Progress, train
+from feedbackhook.store.run_folder import RunFolder, RunResult
+from feedbackhook.experiments.training.stopping import Terminated, stoppable, uninterrupted
+from feedbackhook.experiments.training.run import Progress, train
 
 SIGNALS = [(signal.SIGTERM, Terminated, 143), (signal.SIGINT, KeyboardInterrupt, 130)]
 each_signal = pytest.mark.parametrize(("number", "kind", "exit_status"), SIGNALS, ids=["SIGTERM", "SIGINT"])

@@ -25,9 +25,11 @@ from safetensors.torch import load_file
 
 from feedbackhook import console
 from feedbackhook.cli import main
-from feedbackhook.experiments import estimates, pool, worker
-from feedbackhook.experiments import sweep as sweep_module
-from feedbackhook.experiments import train as train_module
+from feedbackhook.experiments.sweep import estimate as estimates
+from feedbackhook.experiments.sweep import local as pool
+from feedbackhook.experiments.sweep import worker
+from feedbackhook.experiments.sweep import run as sweep_module
+from feedbackhook.experiments.training import run as train_module
 from feedbackhook.experiments.config import (
     ConfigError,
     DataConfig,
@@ -38,13 +40,13 @@ from feedbackhook.experiments.config import (
     SweepModelConfig,
     SweepProtocolConfig,
 )
-from feedbackhook.experiments.estimates import estimate
-from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.plan import PlannedRun, ended, plan, stored
-from feedbackhook.experiments.pool import workers
-from feedbackhook.experiments.sweep import sweep
-from feedbackhook.experiments.train import Progress, train
-from feedbackhook.recorder import Recorder, process_name
+from feedbackhook.experiments.sweep.estimate import estimate
+from feedbackhook.store.run_folder import RunResult
+from feedbackhook.experiments.sweep.grid import PlannedRun, ended, plan, stored
+from feedbackhook.experiments.sweep.local import workers
+from feedbackhook.experiments.sweep.run import sweep
+from feedbackhook.experiments.training.run import Progress, train
+from feedbackhook.store.recorder import Recorder, process_name
 from feedbackhook.report.tables import sweep_table
 
 TINY = SweepModelConfig("timm/test_resnet")  # with images of 16x16 an epoch on digits takes half a second

@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from feedbackhook import get_patch
-from feedbackhook.experiments import optimizers
-from feedbackhook.experiments import train as train_module
+from feedbackhook.experiments.training import optimizers
+from feedbackhook.experiments.training import run as train_module
 from feedbackhook.experiments.config import (
     ConfigError,
     DataConfig,
@@ -31,12 +31,12 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.data import Split, load
-from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.models import build
-from feedbackhook.experiments.networks import NETWORKS
-from feedbackhook.experiments.train import Progress, resolve, train
-from feedbackhook.recorder import Recorder, read
+from feedbackhook.experiments.data.load import Split, load
+from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.models.build import build
+from feedbackhook.liao2016.networks import NETWORKS
+from feedbackhook.experiments.training.run import Progress, resolve, train
+from feedbackhook.store.recorder import Recorder, read
 from feedbackhook.report.plots import FIGURES
 
 
@@ -552,7 +552,7 @@ def test_resuming_a_finished_run_draws_missing_figures(tmp_path):
 
 def test_a_run_that_diverges_before_its_first_epoch_ends_with_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "feedbackhook.experiments.train._Run._loss_and_error", lambda *_: (float("nan"), float("nan"))
+        "feedbackhook.experiments.training.run._Run._loss_and_error", lambda *_: (float("nan"), float("nan"))
     )
     result = train(RunConfig(output=str(tmp_path / "run")))
     assert result.status == "diverged"

@@ -6,7 +6,7 @@ import pytest
 from bounds import of_angle
 
 from feedbackhook.cli import main
-from feedbackhook.experiments.inspection import InspectConfig, inspect
+from feedbackhook.experiments.models.inspection import InspectConfig, inspect
 
 
 def test_layers_of_the_papers_network():

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import SweepConfig
-from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.plan import plan
+from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.sweep.grid import plan
 from feedbackhook.report.tables import paper_errors
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -92,7 +92,7 @@ def test_the_demo_draws_every_condition(demo):
 
 def test_the_example_configuration_is_valid(tmp_path):
     from feedbackhook.cli import main
-    from feedbackhook.experiments.folder import RunFolder
+    from feedbackhook.store.run_folder import RunFolder
 
     config = RECIPES / "liao2016" / "digits.yaml"
     output = tmp_path / "run"

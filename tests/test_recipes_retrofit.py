@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import feedbackhook
 from feedbackhook.experiments.config import SweepConfig
-from feedbackhook.experiments.models import build
-from feedbackhook.experiments.plan import plan, stored
+from feedbackhook.experiments.models.build import build
+from feedbackhook.experiments.sweep.grid import plan, stored
 from feedbackhook.report.runs import collect
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "retrofit"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import feedbackhook
-from feedbackhook.recorder import COLUMNS, Recorder, holder, read, written_aside
+from feedbackhook.store.recorder import COLUMNS, Recorder, holder, read, written_aside
 
 
 def fill(folder: Path, epochs: range) -> None:
@@ -106,7 +106,7 @@ def test_rows_of_a_later_epoch_are_dropped_at_the_same_step(tmp_path: Path) -> N
 
 def test_rows_go_to_disk_when_the_interval_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("feedbackhook.recorder.time.monotonic", lambda: now)
+    monkeypatch.setattr("feedbackhook.store.recorder.time.monotonic", lambda: now)
     with Recorder(tmp_path, interval=10) as recorder:
         recorder.add(0, 0, "loss", 1.0)
         now += 9
@@ -231,7 +231,7 @@ def test_the_process_at_work_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_the_lock_file_is_touched_once_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("feedbackhook.recorder.time.monotonic", lambda: now)
+    monkeypatch.setattr("feedbackhook.store.recorder.time.monotonic", lambda: now)
     with Recorder(tmp_path, interval=30) as recorder:
         lock = tmp_path / "metrics" / ".lock"
         os.utime(lock, (1, 1))
@@ -297,7 +297,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from feedbackhook.recorder import Recorder
+from feedbackhook.store.recorder import Recorder
 
 recorder = Recorder(sys.argv[1])
 for step in range(10**9):
@@ -335,7 +335,7 @@ def test_the_package_needs_neither_pandas_nor_pyarrow_to_be_imported() -> None:
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['pandas', 'pyarrow', 'timm', 'jsonargparse', 'rich']))\n"
-        "import feedbackhook, feedbackhook.optim, feedbackhook.recorder as recorder\n"
+        "import feedbackhook, feedbackhook.optim, feedbackhook.store.recorder as recorder\n"
         "for attempt in (lambda: recorder.Recorder('unused'), lambda: recorder.read('unused')):\n"
         "    try:\n"
         "        attempt()\n"

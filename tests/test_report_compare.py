@@ -22,7 +22,7 @@ from feedbackhook.experiments.config import (
     SweepConfig,
     SweepProtocolConfig,
 )
-from feedbackhook.experiments.plan import plan
+from feedbackhook.experiments.sweep.grid import plan
 from feedbackhook.report.compare import compare
 from feedbackhook.report.runs import collect
 from feedbackhook.report.statistics import Interval, interval, paired_test, percent_interval

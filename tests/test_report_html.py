@@ -23,9 +23,10 @@ from feedbackhook import Recorder
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, RunConfig, SweepConfig, SweepProtocolConfig
-from feedbackhook.experiments.plan import PlannedRun, plan
-from feedbackhook.report import charts, theme
-from feedbackhook.report.html import page, write
+from feedbackhook.experiments.sweep.grid import PlannedRun, plan
+from feedbackhook.report import theme
+from feedbackhook.report.html import charts
+from feedbackhook.report.html.page import page, write
 from feedbackhook.report.tables import COLOURS, MARKS, paper_errors, sweep_table
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def test_each_run_has_its_configuration_and_a_command_that_repeats_it(
         given.append(config)
         raise ConfigError("far enough")
 
-    monkeypatch.setattr("feedbackhook.experiments.train.train", keep)
+    monkeypatch.setattr("feedbackhook.experiments.training.run.train", keep)
     assert name == "feedbackhook"
     assert main(arguments) == 2
     assert given[0].output == f"{run.folder.path}-again"
@@ -261,7 +262,7 @@ def test_the_command_of_the_sweep_is_that_sweep_in_another_folder(
 ) -> None:
     lines = [shlex.split(line) for line in parsed.texts["summary"].splitlines() if "sweep.yaml" in line]
     given: list[SweepConfig] = []
-    monkeypatch.setattr("feedbackhook.experiments.sweep.sweep", lambda config, *_: given.append(config) or {})
+    monkeypatch.setattr("feedbackhook.experiments.sweep.run.sweep", lambda config, *_: given.append(config) or {})
     for line in lines:
         assert main(line[1:]) == 0
     again, on = given

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from feedbackhook.recorder import Recorder, read
+from feedbackhook.store.recorder import Recorder, read
 from feedbackhook.report.plots import (
     FIGURES,
     QUANTITIES,

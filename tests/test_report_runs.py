@@ -14,7 +14,7 @@ import yaml
 from run_folders import leave_run
 
 from feedbackhook.experiments.config import ConfigError, FeedbackConfig, ProtocolConfig, RunConfig
-from feedbackhook.experiments.folder import RunFolder, RunResult
+from feedbackhook.store.run_folder import RunFolder, RunResult
 from feedbackhook.report.runs import collect
 
 CURVE = [(90.0, 90.0), (20.0, 21.0), (30.0, 31.0)]

@@ -16,9 +16,9 @@ from run_folders import leave_run
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, SweepConfig, SweepProtocolConfig
-from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.plan import plan
+from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.store.run_folder import RunResult
+from feedbackhook.experiments.sweep.grid import plan
 from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table, write
 
 CONDITIONS = ["SGD", "uSF", "RndF", "uSF+BM2 Top"]

@@ -10,7 +10,7 @@ from torch import nn
 
 import feedbackhook
 from feedbackhook import LayerInfo
-from feedbackhook.feedback import Feedback
+from feedbackhook.core.feedback import Feedback
 from feedbackhook.rules import describe, expected_angle, make_rule, rule_name, rule_values
 
 N = 1200

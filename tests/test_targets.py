@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import feedbackhook
-from feedbackhook.targets import LayerInfo, find_targets
+from feedbackhook.selection import LayerInfo, find_targets
 
 
 def network():

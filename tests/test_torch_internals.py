@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from feedbackhook import torch_internals
+from feedbackhook.core import torch_internals
 
 # --- the backward that is running ------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import feedbackhook
-from feedbackhook.audit import Finding
+from feedbackhook.core.audit import Finding
 
 FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import feedbackhook
-from feedbackhook.recorder import Recorder, read
+from feedbackhook.store.recorder import Recorder, read
 
 WATCHED = {
     "weight_angle",
@@ -270,7 +270,7 @@ def test_rows_reach_the_disk_when_the_interval_is_over_though_no_step_is_watched
     model, x = mlp(), draw(3, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     now = 0.0
-    monkeypatch.setattr("feedbackhook.recorder.time.monotonic", lambda: now)
+    monkeypatch.setattr("feedbackhook.store.recorder.time.monotonic", lambda: now)
     with Recorder(tmp_path / "run", interval=10) as recorder:
         feedbackhook.patch(model, "sign").watch(1000, recorder)
         step(model, optimizer, x)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError
-from feedbackhook.experiments.plan import stored
+from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.names import nearest
 from feedbackhook.report.runs import Runs
 from feedbackhook.report.statistics import LEVEL, PairedTest, paired_test, percent_interval

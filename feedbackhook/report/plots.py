@@ -1,4 +1,4 @@
-"""Figures from the tidy table (see feedbackhook.recorder) and nothing else.
+"""Figures from the tidy table (see feedbackhook.store.recorder) and nothing else.
 
 Each function returns a matplotlib Figure of its own, without pyplot's global state, so that it draws with
 and without a display. What is not a number in the table has no point in a figure; the figure says how many.

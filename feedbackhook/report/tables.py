@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from feedbackhook.experiments.config import SweepConfig
-from feedbackhook.experiments.datasets import PAPER
-from feedbackhook.experiments.plan import PlannedRun, plan, stored
+from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.sweep.grid import PlannedRun, plan, stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import Runs, describe
 from feedbackhook.report.statistics import percent_interval

@@ -49,7 +49,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 import feedbackhook
-from feedbackhook.recorder import written_aside
+from feedbackhook.store.recorder import written_aside
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, as torchvision has them

@@ -28,8 +28,8 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.train import train
-from feedbackhook.recorder import read
+from feedbackhook.experiments.training.run import train
+from feedbackhook.store.recorder import read
 from feedbackhook.report.plots import layers_against_epoch
 
 LAYER = "fc1"

@@ -37,9 +37,9 @@ from feedbackhook.experiments.config import (
     ProtocolConfig,
     RunConfig,
 )
-from feedbackhook.experiments.folder import RunResult
-from feedbackhook.experiments.train import train
-from feedbackhook.recorder import read
+from feedbackhook.store.run_folder import RunResult
+from feedbackhook.experiments.training.run import train
+from feedbackhook.store.recorder import read
 from feedbackhook.report import theme
 
 CONCORDANCES = (1.0, 0.75, 0.5, 0.25, 0.0)

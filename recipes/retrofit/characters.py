@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import feedbackhook
-from feedbackhook.recorder import written_aside
+from feedbackhook.store.recorder import written_aside
 from feedbackhook.report import theme
 
 HEAD_ALONE = "head alone"  # not a rule of feedback: all but the last layer stays as it was drawn

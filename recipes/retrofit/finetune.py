@@ -29,7 +29,7 @@ import timm
 from matplotlib.figure import Figure
 from timm.models import group_parameters
 
-from feedbackhook.experiments.plan import stored
+from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
 

@@ -26,11 +26,11 @@ import yaml
 from matplotlib.figure import Figure
 
 from feedbackhook.experiments.config import ModelConfig
-from feedbackhook.experiments.models import build
-from feedbackhook.experiments.plan import stored
+from feedbackhook.experiments.models.build import build
+from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
-from feedbackhook.targets import layers_in
+from feedbackhook.selection import layers_in
 
 YAML = Path(__file__).with_suffix(".yaml")
 CONCORDANCES = (1.0, 0.75, 0.5)

@@ -24,7 +24,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from feedbackhook.experiments.plan import stored
+from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
 from feedbackhook.report.tables import sweep_table

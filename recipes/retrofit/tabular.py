@@ -40,7 +40,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from torch import Tensor, nn
 
 import feedbackhook
-from feedbackhook.recorder import written_aside
+from feedbackhook.store.recorder import written_aside
 from feedbackhook.report import theme
 from feedbackhook.report.statistics import interval
 

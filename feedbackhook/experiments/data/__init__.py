@@ -1,0 +1,1 @@
+"""Datasets: what is known of them, reading, splitting, caching, checking."""

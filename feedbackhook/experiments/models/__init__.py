@@ -1,0 +1,1 @@
+"""Networks: building, pretrained weights, normalization, inspection."""

@@ -1,0 +1,127 @@
+"""What a patch on a model would do: its layers in forward order, and what V would be in each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+import feedbackhook
+from feedbackhook.experiments.models import build as models
+from feedbackhook.experiments.config import ConfigError, ModelConfig
+
+
+@dataclass
+class InspectConfig:
+    """What to inspect.
+
+    Args:
+        model: `liao2016/mnist`, or any timm model, as `timm/NAME` or `NAME`.
+        mode: the rule.
+        options: the rule's options, such as `concordance`.
+        include: layers to patch: a regular expression for the full name, or a list of names or suffixes.
+        exclude: layers to leave exact, in the same form.
+        size: images of size x size pixels; null: what the model is made for.
+    """
+
+    model: str
+    mode: str = "sign"
+    options: dict[str, Any] = field(default_factory=dict)
+    include: str | list[str] | None = None
+    exclude: str | list[str] | None = None
+    size: int | None = None
+
+
+class InspectedLayer(NamedTuple):
+    """One layer.
+
+    Args:
+        depth: its place in the order of the forward's calls, from 0; None where the forward does not use it.
+        name: its full name.
+        kind: "Linear", "Conv2d" and so on.
+        shape: that of the weight.
+        weights: how many.
+        rule: the rule that it would follow, or None where it would stay exact.
+        upstream: whether there is an error signal to send on; None where the forward does not use it.
+        weight_angle: between V and W, in degrees; NaN where W is all zero, None where it would stay exact.
+        norm_ratio: norm(V) / norm(W), likewise.
+    """
+
+    depth: int | None
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    rule: str | None
+    upstream: bool | None
+    weight_angle: float | None
+    norm_ratio: float | None
+
+
+@dataclass
+class Inspection:
+    """A model's layers and totals.
+
+    Args:
+        model: its name.
+        image: channels, height and width of the image on which it ran.
+        layers: in forward order, those that the forward does not use last.
+        parameters: how many numbers the model learns, biases and normalisation included.
+        patched_weights: how many of them are weights of patched layers.
+    """
+
+    model: str
+    image: tuple[int, int, int]
+    layers: list[InspectedLayer]
+    parameters: int
+    patched_weights: int
+
+
+def inspect(config: InspectConfig) -> Inspection:
+    """Builds the model with random weights, patches it, and runs one random image through it.
+
+    Raises:
+        ConfigError: no such model, rule, option or selection, or an image that the model cannot take.
+    """
+    name = config.model if "/" in config.model else f"timm/{config.model}"
+    channels, *size = models.default_size(name)
+    height, width = (config.size, config.size) if config.size is not None else size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.build(
+            ModelConfig(name), 10 if name.startswith("liao2016/") else 1000, channels, (height, width)
+        )
+    try:
+        with feedbackhook.patch(model, "symmetric") as patch:
+            model.eval()(torch.zeros(1, channels, height, width))
+            every = patch.layers
+        with feedbackhook.patch(
+            model, config.mode, include=config.include, exclude=config.exclude, **config.options
+        ) as patch:
+            rules = {row.name: row.rule for row in patch.layers}
+            measured = {(row.layer, row.metric): row.value for row in feedbackhook.measure(patch)}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    layers = [
+        InspectedLayer(
+            row.depth,
+            row.name,
+            row.kind,
+            row.shape,
+            math.prod(row.shape),
+            rules.get(row.name),
+            row.upstream,
+            measured.get((row.name, "weight_angle")),
+            measured.get((row.name, "norm_ratio")),
+        )
+        for row in sorted(every, key=lambda row: math.inf if row.depth is None else row.depth)
+    ]
+    return Inspection(
+        name,
+        (channels, height, width),
+        layers,
+        sum(parameter.numel() for parameter in model.parameters()),
+        sum(layer.weights for layer in layers if layer.rule is not None),
+    )

@@ -1,0 +1,1 @@
+"""Many runs: the grid, and where its runs are trained."""

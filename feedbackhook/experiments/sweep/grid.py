@@ -1,0 +1,352 @@
+"""Which runs a sweep is: the product of conditions, datasets, learning rates and seeds."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from feedbackhook.experiments.conditions import Condition
+from feedbackhook.experiments.config import (
+    ClusterConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ProtocolConfig,
+    RunConfig,
+    SweepConfig,
+    SweepProtocolConfig,
+    plain_words,
+)
+from feedbackhook.experiments.data.registry import papers_network
+from feedbackhook.store.run_folder import RunFolder
+from feedbackhook.experiments.training.run import as_begun, resolve
+from feedbackhook.names import nearest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+RATES = (100.0, 10.0, 1.0, 0.1, 0.01)  # Liao et al. 2016: factors of the schedule
+_LARGE_BATCH, _LARGE_BATCH_AFTER = 500, 3  # the same: what uSF+BM may do after the third epoch
+_SMALL_EPOCHS, _SMALL_RATES = 8, 3
+
+
+class PlannedRun(NamedTuple):
+    """One run of a sweep, and where in the product it stands.
+
+    ``rate`` is the factor of the learning rate; ``large_batch`` is uSF+BM's other procedure.
+    """
+
+    dataset: str
+    condition: str
+    rate: float
+    seed: int
+    large_batch: bool
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(str(self.config.output))
+
+    @property
+    def mode(self) -> str | dict[str, Any] | None:
+        """The rule of its feedback weights, or a mapping of rules; None is backprop."""
+        if self.config.condition is not None:
+            return Condition.parse(self.config.condition).feedback
+        return self.config.feedback.mode
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(str(self.config.output))
+
+
+def plan(config: SweepConfig) -> list[PlannedRun]:
+    """The runs of a sweep, in the order in which they are begun.
+
+    Raises:
+        ConfigError: a list is empty, a name is unknown or occurs twice, or a condition contradicts what is
+            given.
+    """
+    config = shrink(config)
+    _check_conditions(config.conditions)
+    if config.data.name != DataConfig().name:
+        raise ConfigError("data.name has no effect in a sweep: name the data in datasets")
+    rates, p = _rates(config.protocol.rates), config.protocol
+    if p.seeds < 1:
+        raise ConfigError(f"protocol.seeds must be 1 or more, not {p.seeds}")
+    if config.workers is not None and config.workers < 1:
+        raise ConfigError(f"workers must be 1 or more, not {config.workers}")
+    _check_cluster(config)
+    runs = [
+        PlannedRun(
+            dataset, name, rate, seed, large_batch, _placed(config, run, name, rate, seed, large_batch)
+        )
+        for dataset in config.datasets
+        for name, run in _conditioned(config, dataset)
+        for large_batch in _procedures(run, p)
+        for rate in rates
+        for seed in range(p.seed, p.seed + p.seeds)
+    ]
+    if not runs:
+        raise ConfigError("a sweep needs conditions, datasets and protocol.rates: one of them is empty")
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise ConfigError(
+                f"{count} runs of the sweep have the name {name}: a condition, a dataset or a rate is given "
+                "twice, or two go by the same name"
+            )
+    return runs
+
+
+def shrink(config: SweepConfig) -> SweepConfig:
+    """What ``config.small`` makes of a sweep; the sweep itself where it is null."""
+    if config.small is None:
+        return config
+    p, full = config.protocol, SweepProtocolConfig()
+    return replace(
+        config,
+        datasets=[config.small],
+        protocol=replace(
+            p,
+            epochs=_SMALL_EPOCHS if p.epochs == full.epochs else p.epochs,
+            rates=_SMALL_RATES if p.rates == full.rates else p.rates,
+        ),
+        output=f"{config.output}-{_slug(config.small)}",
+        small=None,
+    )
+
+
+def stored(folder: str | os.PathLike[str]) -> SweepConfig:
+    """The configuration of the sweep in a folder.
+
+    Raises:
+        ConfigError: there is none, or its sweep.yaml is damaged.
+    """
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    path = Path(folder) / "sweep.yaml"
+    if not path.is_file():
+        if not path.parent.is_dir():
+            raise ConfigError(f"there is no folder {folder}")
+        if (path.parent.parent / "sweep.yaml").is_file():
+            raise ConfigError(f"{folder} holds no sweep, but is a run of the one in {path.parent.parent}")
+        raise ConfigError(f"{folder} holds no sweep: there is no {path}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SweepConfig)
+    try:
+        given = parser.instantiate(parser.parse_path(str(path)))
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {plain_words(error)}") from error
+    config = SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
+    return replace(config, output=str(folder))
+
+
+_EXAMPLE = "{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}"
+
+
+def _check_conditions(conditions: Any) -> None:
+    """Raises a ConfigError that says what to write where these are no conditions."""
+    if not isinstance(conditions, (list, dict)):
+        raise ConfigError(
+            "conditions must be a list of names, such as [SGD, uSF+BN], or a mapping, such as "
+            f"{_EXAMPLE}, not {conditions!r}"
+        )
+    for name in conditions:
+        if isinstance(name, dict):
+            raise ConfigError(
+                f"conditions are a list, so {name!r} must be a name; to give a condition settings, make all "
+                f"of them a mapping (without the dashes), such as {_EXAMPLE}"
+            )
+        if not isinstance(name, str):
+            raise ConfigError(f"the name of a condition must be text, not {name!r}: put it into quotes")
+    if isinstance(conditions, dict):
+        for name, settings in conditions.items():
+            _check_settings(name, settings)
+
+
+def _check_settings(name: str, settings: Any) -> None:
+    if not isinstance(settings, dict):
+        wanted = "such as {feedback: {mode: sign, options: {concordance: 0.5}}}"
+        if isinstance(settings, str):
+            wanted = f"such as {{condition: {settings}}}, or {wanted.removeprefix('such as ')}"
+        raise ConfigError(
+            f"condition {name!r} must map settings of a run to values, {wanted}, not be {settings!r}"
+        )
+    known = vars(RunConfig())
+    for key, value in settings.items():
+        if key not in known:
+            near = nearest(str(key), known)
+            raise ConfigError(f"condition {name!r} sets {key}, which a run does not have{near}")
+        if not is_dataclass(known[key]):
+            continue
+        options = list(vars(known[key]))
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"condition {name!r} must map settings of {key} to values, such as "
+                f"{{{key}: {{{options[0]}: VALUE}}}}, not be {value!r}"
+            )
+        if unknown := [option for option in value if option not in options]:
+            near = nearest(str(unknown[0]), options) or "."
+            raise ConfigError(
+                f"condition {name!r} sets {key}.{unknown[0]}, which a run does not have{near} "
+                f"{key} has {', '.join(options)}"
+            )
+
+
+def _check_cluster(config: SweepConfig) -> None:
+    cluster = config.cluster
+    if config.backend != "dask":
+        if cluster != ClusterConfig():
+            raise ConfigError(f"cluster has no effect with backend {config.backend}: give backend dask")
+        return
+    if config.workers is not None:
+        raise ConfigError(
+            "workers has no effect with backend dask: of a cluster that runs its workers' threads say how "
+            "many runs are at work at a time, of SLURM cluster.jobs"
+        )
+    if (cluster.address is None) == (cluster.slurm is None):
+        raise ConfigError("backend dask needs cluster.address, of a scheduler that runs, or cluster.slurm")
+    for name in ("jobs", "runs_per_gpu"):
+        if (value := getattr(cluster, name)) < 1:
+            raise ConfigError(f"cluster.{name} must be 1 or more, not {value}")
+    if cluster.gpus < 0:
+        raise ConfigError(f"cluster.gpus must be 0 or more, not {cluster.gpus}")
+
+
+def _rates(rates: int | list[float]) -> Sequence[float]:
+    if isinstance(rates, int):
+        if rates not in (1, 3, 5):
+            raise ConfigError(f"protocol.rates must be 1, 3 or 5, or a list of factors, not {rates}")
+        first = (len(RATES) - rates) // 2
+        return RATES[first : first + rates]
+    if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
+        raise ConfigError(f"protocol.rates are factors of the learning rate, more than 0, not {wrong[0]}")
+    return rates
+
+
+def _procedures(run: RunConfig, protocol: SweepProtocolConfig) -> tuple[bool, ...]:
+    """The paper lets uSF+BM, and no other condition, take larger mini-batches as well."""
+    usf_bm = Condition("uSF", manhattan=1)
+    alike = run.condition in (usf_bm.name, replace(usf_bm, spoken=True).name)
+    two = alike and protocol.epochs > _LARGE_BATCH_AFTER
+    return (False, True) if two and not protocol.batch_sizes else (False,)
+
+
+def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunConfig]]:
+    """The name of each condition and its runs' configuration, but for learning rate, seed and folder.
+
+    Raises:
+        ConfigError: a name is unknown, or a condition sets what a run has not, or contradicts what is given.
+    """
+    shared = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)}
+    run = RunConfig(
+        data=replace(config.data, name=dataset),
+        model=ModelConfig(**vars(config.model)),
+        feedback=config.feedback,
+        optimizer=config.optimizer,
+        protocol=ProtocolConfig(**shared | {"threads": config.protocol.threads or 1}),
+        record=config.record,
+    )
+    for name in config.conditions:
+        if isinstance(config.conditions, dict):
+            configured = _overridden(run, name, config.conditions[name])
+        else:
+            name = Condition.parse(name).name
+            configured = replace(run, condition=name)
+        if configured.model.name is None:
+            if (network := papers_network(dataset)) is None:
+                raise ConfigError(f"the paper has no network for {dataset}: set model.name")
+            configured = replace(configured, model=replace(configured.model, name=network))
+        if configured.condition is not None:
+            Condition.parse(configured.condition).configure(configured)
+        yield name, configured
+
+
+def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfig:
+    """The run with what a condition of one's own sets."""
+    from argparse import ArgumentError
+
+    parser = _parser()
+    try:
+        given = parser.instantiate(parser.parse_object(_merged(asdict(run), settings)))
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(f"condition {name!r}: {plain_words(error)}") from error
+    made = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
+    for of_sweep in ("data.name", "protocol.seed", "label", "output"):
+        section, _, key = of_sweep.rpartition(".")
+        before, after = (getattr(getattr(r, section) if section else r, key) for r in (run, made))
+        if before != after:
+            raise ConfigError(f"condition {name!r} sets {of_sweep}, which is the sweep's to set")
+    return replace(made, label=name)
+
+
+@cache
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Two levels deep, as a run's configuration is: what is an option's value is not merged."""
+    merged = dict(base)
+    for key, value in settings.items():
+        section = key in base and isinstance(base[key], dict)
+        merged[key] = base[key] | value if section and isinstance(value, dict) else value
+    return merged
+
+
+def _placed(
+    config: SweepConfig, run: RunConfig, condition: str, rate: float, seed: int, large_batch: bool
+) -> RunConfig:
+    """The run at a learning rate and a seed, in its folder."""
+    words = [_slug(run.data.name), _words(condition), f"rate{rate:.15g}", f"seed{seed}"]
+    protocol = replace(run.protocol, seed=seed)
+    if large_batch:
+        words.append(f"batch{_LARGE_BATCH}")
+        protocol = replace(protocol, batch_sizes={_LARGE_BATCH_AFTER: _LARGE_BATCH})
+    return replace(
+        run,
+        optimizer=replace(run.optimizer, lr=run.optimizer.lr * rate),
+        protocol=protocol,
+        output=str(Path(config.output) / "-".join(words)),
+    )
+
+
+def _slug(name: str) -> str:
+    return _words(name.rstrip("/").replace(":", "/").rpartition("/")[2])
+
+
+def _words(name: str) -> str:
+    """The name as a part of a file's."""
+    return re.sub(r"[^\w.+=-]+", "-", name)
+
+
+def check(runs: Sequence[PlannedRun]) -> None:
+    """Refuse to mix runs of two configurations.
+
+    Raises:
+        ConfigError: a run that has been trained was configured otherwise; it points to the sweep's
+            sweep.yaml, which the command takes, where there is one.
+    """
+    for run in runs:
+        if run.folder.trained():
+            given = resolve(as_begun(run.config, run.folder))
+            of_sweep = run.folder.path.parent / "sweep.yaml"
+            run.folder.check_same(given, of_sweep if of_sweep.is_file() else None)
+
+
+def ended(run: PlannedRun) -> bool:
+    """Whether there is nothing left to do: it is finished, or has diverged."""
+    result = run.folder.result()
+    return result is not None and result.ended

@@ -1,0 +1,80 @@
+"""The lines with which a run or a sweep begins: what is about to be trained, on what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from feedbackhook.experiments.data import load as data
+from feedbackhook.experiments.models import build as models
+from feedbackhook.experiments.config import ConfigError, RunConfig, rule_name
+from feedbackhook.experiments.data.load import ImageData
+
+
+def opening(config: RunConfig, images: ImageData, model: nn.Module) -> str:
+    """The line of one run.
+
+    Args:
+        config: of the run, resolved.
+        images: its data.
+        model: its network.
+    """
+    threads = config.protocol.threads
+    cpu = f" ({threads} thread{'' if threads == 1 else 's'})" if config.protocol.device == "cpu" else ""
+    rule = "".join([_rule(config), *(f" {name}={value}" for name, value in config.feedback.options.items())])
+    if config.condition is not None:
+        rule += f" ({config.condition})"
+    return f"{_described(config, images, model)}; {rule}; {config.protocol.device}{cpu}"
+
+
+def openings(configs: Iterable[RunConfig], first: ImageData) -> list[str]:
+    """The lines of a sweep's runs on one dataset, one for each network with the rules that train it.
+
+    What cannot be built has a line that says why; its runs will fail with the same reason.
+
+    Args:
+        configs: of the runs, resolved.
+        first: the data of the first of them.
+    """
+    loaded: dict[str, ImageData] = {}
+    lines: dict[str, str] = {}
+    rules: dict[str, list[str]] = {}
+    for config in configs:
+        key = f"{config.data} {config.model}"
+        if key not in lines:
+            try:
+                if (of_data := str(config.data)) not in loaded:
+                    loaded[of_data] = data.load(config.data) if loaded else first
+                lines[key] = _built(config, loaded[of_data])
+            except ConfigError as error:
+                lines[key] = f"{config.data.name}: {config.model.network} cannot be trained ({error})"
+        rules.setdefault(lines[key], []).append(_rule(config))
+    return [f"{line}; {', '.join(dict.fromkeys(of_line))}" for line, of_line in rules.items()]
+
+
+def _built(config: RunConfig, images: ImageData) -> str:
+    _, channels, height, width = images.train.images.shape
+    drawn = replace(config.model, weights=None)  # which has as many parameters, and needs no download
+    with torch.random.fork_rng(devices=[]):
+        model = models.build(drawn, images.classes, channels, (height, width))
+    return _described(config, images, model)
+
+
+def _described(config: RunConfig, images: ImageData, model: nn.Module) -> str:
+    """Network and data, with their sizes."""
+    _, channels, height, width = images.train.images.shape
+    size = f"{channels}x{height}x{width} pixels" if (height, width) != (1, 1) else f"{channels} features"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    held_out = "" if images.held_out is None else f"{len(images.held_out.labels):,} held out, "
+    return (
+        f"{config.model.network} on {size}, {parameters:,} parameters; {config.data.name}: "
+        f"{len(images.train.labels):,} training, {held_out}{len(images.test.labels):,} test, "
+        f"{images.classes} classes"
+    )
+
+
+def _rule(config: RunConfig) -> str:
+    return rule_name(config.feedback.mode) or "backprop"

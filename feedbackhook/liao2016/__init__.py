@@ -1,0 +1,1 @@
+"""Liao, Leibo and Poggio (AAAI 2016): networks, datasets, conditions and published errors."""

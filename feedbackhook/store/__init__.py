@@ -1,0 +1,1 @@
+"""What is kept on disk: rows of metrics and run folders."""
