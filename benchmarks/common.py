@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import feedbackhook
 from feedbackhook.experiments.config import ModelConfig
-from feedbackhook.store.run_folder import provenance
 from feedbackhook.experiments.models.build import build, default_size
+from feedbackhook.store.run_folder import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

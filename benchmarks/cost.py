@@ -21,9 +21,9 @@ from common import RESULTS
 from jsonargparse import ArgumentParser, auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 
-from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.config import ModelConfig, SweepConfig
 from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.sweep.estimate import estimate
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan
 from feedbackhook.experiments.training.run import resolve

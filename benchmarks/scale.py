@@ -27,10 +27,10 @@ from jsonargparse import auto_cli
 
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
-from feedbackhook.store.run_folder import RunFolder, RunResult, as_yaml
 from feedbackhook.experiments.sweep.grid import check, ended, plan
 from feedbackhook.experiments.training.run import resolve
 from feedbackhook.report.tables import paper_errors
+from feedbackhook.store.run_folder import RunFolder, RunResult, as_yaml
 
 EPOCHS, STEPS_AN_EPOCH = 65, 500
 LAYERS = ("conv1", "conv2", "fc1", "fc2")

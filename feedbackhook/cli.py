@@ -358,9 +358,9 @@ def _plot(given: Namespace) -> int:
     from rich.console import Console
 
     from feedbackhook.experiments.config import ConfigError
-    from feedbackhook.store.recorder import read
     from feedbackhook.report import theme
     from feedbackhook.report.plots import draw_all
+    from feedbackhook.store.recorder import read
 
     try:
         table = read(given.run)

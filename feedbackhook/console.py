@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from feedbackhook.experiments.data.verify import Checked
     from feedbackhook.experiments.data.registry import Dataset
-    from feedbackhook.store.run_folder import RunResult
+    from feedbackhook.experiments.data.verify import Checked
     from feedbackhook.experiments.models.inspection import Inspection
     from feedbackhook.experiments.sweep.grid import PlannedRun
     from feedbackhook.experiments.training.run import Progress
     from feedbackhook.report.compare import Comparison
+    from feedbackhook.store.run_folder import RunResult
 
 logger = logging.getLogger(__name__)
 

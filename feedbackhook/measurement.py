@@ -26,8 +26,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from feedbackhook.core.interception import Bracket
     from feedbackhook.core.edge import Layer
+    from feedbackhook.core.interception import Bracket
     from feedbackhook.patching import Patch
 
 _BLOCK = 1 << 17  # float64 numbers compared at a time on a CPU: three buffers of 1 MiB stay in cache

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from feedbackhook.core.torch_internals import current_backward
 from feedbackhook.measurement import ErrorAngles, Row, gathered, observed, weight_rows
 from feedbackhook.rules import expected_angle
-from feedbackhook.core.torch_internals import current_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

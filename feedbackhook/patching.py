@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.core.audit import Finding, graph_of
-from feedbackhook.core.interception import Bracket
 from feedbackhook.core.edge import Layer, Tap
 from feedbackhook.core.feedback import Feedback
+from feedbackhook.core.interception import Bracket
 from feedbackhook.core.marks import mark_of
+from feedbackhook.monitor import Watch
 from feedbackhook.rules import Rule, changed, describe, make_rule, rule_name, rule_values
 from feedbackhook.selection import LayerInfo, Selection, Target, find_targets, layers_in, select
-from feedbackhook.monitor import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from feedbackhook.rules import _RULES
 
-pytest.register_assert_rewrite("oracle", "problems")
+pytest.register_assert_rewrite("support")
 
 torch.set_num_threads(1)  # everything here is tiny, and xdist's workers share the cores
 

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from feedbackhook.cli import main
-from feedbackhook.experiments.training import run as train_module
 from feedbackhook.experiments.data.load import Split
+from feedbackhook.experiments.training import run as train_module
 from feedbackhook.store.recorder import read
 
 # a network and images that train in a second

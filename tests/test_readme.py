@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import bounds
 import pytest
 import timm
 import torch
 from PIL import Image
+from support import bounds
 from torch import nn
 
 import feedbackhook

@@ -123,4 +123,4 @@ display(figure)
 
 # %% [markdown]
 # The band is from the best to the worst of three seeds. A rule for the library itself belongs into
-# `feedbackhook/rules.py` with its source, and its angle into `tests/test_rules.py`, as above.
+# `feedbackhook/rules.py` with its source, and its angle into `tests/rules/test_rules.py`, as above.

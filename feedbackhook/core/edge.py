@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.operations import Call
-from feedbackhook.selection import LayerInfo, Target, full_shape, weight_of
 from feedbackhook.core.torch_internals import transformed
+from feedbackhook.selection import LayerInfo, Target, full_shape, weight_of
 
 if TYPE_CHECKING:
     from feedbackhook.core.interception import Bracket

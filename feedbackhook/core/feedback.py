@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from feedbackhook.core.torch_internals import is_wrapped, transformed
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules import Rule, redrawn_by_updates
 from feedbackhook.selection import LayerInfo
-from feedbackhook.core.torch_internals import is_wrapped, transformed
 
 
 class Feedback:

@@ -41,10 +41,10 @@ from feedbackhook.core.guard import (
 )
 from feedbackhook.core.marks import Link, Mark, mark_of, warn
 from feedbackhook.core.operations import OPERATIONS, Call
-from feedbackhook.rules import redrawn_by_updates
 from feedbackhook.core.steps import Clock
-from feedbackhook.selection import is_layer, layers_in
 from feedbackhook.core.weights import COPYING, Copies, Use, Weights, alias, note_copy
+from feedbackhook.rules import redrawn_by_updates
+from feedbackhook.selection import is_layer, layers_in
 
 if TYPE_CHECKING:
     from feedbackhook.monitor import Watch

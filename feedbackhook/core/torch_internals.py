@@ -1,7 +1,7 @@
 """PyTorch's private names, all in one place, each behind a function that says what it is for.
 
-`tests/test_torch_internals.py` checks each of them, so that a release of PyTorch that changes one is noticed
-there by name.
+`tests/core/test_torch_internals.py` checks each of them, so that a release of PyTorch that changes one fails
+there, by name.
 """
 
 from __future__ import annotations

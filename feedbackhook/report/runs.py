@@ -15,8 +15,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from feedbackhook.experiments.config import ConfigError, one_line, rule_name
-from feedbackhook.store.run_folder import RunFolder, RunResult
 from feedbackhook.store.recorder import parts_of, schema
+from feedbackhook.store.run_folder import RunFolder, RunResult
 
 # the columns of Runs.runs that a configuration gives, and where they stand in it
 _FROM_CONFIG = {

@@ -73,7 +73,7 @@ class SweepTable:
 def paper_errors() -> pd.DataFrame:
     """The error rates in percent of the paper's Tables 2 to 6: a row a condition, a column a dataset, missing
     where the paper has none."""
-    with (files("feedbackhook.report") / "liao2016_error_rates.csv").open() as file:
+    with (files("feedbackhook.liao2016") / "error_rates.csv").open() as file:
         return pd.read_csv(file, index_col="condition")
 
 

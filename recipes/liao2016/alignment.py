@@ -29,8 +29,8 @@ from feedbackhook.experiments.config import (
     RunConfig,
 )
 from feedbackhook.experiments.training.run import train
-from feedbackhook.store.recorder import read
 from feedbackhook.report.plots import layers_against_epoch
+from feedbackhook.store.recorder import read
 
 LAYER = "fc1"
 

@@ -37,10 +37,10 @@ from feedbackhook.experiments.config import (
     ProtocolConfig,
     RunConfig,
 )
-from feedbackhook.store.run_folder import RunResult
 from feedbackhook.experiments.training.run import train
-from feedbackhook.store.recorder import read
 from feedbackhook.report import theme
+from feedbackhook.store.recorder import read
+from feedbackhook.store.run_folder import RunResult
 
 CONCORDANCES = (1.0, 0.75, 0.5, 0.25, 0.0)
 # Fixed beforehand, not searched for. Batch Manhattan's is a step's size in each weight; SGD's, for uSF with

@@ -38,8 +38,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import feedbackhook
-from feedbackhook.store.recorder import written_aside
 from feedbackhook.report import theme
+from feedbackhook.store.recorder import written_aside
 
 HEAD_ALONE = "head alone"  # not a rule of feedback: all but the last layer stays as it was drawn
 RULES: dict[str, dict[str, Any] | None] = {

@@ -40,9 +40,9 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from torch import Tensor, nn
 
 import feedbackhook
-from feedbackhook.store.recorder import written_aside
 from feedbackhook.report import theme
 from feedbackhook.report.statistics import interval
+from feedbackhook.store.recorder import written_aside
 
 LAST_ALONE = "last layer alone"  # not a rule of feedback: all other layers stay as they were drawn
 RULES: dict[str, dict[str, Any] | None] = {

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feedbackhook.experiments.data import torchvision_sets as data_torchvision
 from feedbackhook.experiments.config import DataConfig, one_line
+from feedbackhook.experiments.data import torchvision_sets as data_torchvision
 from feedbackhook.experiments.data.items import Item, Sources, root, way_out
 from feedbackhook.experiments.data.registry import Dataset, Draw
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feedbackhook.experiments.config import ConfigError, DataConfig
 from feedbackhook.experiments.data import cache as data_cache
 from feedbackhook.experiments.data import sources as data_sources
-from feedbackhook.experiments.config import ConfigError, DataConfig
 from feedbackhook.experiments.data.registry import PAPER
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from feedbackhook.liao2016 import timit as audio
+from feedbackhook.experiments.config import DataConfig
 from feedbackhook.experiments.data import folders as data_folders
 from feedbackhook.experiments.data import torchvision_sets as data_torchvision
-from feedbackhook.experiments.config import DataConfig
 from feedbackhook.experiments.data.items import Item as Item
 from feedbackhook.experiments.data.items import Sources
 from feedbackhook.experiments.data.items import decode as decode
 from feedbackhook.experiments.data.registry import PAPER, Dataset
+from feedbackhook.liao2016 import timit as audio
 
 # those of the paper's datasets that torchvision does not read as they are used here
 _READERS: dict[str, Callable[[Dataset, DataConfig], Sources]] = {

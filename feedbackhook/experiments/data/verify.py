@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackhook.experiments.data import sources as data_sources
-from feedbackhook.experiments.data import registry as datasets
 from feedbackhook.experiments.config import ConfigError, DataConfig
-from feedbackhook.experiments.data.sources import Item
+from feedbackhook.experiments.data import registry as datasets
+from feedbackhook.experiments.data import sources as data_sources
 from feedbackhook.experiments.data.registry import Dataset
+from feedbackhook.experiments.data.sources import Item
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from feedbackhook import classifier
-from feedbackhook.experiments.models import cifar
-from feedbackhook.experiments.models import pretrained
-from feedbackhook.experiments.models.batch_norm import insert_batch_norm
 from feedbackhook.experiments.config import ConfigError, Frozen, ModelConfig
+from feedbackhook.experiments.models import cifar, pretrained
+from feedbackhook.experiments.models.batch_norm import insert_batch_norm
 from feedbackhook.liao2016.networks import NETWORKS, build_network
 from feedbackhook.names import nearest
 

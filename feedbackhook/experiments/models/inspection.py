@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 import feedbackhook
-from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.config import ConfigError, ModelConfig
+from feedbackhook.experiments.models import build as models
 
 
 @dataclass

@@ -25,9 +25,9 @@ from feedbackhook.experiments.config import (
     plain_words,
 )
 from feedbackhook.experiments.data.registry import papers_network
-from feedbackhook.store.run_folder import RunFolder
 from feedbackhook.experiments.training.run import as_begun, resolve
 from feedbackhook.names import nearest
+from feedbackhook.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from feedbackhook.experiments.config import ConfigError, SweepConfig
 from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.sweep import local as pool
-from feedbackhook.experiments.config import ConfigError, SweepConfig
-from feedbackhook.store.run_folder import RunResult
-from feedbackhook.experiments.training.opening import openings
 from feedbackhook.experiments.sweep.grid import PlannedRun, check, ended, plan, shrink
-from feedbackhook.experiments.training.stopping import stoppable
-from feedbackhook.experiments.training.run import check_device, resolve
 from feedbackhook.experiments.sweep.worker import keep_interrupted
+from feedbackhook.experiments.training.opening import openings
+from feedbackhook.experiments.training.run import check_device, resolve
+from feedbackhook.experiments.training.stopping import stoppable
 from feedbackhook.store.recorder import holder, written_aside
+from feedbackhook.store.run_folder import RunResult
 
 logger = logging.getLogger(__name__)
 

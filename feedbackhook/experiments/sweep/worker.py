@@ -1,7 +1,7 @@
 """What a process of a sweep does: one run, whatever becomes of it.
 
-``python -m feedbackhook.experiments.sweep.worker`` is such a process by itself, which reads from its standard input
-what it is to run.
+``python -m feedbackhook.experiments.sweep.worker`` runs as its own process and reads the run to train from
+standard input.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from feedbackhook.experiments.config import FolderInUse, RunConfig
-from feedbackhook.store.run_folder import RunFolder, RunResult
-from feedbackhook.experiments.training.stopping import exit_status, stoppable
 from feedbackhook.experiments.training.run import resolve, train
+from feedbackhook.experiments.training.stopping import exit_status, stoppable
 from feedbackhook.store.recorder import holder
+from feedbackhook.store.run_folder import RunFolder, RunResult
 
 logger = logging.getLogger(__name__)
 

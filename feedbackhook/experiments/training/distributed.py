@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from feedbackhook.experiments.models.batch_norm import OfAllProcesses, other_batch_statistics
 from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_line
+from feedbackhook.experiments.models.batch_norm import OfAllProcesses, other_batch_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

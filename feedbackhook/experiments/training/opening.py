@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from feedbackhook.experiments.data import load as data
-from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.config import ConfigError, RunConfig, rule_name
+from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.data.load import ImageData
+from feedbackhook.experiments.models import build as models
 
 
 def opening(config: RunConfig, images: ImageData, model: nn.Module) -> str:

@@ -16,11 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import feedbackhook
-from feedbackhook.experiments.data import load as data
-from feedbackhook.experiments.models import build as models
-from feedbackhook.experiments.training import optimizers
-from feedbackhook.experiments.training import distributed as processes
-from feedbackhook.experiments.models.batch_norm import estimate_statistics
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import (
     ConfigError,
@@ -30,14 +25,19 @@ from feedbackhook.experiments.config import (
     one_line,
     rule_name,
 )
+from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.data.load import ImageData, Split
 from feedbackhook.experiments.data.registry import papers_network
-from feedbackhook.store.run_folder import RunFolder, RunResult, as_yaml
-from feedbackhook.experiments.training.opening import opening
+from feedbackhook.experiments.models import build as models
+from feedbackhook.experiments.models.batch_norm import estimate_statistics
+from feedbackhook.experiments.training import distributed as processes
+from feedbackhook.experiments.training import optimizers
 from feedbackhook.experiments.training.distributed import Processes
+from feedbackhook.experiments.training.opening import opening
 from feedbackhook.experiments.training.stopping import stoppable, uninterrupted
-from feedbackhook.store.recorder import Recorder, read
 from feedbackhook.report import plots
+from feedbackhook.store.recorder import Recorder, read
+from feedbackhook.store.run_folder import RunFolder, RunResult, as_yaml
 
 logger = logging.getLogger(__name__)
 

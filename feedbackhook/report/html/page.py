@@ -18,9 +18,7 @@ import vl_convert
 from jinja2 import Environment, StrictUndefined, Template
 
 from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_line
-from feedbackhook.store.run_folder import RunResult
 from feedbackhook.experiments.sweep.grid import PlannedRun
-from feedbackhook.store.recorder import written_aside
 from feedbackhook.report.html.charts import ANGLES, alignment, concordance, curves
 from feedbackhook.report.tables import (
     ALIKE,
@@ -33,6 +31,8 @@ from feedbackhook.report.tables import (
     base_rate,
     sweep_table,
 )
+from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.run_folder import RunResult
 
 __all__ = ["page", "write"]
 
@@ -109,7 +109,7 @@ def write(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
 
 
 def _template() -> Template:
-    source = (files("feedbackhook.report") / "report.html.jinja").read_text(encoding="utf-8")
+    source = (files("feedbackhook.report.html") / "page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,0 +1,95 @@
+"""Ways to make and keep V's random parts: none of them changes V."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from support.oracle import gradients
+from support.problems import draw, mlp
+from torch import Tensor, nn
+
+import feedbackhook
+from feedbackhook.rng import CounterRNG
+from feedbackhook.selection import LayerInfo
+
+RULES = ["uSF", "NuSF", "frSF", "brSF", "RndF", "sign", "random"]
+LAYER = LayerInfo("fc", "Linear", (2, 3), 3)
+
+
+def trained(mode: str, **options: object) -> tuple[nn.Module, list[Tensor]]:
+    """A model after three steps, and every gradient and V on the way."""
+    model, seen = mlp(), []
+    patch = feedbackhook.patch(model, mode, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        got = gradients(model, draw(3, 4, seed=step))
+        seen += [got.input, *got.parameters.values(), *(patch.feedback(row.name) for row in patch.layers)]
+        optimizer.step()
+    return model, seen
+
+
+@pytest.mark.parametrize("mode", RULES)
+@pytest.mark.parametrize(
+    "options", [{"recompute": True}, {"fused": True}, {"recompute": True, "fused": True}]
+)
+def test_neither_recomputing_nor_fusing_changes_v(mode, options):
+    kept, other = trained(mode)[1], trained(mode, **options)[1]
+    assert len(kept) == len(other) > 0
+    for a, b in zip(kept, other, strict=True):
+        assert torch.equal(a, b)
+
+
+def bytes_alive() -> int:
+    """Those of all tensors' storages that Python can reach."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "copies"),
+    [
+        ("uSF", {}, 0),
+        ("brSF", {}, 0),
+        ("frSF", {}, 1),
+        ("RndF", {}, 1),
+        ("frSF", {"recompute": True}, 0),
+        ("RndF", {"recompute": True}, 0),
+        ("sign", {"recompute": True, "concordance": 0.7}, 0),
+    ],
+)
+def test_lasting_memory_in_copies_of_the_weights(mode, options, copies):
+    """After an optimizer step: brSF keeps its parts from the first backward until then."""
+    model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 100))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = bytes_alive()
+    patch = feedbackhook.patch(model, mode, **options)
+    model(torch.randn(5, 200, requires_grad=True)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    weights = sum(row.shape[0] * row.shape[1] * 4 for row in patch.layers)
+    assert (bytes_alive() - before) / weights == pytest.approx(copies, abs=0.02)
+
+
+SIZES = [0, 1, 2, 3, 255, 256, 257, 4099, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 3 << 18, 700_001]
+
+
+@pytest.mark.parametrize("count", [0, 5, 1 << 33])
+def test_the_fused_kernel_draws_the_same_bits(count):
+    for n in SIZES:
+        weight = torch.empty(n)
+        plain = CounterRNG(3, LAYER, count).uniform(weight, "sign")
+        assert torch.equal(CounterRNG(3, LAYER, count, fused=True).uniform(weight, "sign"), plain)
+
+
+def test_the_fused_kernel_is_compiled_once_for_all_sizes_and_keys():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for count, n in enumerate(SIZES):
+        CounterRNG(count, LAYER, count, fused=True).uniform(torch.empty(n), str(n))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # empty, one number, any other size

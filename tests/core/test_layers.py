@@ -1,0 +1,814 @@
+"""One patched layer of every kind between two others: what changes, what never changes, and what remains."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import bounds
+from support.oracle import (
+    ORACLES,
+    assert_bit_equal,
+    assert_matches_oracle,
+    assert_same_gradients,
+    assert_unlike,
+    by_backprop,
+    by_saved_tensors,
+    distances,
+    gradients,
+    probe,
+    read_gradients,
+)
+from support.problems import (
+    PATCHABLE,
+    PROBLEMS,
+    Net,
+    Problem,
+    draw,
+    layer_names,
+    mlp,
+    random_feedback,
+    redrawn,
+)
+from torch import nn
+from torch.nn.modules import module as module_globals
+from torch.optim import optimizer as optimizer_globals
+from torch.overrides import TorchFunctionMode
+
+import feedbackhook
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+EVERY_KIND = pytest.mark.parametrize("kind", PROBLEMS)
+RULES = {
+    "sign": {},
+    "sign, magnitude uniform": {"mode": "sign", "magnitude": "uniform"},
+    "sign, magnitude weight": {"mode": "sign", "magnitude": "weight", "concordance": 0.5},
+    "sign, concordance 0.8": {"mode": "sign", "concordance": 0.8, "scale": None},
+    "sign, redrawn": {"mode": "sign", "redraw": "update", "scale": "fan_in"},
+    "random": {},
+    "random, std": {"mode": "random", "std": 0.3},
+    "uSF": {},
+    "NuSF": {},
+    "brSF": {"mode": "brSF", "concordance": 0.75},
+    "frSF": {"mode": "frSF", "concordance": 0.25},
+    "RndF": {},
+}
+
+# what lies upstream of a rerouted layer; the output layer's own gradients are backprop's
+REROUTED = ["input", "upstream.weight", "upstream.bias", "layer.weight"]
+
+
+def patched(problem_or_model, mode="tensor", **options):
+    """A fresh model and its patch, with independent random feedback unless told otherwise."""
+    model = problem_or_model.model() if isinstance(problem_or_model, Problem) else problem_or_model
+    if mode == "tensor" and "feedback" not in options:
+        options["feedback"] = random_feedback(model)
+    return model, feedbackhook.patch(model, mode, **options)
+
+
+# --- every layer kind and option -------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@given(data=st.data())
+def test_gradients_are_both_oracles_and_the_forward_keeps_its_bits(kind, data):
+    problem = data.draw(PROBLEMS[kind])
+    plain, x = problem.model(), problem.input()
+    model, patch = patched(problem)
+    with patch:
+        got = gradients(model, x)
+        feedback = {name: patch.feedback(name) for name in layer_names(plain)}
+    assert_matches_oracle(got, plain, feedback, x, unlike=REROUTED, oracles=ORACLES)
+    assert_same_gradients(gradients(model, x), by_backprop(plain, x), tolerance=0.0)
+
+
+@EVERY_KIND
+@given(data=st.data())
+def test_a_layer_patched_alone_leaves_its_neighbours_exact(kind, data):
+    problem = data.draw(PROBLEMS[kind])
+    plain, x = problem.model(), problem.input()
+    feedback = random_feedback(plain, ["layer"])
+    model, _ = patched(problem, include=["layer"], feedback=feedback)
+    got, exact = gradients(model, x), by_backprop(plain, x)
+    upstream = ["input", "upstream.weight", "upstream.bias"]
+    assert_matches_oracle(got, plain, feedback, x, unlike=upstream, oracles=ORACLES)
+    for name, grad in got.parameters.items():
+        if name not in upstream:
+            assert torch.equal(grad, exact.parameters[name]), name
+
+
+@EVERY_KIND
+@given(data=st.data())
+def test_symmetric_feedback_is_backprop(kind, data):
+    problem = data.draw(PROBLEMS[kind])
+    plain, x = problem.model(), problem.input()
+    model, patch = patched(problem, "symmetric")
+    got = gradients(model, x)
+    assert torch.equal(got.output, plain(x))
+    assert_same_gradients(got, by_backprop(plain, x))
+    assert [row.rerouted for row in patch.layers] == [1, 1, 1]
+
+
+@EVERY_KIND
+@given(data=st.data())
+def test_a_disabled_patch_is_backprop_to_the_bit(kind, data):
+    problem = data.draw(PROBLEMS[kind])
+    plain, x = problem.model(), problem.input()
+    model, patch = patched(problem)
+    patch.enabled = False
+    assert_bit_equal(gradients(model, x), by_backprop(plain, x))
+    patch.enabled = True
+    assert_unlike(gradients(model, x), by_backprop(plain, x), REROUTED)
+
+
+@EVERY_KIND
+@given(data=st.data())
+def test_exact_runs_backprop_and_then_feedback_on_one_graph(kind, data):
+    problem = data.draw(PROBLEMS[kind])
+    plain = problem.model()
+    model, patch = patched(problem)
+    x = problem.input().requires_grad_()
+    output = model(x)
+    loss = probe(output)
+    with patch.exact():
+        loss.backward(retain_graph=True)
+    exact = read_gradients(model, x, output)
+    model.zero_grad()
+    x.grad = None
+    loss.backward()
+    assert_same_gradients(exact, by_backprop(plain, x))
+    feedback = {name: patch.feedback(name) for name in layer_names(plain)}
+    assert_matches_oracle(read_gradients(model, x, output), plain, feedback, x, unlike=REROUTED)
+
+
+@EVERY_KIND
+@given(data=st.data(), rule=st.sampled_from(list(RULES)))
+def test_every_rule_sends_errors_through_the_v_that_it_shows(kind, data, rule):
+    problem = data.draw(PROBLEMS[kind])
+    plain, x = problem.model(), problem.input()
+    model, patch = patched(problem, **{"mode": rule, **RULES[rule]})
+    got = gradients(model, x)
+    feedback = {name: patch.feedback(name) for name in layer_names(plain)}
+    for name, v in feedback.items():
+        weight = model.get_submodule(name).weight
+        assert v.shape == weight.shape
+        assert v.dtype == weight.dtype
+        assert not v.requires_grad
+    for oracle in ORACLES.values():
+        assert_same_gradients(got, oracle(plain, feedback, x))
+    assert torch.equal(got.output, plain(x))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_but_symmetric_differs_from_backprop(rule):
+    plain, x = mlp(), draw(3, 4)
+    model, patch = patched(mlp(), **{"mode": rule, **RULES[rule]})
+    feedback = {name: patch.feedback(name) for name in ("0", "2", "4")}
+    unlike = ["input", "0.weight", "0.bias", "2.weight", "2.bias"]
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=unlike, oracles=ORACLES)
+
+
+@pytest.mark.parametrize("name", ["0", "2", "4"])
+def test_tensor_feedback_is_the_users_own(name):
+    model = mlp()
+    feedback = random_feedback(model)
+    patch = feedbackhook.patch(model, "tensor", feedback=feedback)
+    assert torch.equal(patch.feedback(name), feedback[name])
+
+
+# --- corners ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        pytest.param(nn.Linear(4, 3), (2, 4), id="Linear"),
+        pytest.param(nn.Conv2d(2, 3, 3, padding="same"), (2, 2, 5, 5), id="Conv2d"),
+        pytest.param(nn.ConvTranspose1d(2, 3, 3, stride=2), (2, 2, 5), id="ConvTranspose1d"),
+    ],
+)
+def test_the_root_may_itself_be_the_layer(layer, shape):
+    plain, model = redrawn(layer), copy.deepcopy(layer).double()
+    model.load_state_dict(plain.state_dict())
+    feedback = {"": draw(*layer.weight.shape, seed=5)}
+    with feedbackhook.patch(model, "tensor", feedback=feedback):
+        got = gradients(model, draw(*shape))
+    assert_matches_oracle(got, plain, feedback, draw(*shape), unlike=["input"], oracles=ORACLES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"output_size": [10]}, {"output_size": (2, 3, 9)}],
+    ids=["spatial", "whole"],
+)
+def test_output_size_of_a_transposed_convolution(options):
+    class Upsample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre = nn.Conv1d(2, 2, 1)
+            self.up = nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return self.up(torch.tanh(self.pre(x)), **options)
+
+    plain, model, x = redrawn(Upsample()), redrawn(Upsample()), draw(2, 2, 5)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    assert_matches_oracle(
+        gradients(model, x), plain, feedback, x, unlike=["input", "pre.weight"], oracles=ORACLES
+    )
+
+
+def test_an_input_passed_by_keyword_is_rerouted():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.conv, self.fc2 = nn.Linear(4, 4), nn.Conv1d(1, 2, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = torch.tanh(self.fc1(input=x)).unsqueeze(1)
+            return self.fc2(input=torch.tanh(self.conv(input=x)).flatten(1))
+
+    plain, model, x = redrawn(ByKeyword()), redrawn(ByKeyword()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input", "fc1.weight"])
+
+
+def test_an_empty_batch_gives_zero_gradients():
+    model, _ = patched(mlp())
+    got = gradients(model, torch.zeros(0, 4, dtype=torch.float64))
+    assert got.output.shape == (0, 3)
+    assert got.input.shape == (0, 4)
+    assert all(not grad.any() for grad in got.parameters.values())
+
+
+def test_channels_last_memory_is_rerouted():
+    plain, model = (redrawn(Net()).to(memory_format=torch.channels_last) for _ in range(2))
+    x = draw(2, 2, 9, 9).to(memory_format=torch.channels_last)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["stem.weight"], oracles=ORACLES)
+
+
+def test_a_layer_called_twice_in_one_forward():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.fc(torch.tanh(self.fc(x)))))
+
+    plain, model, x = redrawn(Twice()), redrawn(Twice()), draw(3, 4)
+    feedback = random_feedback(plain)
+    patch = feedbackhook.patch(model, "tensor", feedback=feedback)
+    assert_matches_oracle(
+        gradients(model, x), plain, feedback, x, unlike=["fc.weight", "input"], oracles=ORACLES
+    )
+    assert {row.name: row.calls for row in patch.layers} == {"fc": 2, "out": 1}
+
+
+def test_the_first_layer_has_no_upstream_and_raises_no_error():
+    plain, model, x = mlp(), mlp(), draw(3, 4)
+    feedback = random_feedback(plain)
+    patch = feedbackhook.patch(model, "tensor", feedback=feedback)
+    got = gradients(model, x, input_requires_grad=False)
+    assert_matches_oracle(
+        got, plain, feedback, x, unlike=["0.weight", "2.weight"], oracles=ORACLES, input_requires_grad=False
+    )
+    assert got.input is None
+    rows = {row.name: row for row in patch.layers}
+    assert [bool(rows[name].upstream) for name in ("0", "2", "4")] == [False, True, True]
+    assert [rows[name].calls for name in ("0", "2", "4")] == [1, 1, 1]
+    assert [rows[name].rerouted for name in ("0", "2", "4")] == [0, 1, 1]
+
+
+def test_rows_name_each_layer_its_kind_shape_and_rule():
+    model = redrawn(Net())
+    patch = feedbackhook.patch(model, "sign")
+    rows = {row.name: row for row in patch.layers}
+    assert list(rows) == layer_names(model)
+    for name, row in rows.items():
+        layer = model.get_submodule(name)
+        assert type(layer).__name__.lower() in row.kind.replace("_", "").lower()
+        assert tuple(row.shape) == tuple(layer.weight.shape)
+        assert "sign" in str(row.rule)
+        assert row.calls == row.rerouted == 0
+
+
+@pytest.mark.parametrize("kind", PATCHABLE, ids=lambda kind: kind.__name__)
+def test_float32_stays_float32(kind):
+    options = {} if kind is nn.Linear else {"kernel_size": 3, "padding": 1}
+    plain = redrawn(nn.Sequential(kind(2, 4, **options), nn.Tanh(), kind(4, 2, **options))).float()
+    x = draw(3, 2, *[5] * (plain[0].weight.dim() - 2)).float()
+    model, feedback = copy.deepcopy(plain), random_feedback(plain)
+    patch = feedbackhook.patch(model, "tensor", feedback=feedback)
+    got = gradients(model, x)
+    assert torch.equal(got.output, plain(x))
+    assert patch.feedback("0").dtype == got.input.dtype == torch.float32
+    assert_matches_oracle(
+        got, plain, feedback, x, unlike=["input", "0.weight"], tolerance=bounds.HALF_OF_FLOAT32
+    )
+
+
+# --- enabled, exact --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "in_the_forward",
+    [
+        pytest.param(True, id="enabled, disabled before the backward"),
+        pytest.param(False, id="disabled, enabled before the backward"),
+    ],
+)
+def test_enabled_is_read_in_the_forward_not_in_the_backward(in_the_forward):
+    plain, x = mlp(), draw(3, 4)
+    model, patch = patched(mlp())
+    leaf = x.clone().requires_grad_()
+    patch.enabled = in_the_forward
+    output = model(leaf)
+    patch.enabled = not in_the_forward
+    probe(output).backward()
+    got = read_gradients(model, leaf, output)
+    if in_the_forward:
+        assert_matches_oracle(got, plain, random_feedback(plain), x)
+    else:
+        assert_bit_equal(got, by_backprop(plain, x))
+
+
+def test_exact_ends_with_its_context_even_after_an_error():
+    plain, x = mlp(), draw(3, 4)
+    model, patch = patched(mlp())
+    with pytest.raises(ZeroDivisionError), patch.exact():
+        raise ZeroDivisionError
+    assert_matches_oracle(gradients(model, x), plain, random_feedback(plain), x)
+
+
+# --- what never changes ----------------------------------------------------------------------------------
+
+
+def test_state_dict_and_parameters_are_unchanged_while_patched():
+    plain, model = redrawn(Net()), redrawn(Net())
+    own = dict(model.named_parameters())
+    _, patch = patched(model)
+    for _ in range(2):
+        assert list(model.state_dict()) == list(plain.state_dict())
+        assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+        assert list(dict(model.named_parameters())) == list(own)
+        assert all(parameter is own[name] for name, parameter in model.named_parameters())
+        assert list(dict(model.named_buffers())) == list(dict(plain.named_buffers()))
+        assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+        gradients(model, draw(2, 2, 9, 9))
+    patch.remove()
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+
+
+def test_random_numbers_of_the_forward_are_unchanged():
+    """The global generator is left alone by patching, forward, backward and redraw."""
+    model = mlp()
+    state = torch.get_rng_state()
+    patch = feedbackhook.patch(model, "sign", redraw="update", concordance=0.5)
+    gradients(model, draw(3, 4))
+    patch.redraw()
+    patch.feedback("2")
+    patch.remove()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- removal ---------------------------------------------------------------------------------------------
+
+
+def traces(model: nn.Module) -> dict[str, object]:
+    """Everything that a patch could leave on a model or in torch: hooks, attributes, modes, classes.
+
+    Empty hook dictionaries count as none, since torch creates them lazily.
+    """
+    found: dict[str, object] = {"function modes": torch._C._len_torch_function_stack()}
+    for name, module in model.named_modules():
+        found[f"{name}: class"] = type(module)
+        for attribute, value in vars(module).items():
+            if attribute not in {"_parameters", "_modules", "_buffers"}:
+                found[f"{name}: {attribute}"] = _contents(value)
+    for name, parameter in model.named_parameters():
+        found[f"{name}: identity"] = id(parameter)
+        found[f"{name}: class"] = type(parameter)
+        found[f"{name}: attributes"] = dict(vars(parameter))
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            found[f"{name}: {hooks}"] = _contents(getattr(parameter, hooks))
+    return found
+
+
+def _contents(value: object) -> object:
+    if isinstance(value, (dict, set, list)) or value is None:
+        return dict(value) if isinstance(value, dict) and value else (value or None)
+    return value
+
+
+def global_hooks() -> set[tuple[str, int]]:
+    """The name of each of torch's own hook dictionaries with each key in it."""
+    dictionaries = {
+        name: value
+        for library in (module_globals, optimizer_globals)
+        for name, value in vars(library).items()
+        if name.startswith("_global_") and isinstance(value, dict)
+    }
+    assert {"_global_forward_hooks", "_global_optimizer_post_hooks"} <= dictionaries.keys()
+    return {(name, key) for name, hooks in dictionaries.items() for key in hooks}
+
+
+@contextmanager
+def no_trace_left(model: nn.Module) -> Iterator[None]:
+    """What is patched inside is gone at the end; hooks that vanish with other tests' patches do not count."""
+    before, hooks = traces(model), global_hooks()
+    yield
+    assert traces(model) == before
+    assert global_hooks() <= hooks
+
+
+def run_nothing(model, patch):
+    pass
+
+
+def run_a_step(model, patch):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradients(model, draw(3, 2, 9, 9))
+    optimizer.step()
+
+
+def run_a_failing_forward(model, patch):
+    with pytest.raises(RuntimeError):
+        model(draw(3, 5, 9, 9))
+
+
+def run_while_disabled(model, patch):
+    patch.enabled = False
+    gradients(model, draw(3, 2, 9, 9))
+
+
+def run_exact(model, patch):
+    with patch.exact():
+        gradients(model, draw(3, 2, 9, 9))
+
+
+def run_without_grad(model, patch):
+    with torch.no_grad():
+        model(draw(3, 2, 9, 9))
+
+
+def run_two_forwards_without_backward(model, patch):
+    model(draw(3, 2, 9, 9))
+    model(draw(3, 2, 9, 9))
+
+
+BEFORE_REMOVAL = [
+    run_nothing,
+    run_a_step,
+    run_a_failing_forward,
+    run_while_disabled,
+    run_exact,
+    run_without_grad,
+    run_two_forwards_without_backward,
+]
+MODES = {
+    "tensor": lambda model: {"mode": "tensor", "feedback": random_feedback(model)},
+    "sign": lambda model: {"mode": "sign"},
+    "sign, redrawn": lambda model: {"mode": "sign", "redraw": "update"},
+    "brSF": lambda model: {"mode": "brSF"},
+}
+
+
+@pytest.mark.parametrize("run", BEFORE_REMOVAL, ids=lambda run: run.__name__)
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_removal_leaves_no_trace(options, run):
+    model, x = redrawn(Net()), draw(3, 2, 9, 9)
+    unpatched, exact = traces(model), by_backprop(model, x)
+    with no_trace_left(model):
+        patch = feedbackhook.patch(model, **options(model))
+        assert traces(model) != unpatched, "a patch that leaves no trace cannot be seen to be removed"
+        run(model, patch)
+        patch.remove()
+    with no_trace_left(model):
+        assert_bit_equal(gradients(model, x), exact)
+
+
+def test_removal_twice_is_fine():
+    model = mlp()
+    with no_trace_left(model):
+        _, patch = patched(model)
+        patch.remove()
+        patch.remove()
+    assert_bit_equal(gradients(model, draw(3, 4)), by_backprop(mlp(), draw(3, 4)))
+
+
+def test_removal_twice_spares_the_patch_that_came_between():
+    plain, model, x = mlp(), mlp(), draw(3, 4)
+    _, first = patched(model, "sign")
+    first.remove()
+    patched(model)
+    first.remove()
+    assert_matches_oracle(gradients(model, x), plain, random_feedback(plain), x)
+
+
+def test_the_context_manager_removes_also_after_an_error():
+    model = redrawn(Net())
+    with no_trace_left(model), pytest.raises(KeyboardInterrupt), feedbackhook.patch(model, "sign"):
+        raise KeyboardInterrupt
+
+
+def test_unpatch_and_get_patch_do_without_the_handle():
+    model = redrawn(Net())
+    assert feedbackhook.get_patch(model) is None
+    with no_trace_left(model):
+        patch = feedbackhook.patch(model, "sign")
+        assert feedbackhook.get_patch(model) is patch
+        feedbackhook.unpatch(model)
+    assert feedbackhook.get_patch(model) is None
+
+
+def test_a_graph_built_before_removal_keeps_its_feedback():
+    """Removal must not turn a graph that is already built into something between feedback and backprop."""
+    plain, x = mlp(), draw(3, 4)
+    model, patch = patched(mlp())
+    leaf = x.clone().requires_grad_()
+    output = model(leaf)
+    patch.remove()
+    probe(output).backward()
+    assert_matches_oracle(read_gradients(model, leaf, output), plain, random_feedback(plain), x)
+
+
+def test_a_model_can_be_patched_again_after_removal():
+    plain, x = mlp(), draw(3, 4)
+    model, patch = patched(mlp(), "sign")
+    patch.remove()
+    feedback = random_feedback(plain, seed=9)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x)
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["dropped with the model", "removed first"])
+def test_model_and_patch_are_freed(removed):
+    def build():
+        model, patch = patched(mlp())
+        gradients(model, draw(3, 4))
+        if removed:
+            patch.remove()
+        return weakref.ref(model), weakref.ref(patch), weakref.ref(model[0].weight)
+
+    gc.collect()
+    feedbackhook.patch(mlp()).remove()  # takes off what the collector must not: here that of other tests
+    hooks = global_hooks()
+    references = build()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None, None]
+    if not removed:
+        feedbackhook.patch(mlp()).remove()
+    assert global_hooks() == hooks, "a hook of torch's own outlives the patch that set it"
+
+
+# --- errors inside the forward ---------------------------------------------------------------------------
+
+
+class Fragile(nn.Module):
+    """Raises between its layers, at a depth of two modules, as long as `failure` is set."""
+
+    class Middle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.failure: type[BaseException] | None = None
+
+        def forward(self, x):
+            x = self.fc(x)
+            if self.failure is not None:
+                raise self.failure
+            return self.inner(torch.tanh(x))
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 4), Fragile.Middle(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+
+
+FAILURES = pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+
+
+def fail_once(model: Fragile, failure: type[BaseException]) -> None:
+    model.middle.failure = failure
+    with pytest.raises(failure):
+        model(draw(3, 4))
+    model.middle.failure = None
+
+
+@FAILURES
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_forward_after_a_failed_one_is_right_and_leaves_no_mode(failure, times):
+    plain, model, x = redrawn(Fragile()), redrawn(Fragile()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    for _ in range(times):
+        fail_once(model, failure)
+    got = gradients(model, x)
+    assert torch._C._len_torch_function_stack() == 0
+    assert_matches_oracle(got, plain, feedback, x, unlike=["first.weight", "middle.fc.weight"])
+
+
+@FAILURES
+def test_removal_after_a_failed_forward_leaves_no_trace(failure):
+    model = redrawn(Fragile())
+    exact = by_backprop(model, draw(3, 4))
+    with no_trace_left(model):
+        patch = feedbackhook.patch(model, "sign")
+        fail_once(model, failure)
+        patch.remove()
+    assert_bit_equal(gradients(model, draw(3, 4)), exact)
+
+
+@FAILURES
+def test_a_deep_copy_after_a_failed_forward(failure):
+    plain, model, x = redrawn(Fragile()), redrawn(Fragile()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    fail_once(model, failure)
+    duplicate = copy.deepcopy(model)
+    for net in (model, duplicate):
+        assert_matches_oracle(gradients(net, x), plain, feedback, x, unlike=["first.weight"])
+        assert torch._C._len_torch_function_stack() == 0
+
+
+@FAILURES
+def test_an_error_that_the_model_itself_catches(failure):
+    """The part that failed is given up; the rest of the same forward is rerouted all the same."""
+
+    class Forgiving(Fragile):
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            try:
+                x = self.middle(x)
+            except (ValueError, KeyboardInterrupt, SystemExit):
+                x = torch.tanh(self.middle.inner(x))
+            return self.last(x)
+
+    plain, model, x = redrawn(Forgiving()), redrawn(Forgiving()), draw(3, 4)
+    plain.middle.failure = model.middle.failure = failure
+    feedback = random_feedback(plain, ["first", "middle.inner", "last"])
+    feedbackhook.patch(model, "tensor", include=list(feedback), feedback=feedback)
+    for _ in range(2):
+        got = gradients(model, x)
+        assert torch._C._len_torch_function_stack() == 0
+        assert_matches_oracle(got, plain, feedback, x, unlike=["first.weight", "middle.inner.weight"])
+
+
+class Onlooker(TorchFunctionMode):
+    """A mode of the user's, which counts what it sees."""
+
+    seen = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_the_users_stays_on_the_stack_during_the_forward():
+    plain, model, x = mlp(), mlp(), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    with Onlooker() as onlooker:
+        got = gradients(model, x)
+        assert torch._C._len_torch_function_stack() == 1
+    assert onlooker.seen > 3
+    assert_matches_oracle(got, plain, feedback, x)
+
+
+@FAILURES
+def test_a_failed_forward_under_a_mode_of_the_users(failure):
+    """What an interrupt leaves open is closed by the next forward, and never the user's mode in its stead."""
+    plain, model, x = redrawn(Fragile()), redrawn(Fragile()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    with Onlooker() as onlooker:
+        fail_once(model, failure)
+        first = gradients(model, x)
+        before = onlooker.seen
+        torch.ones(1).sum()
+        assert onlooker.seen > before
+    assert torch._C._len_torch_function_stack() == 0
+    second = gradients(model, x)
+    for got in (first, second):
+        assert_matches_oracle(got, plain, feedback, x, unlike=["first.weight"])
+
+
+@pytest.mark.usefixtures("_clean_mode_stack")
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param(False, id="gradients are right"),
+        pytest.param(
+            True,
+            id="the user's mode has ended",
+            marks=pytest.mark.xfail(
+                strict=True, reason="its exit pops the mode that the interrupt left open"
+            ),
+        ),
+    ],
+)
+def test_an_interrupt_that_leaves_through_a_mode_of_the_users(ends):
+    """As in `with torch.device(...)`: a mode ends by popping the top of the stack, whatever that is."""
+    plain, model, x = redrawn(Fragile()), redrawn(Fragile()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    model.middle.failure = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Onlooker() as onlooker:
+        model(x)
+    model.middle.failure = None
+    for _ in range(2):
+        got = gradients(model, x)
+        assert_matches_oracle(got, plain, feedback, x, unlike=["first.weight"])
+    seen = onlooker.seen
+    torch.ones(1).sum()
+    assert not ends or onlooker.seen == seen
+
+
+def test_a_part_called_alone_after_an_interrupt_heals_too():
+    plain, model, x = redrawn(Fragile()), redrawn(Fragile()), draw(3, 4)
+    feedback = random_feedback(plain)
+    feedbackhook.patch(model, "tensor", feedback=feedback)
+    fail_once(model, KeyboardInterrupt)
+    got = gradients(model.last, x)
+    assert_matches_oracle(got, plain.last, {"": feedback["last"]}, x, unlike=["input"])
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_an_interrupted_forward_of_one_model_does_not_disturb_another():
+    fragile, other, plain, x = redrawn(Fragile()), mlp(), mlp(), draw(3, 4)
+    feedback = random_feedback(plain)
+    broken = feedbackhook.patch(fragile, "sign")
+    feedbackhook.patch(other, "tensor", feedback=feedback)
+    fail_once(fragile, KeyboardInterrupt)
+    for _ in range(2):
+        assert_matches_oracle(gradients(other, x), plain, feedback, x)
+    broken.remove()
+    assert_matches_oracle(gradients(other, x), plain, feedback, x)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+# --- several patches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_two_patches_on_disjoint_parts(first_out):
+    plain, model, x = redrawn(Net()), redrawn(Net()), draw(3, 2, 9, 9)
+    before, hooks = traces(model), global_hooks()
+    feedback = random_feedback(plain)
+    parts = {
+        prefix: {name[len(prefix) + 1 :]: v for name, v in feedback.items() if name.startswith(f"{prefix}.")}
+        for prefix in ("blocks.0", "blocks.1")
+    }
+    patches = [
+        feedbackhook.patch(model.get_submodule(prefix), "tensor", feedback=own)
+        for prefix, own in parts.items()
+    ]
+
+    def of(*prefixes):
+        return {f"{prefix}.{name}": v for prefix in prefixes for name, v in parts[prefix].items()}
+
+    both = gradients(model, x)
+    assert_matches_oracle(both, plain, of(*parts), x, unlike=["stem.weight", "blocks.0.conv1.weight"])
+
+    patches[first_out].remove()
+    kept = list(parts)[1 - first_out]
+    one = gradients(model, x)
+    assert_matches_oracle(one, plain, of(kept), x, unlike=["stem.weight"])
+    assert max(distances(one, both).values()) > 1e-3
+
+    patches[1 - first_out].remove()
+    assert traces(model) == before
+    assert global_hooks() <= hooks
+    assert_bit_equal(gradients(model, x), by_backprop(plain, x))
+
+
+def test_two_models_in_one_backward():
+    first, second, plain = mlp(), redrawn(nn.Linear(3, 2)), mlp()
+    head = redrawn(nn.Linear(3, 2))
+    feedback, head_feedback = random_feedback(plain), {"": draw(2, 3, seed=4)}
+    feedbackhook.patch(first, "tensor", feedback=feedback)
+    feedbackhook.patch(second, "tensor", feedback=head_feedback)
+    x = draw(3, 4)
+    got = gradients(nn.Sequential(first, second), x)
+    want = by_saved_tensors(
+        nn.Sequential(plain, head),
+        {**{f"0.{name}": v for name, v in feedback.items()}, "1": head_feedback[""]},
+        x,
+    )
+    assert torch.equal(got.output, want.output)
+    assert_same_gradients(got, want)
+    assert_unlike(got, by_backprop(nn.Sequential(plain, head), x), ["0.0.weight", "0.4.weight"])

@@ -1,0 +1,515 @@
+"""Every way that a weight is used: attention, derived and tied weights, views, other dtypes and layouts."""
+
+import copy
+import gc
+import warnings
+import weakref
+
+import numpy as np
+import peft
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from support.oracle import assert_matches_oracle, by_backprop, by_backward_hooks, gradients, probe
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+import feedbackhook
+
+
+def random_feedback(model):
+    """A random V for each layer that `patch` would patch, and those layers' names."""
+    with feedbackhook.patch(model, "symmetric") as patch:
+        return {row.name: torch.randn(row.shape, dtype=torch.float64) for row in patch.layers}
+
+
+def patched(model, feedback):
+    model = copy.deepcopy(model)
+    return model, feedbackhook.patch(model, "tensor", feedback=feedback)
+
+
+# --- attention -------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Projects one input to queries, keys and values for `nn.MultiheadAttention`."""
+
+    def __init__(self, which, **options):
+        super().__init__()
+        self.before = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.which, self.kdim, self.vdim = which, self.attention.kdim, self.attention.vdim
+
+    def forward(self, x):
+        x = self.before(x)
+        keys, values = x.flip(1)[..., : self.kdim], x.roll(1, 1)[..., : self.vdim]
+        arguments = {"self": (x, x, x), "cross": (x, keys, values), "memory": (x, keys, keys)}[self.which]
+        return self.attention(*arguments, need_weights=self.which == "cross")[0]
+
+
+ATTENTION = {
+    "self": lambda: Attention("self"),
+    "cross": lambda: Attention("cross"),
+    "one memory": lambda: Attention("memory"),
+    "other sizes": lambda: Attention("cross", kdim=6, vdim=5),
+    "no bias": lambda: Attention("self", bias=False),
+    "bias for keys and values": lambda: Attention("self", add_bias_kv=True, add_zero_attn=True),
+    "encoder layer": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True),
+    "encoder layer, in evaluation": lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(),
+    "encoder": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True), 2, enable_nested_tensor=False
+    ),
+}
+
+
+@pytest.mark.parametrize("make", ATTENTION.values(), ids=ATTENTION.keys())
+def test_attention_sends_its_errors_through_every_projection(make):
+    plain, x = make().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    feedback = random_feedback(plain)
+    model, patch = patched(plain, feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input"])
+    assert all(row.rerouted >= 1 for row in patch.layers)
+    assert any(row.kind == "MultiheadAttention" for row in patch.layers)
+
+
+def test_decoder_layers_attend_to_a_memory():
+    plain = nn.TransformerDecoderLayer(8, 2, 16, dropout=0, batch_first=True).double()
+    x, memory = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 8, dtype=torch.float64)
+    feedback = random_feedback(plain)
+    model, _ = patched(plain, feedback)
+
+    def step(model, x):
+        return model(x, memory)
+
+    assert_matches_oracle(gradients(model, x, step), plain, feedback, x, step=step, unlike=["input"])
+
+
+def test_attention_gradients_pass_the_compiler():
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    feedback = random_feedback(plain)
+    model, _ = patched(plain, feedback)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def step(_, x):
+        return compiled(x)
+
+    got = gradients(model, x, step)
+    torch.compiler.reset()
+    for (name, ours), oracle in zip(
+        got.named().items(), gradients(*patched(plain, feedback)[:1], x).named().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, oracle, msg=name)
+    assert not torch.allclose(got.input, by_backprop(plain, x).input)
+
+
+# --- derived weights ---------------------------------------------------------------------------------------
+
+
+def between(layer):
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), layer, nn.Tanh(), nn.Conv2d(6, 3, 1))
+
+
+class LowRank(nn.Module):
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(rows, 2)), nn.Parameter(torch.randn(2, columns))
+
+    def forward(self, weight):
+        return weight + (self.a @ self.b).reshape(weight.shape)
+
+
+def with_low_rank(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", LowRank(6, 36))
+    return layer
+
+
+DERIVED = {
+    "weight standardisation": lambda: timm.layers.StdConv2d(4, 6, 3),
+    "scaled weight standardisation": lambda: timm.layers.ScaledStdConv2d(4, 6, 3),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
+    "weight norm by hook": lambda: weight_norm(nn.Conv2d(4, 6, 3)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)),
+    "spectral norm by hook": lambda: spectral_norm(nn.Conv2d(4, 6, 3)),
+    "low rank": lambda: with_low_rank(nn.Conv2d(4, 6, 3)),
+}
+
+
+# Torch cannot copy a module with a weight norm by hook, as the oracle would have to.
+COPIED = {name: make for name, make in DERIVED.items() if name != "weight norm by hook"}
+
+
+@pytest.mark.parametrize("make", COPIED.values(), ids=COPIED.keys())
+def test_feedback_takes_the_place_of_the_derived_weight(make):
+    plain, x = between(make()).double(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    feedback = random_feedback(plain)
+    assert list(feedback) == ["0", "2", "4"]
+    model, patch = patched(plain, feedback)
+    got, oracle = gradients(model, x), by_backward_hooks(plain, feedback, x)
+    backprop = by_backprop(plain, x)
+    assert torch.equal(got.output, backprop.output)
+    for name, expected in oracle.named().items():
+        torch.testing.assert_close(got.named()[name], expected, rtol=1e-9, atol=1e-12, msg=name)
+    assert not torch.allclose(got.parameters["0.weight"], backprop.parameters["0.weight"])
+    assert [row.rerouted for row in patch.layers] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("make", DERIVED.values(), ids=DERIVED.keys())
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_the_sign_is_that_of_the_derived_weight(make):
+    model = between(make())
+    seen = []
+    with feedbackhook.patch(model, "uSF") as patch:
+        patch.on_error_signal("2", lambda error_in, error_out: seen.append((error_in, error_out)))
+        model(torch.randn(2, 2, 8, 8)).square().sum().backward()
+        v = patch.feedback("2")
+    ((error_in, error_out),) = seen
+    padding = model[2].padding
+    torch.testing.assert_close(error_in, F.conv_transpose2d(error_out, v, padding=padding))
+    assert set(v.unique().tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "make", [parametrizations.spectral_norm, spectral_norm], ids=["spectral norm", "spectral norm by hook"]
+)
+def test_looking_at_a_derived_weight_does_not_move_its_buffers(make):
+    model = nn.Sequential(nn.Linear(4, 50), make(nn.Linear(50, 40)))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert before
+    with feedbackhook.patch(model, "sign") as patch:
+        patch.feedback("1")
+        feedbackhook.measure(patch)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(module.training for module in model.modules())
+
+
+def test_an_unbracketed_derived_weight_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 5), parametrizations.weight_norm(nn.Linear(5, 3)))
+    feedbackhook.patch(model)
+    with pytest.raises(feedbackhook.ExactGradientError, match="the weight of '1'"):
+        F.linear(model[0](torch.randn(2, 4)), model[1].weight).sum().backward()
+
+
+# --- low-rank adapters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+def test_adapters_of_peft(use_dora):
+    base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    config = peft.LoraConfig(r=2, target_modules=["2"], use_dora=use_dora, init_lora_weights=False)
+    plain = peft.get_peft_model(base, config).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    feedback = random_feedback(plain)
+    assert any("lora_A" in name for name in feedback)
+    model, _ = patched(plain, feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input"])
+
+
+# --- views, tied weights, repeated calls ------------------------------------------------------------
+
+
+class Slices(nn.Module):
+    """Uses halves of a weight, then its transpose, never the module that holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.whole = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        upper, lower = self.whole.weight.chunk(2)
+        x = torch.tanh(torch.cat([F.linear(x, upper), F.linear(x, lower)], dim=-1))
+        return F.linear(torch.tanh(F.linear(x, self.whole.weight.t())), self.whole.weight[1:, :].view(5, 6))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+
+
+class Autoencoder(nn.Module):
+    """The decoder's weight is the encoder's, transposed; both convolutions share theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Conv1d(3, 4, 3), nn.Linear(6, 6, bias=False)
+        self.decoder = nn.ConvTranspose1d(4, 3, 3, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.decoder(torch.tanh(self.encoder(x)))))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(Slices, (4, 6)), (Twice, (4, 6)), (Autoencoder, (4, 3, 6))],
+    ids=["views of a weight", "one module three times", "tied convolutions"],
+)
+def test_one_weight_in_several_calls(make, shape):
+    plain, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    feedback = random_feedback(plain)
+    model, _ = patched(plain, feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input"])
+
+
+def test_tied_weights_with_different_rules_are_refused():
+    with pytest.raises(ValueError, match="'encoder' and 'decoder' share a weight; give them one rule"):
+        feedbackhook.patch(Autoencoder(), {"encoder": "uSF", "decoder": "frSF"})
+
+
+# --- layouts and dtypes ------------------------------------------------------------------------------
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.ReLU(),
+        nn.ConvTranspose2d(8, 4, 2, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 144, 5),
+    )  # fmt: skip
+
+
+def test_channels_last():
+    plain, x = convolutions().double(), torch.randn(2, 3, 14, 14, dtype=torch.float64)[..., :13, :13]
+    plain = plain.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    feedback = random_feedback(plain)
+    model, _ = patched(plain, feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_follows_double_precision(dtype):
+    """In half precision the gradients are the double-precision ones to rounding, and not backprop's."""
+    model, x = convolutions().to(dtype), torch.randn(2, 3, 13, 13).to(dtype)
+    feedback = {name: v.to(dtype) / v[0].numel() ** 0.5 for name, v in random_feedback(model).items()}
+    got = gradients(patched(model, feedback)[0], x)
+    double = copy.deepcopy(model).double()
+    exact = gradients(patched(double, {n: v.double() for n, v in feedback.items()})[0], x.double())
+    backprop = by_backprop(double, x.double())
+    for name in ("input", "0.weight", "4.weight"):
+        ours, theirs, plain = (g.named()[name].double() for g in (got, exact, backprop))
+        assert got.named()[name].dtype == dtype
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+        assert (ours - plain).norm() > 0.3 * plain.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_reroutes_as_without_it(dtype):
+    model, x = convolutions(), torch.randn(2, 3, 13, 13)
+    patch = feedbackhook.patch(model, "sign", concordance=0.6)
+
+    def under_autocast(model, x):
+        with torch.autocast("cpu", dtype=dtype):
+            return model(x).float()
+
+    plain, mixed = gradients(model, x), gradients(model, x, under_autocast)
+    patch.enabled = False
+    backprop = gradients(model, x)
+    for name in ("input", "0.weight", "4.weight"):
+        theirs = plain.named()[name]
+        assert mixed.named()[name].dtype == torch.float32
+        assert (mixed.named()[name] - theirs).norm() < 0.15 * theirs.norm()
+        assert (backprop.named()[name] - theirs).norm() > 0.3 * theirs.norm()
+
+
+def test_a_gradient_scaler_scales_the_rerouted_gradients():
+    model, x = convolutions(), torch.randn(2, 3, 13, 13)
+    patch = feedbackhook.patch(model, "brSF")
+    expected = gradients(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.zero_grad()
+    scaler.scale(probe(model(x))).backward()
+    scaler.unscale_(optimizer)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected.parameters[name])
+    before = patch.feedback("2")
+    scaler.step(optimizer)
+    assert not torch.equal(patch.feedback("2"), before)
+
+
+def test_a_step_that_the_scaler_skips_redraws_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    patch = feedbackhook.patch(model, "brSF")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.full((2, 3), float("inf"))).sum()).backward()
+    before = patch.feedback("1")
+    scaler.step(optimizer)
+    assert torch.equal(patch.feedback("1"), before)
+
+
+# --- what cannot be rerouted is refused by name ------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Uses a layer as it should be used, and its weight again by `use`."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.layer, self.use = nn.Linear(4, 4), nn.Linear(4, 4), use
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.layer(x) + self.use(x, self.layer.weight)
+
+
+NOT_REROUTED = {
+    "matrix product": lambda x, w: x @ w.T,
+    "torch.mm": lambda x, w: torch.mm(x, w.t()),
+    "einsum": lambda x, w: torch.einsum("ni,oi->no", x, w),
+    "bilinear": lambda x, w: F.bilinear(x, x, w[None].expand(4, 4, 4)),
+    "a scaled weight": lambda x, w: F.linear(x, 2 * w),
+    "a standardised weight": lambda x, w: F.linear(x, (w - w.mean()) / w.std()),
+}
+
+
+@pytest.mark.parametrize("use", NOT_REROUTED.values(), ids=NOT_REROUTED.keys())
+def test_a_use_that_cannot_be_rerouted_is_an_error_also_beside_one_that_is(use):
+    model, x = Mixed(use), torch.randn(3, 4)
+    patch = feedbackhook.patch(model)
+    with pytest.raises(feedbackhook.ExactGradientError, match=r"'layer'.*exclude=\['layer'\]"):
+        model(x)
+    assert torch._C._len_torch_function_stack() == 0
+    patch.enabled = False
+    model(x).sum().backward()
+    patch.remove()
+    with feedbackhook.patch(model, exclude=["layer"]):
+        model(x).sum().backward()
+
+
+def test_products_of_weights_alone_are_no_error():
+    def penalty(x, w):
+        return (w @ w.T).sum() + torch.mv(w, torch.ones(4)).sum()
+
+    model = Mixed(penalty)
+    with feedbackhook.patch(model):
+        model(torch.randn(3, 4)).sum().backward()
+
+
+class Transposed(nn.Linear):
+    """Calls with a view of its own weight, which as a square has the weight's shape."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.t())
+
+
+def test_a_view_of_a_square_weight_is_a_view_of_its_feedback():
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Transposed(4, 4, bias=False)).double()
+    x, feedback = torch.randn(3, 4, dtype=torch.float64), random_feedback(plain)
+    model, _ = patched(plain, feedback)
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input"])
+
+
+@pytest.mark.parametrize("offset", [0, 24], ids=["from its start", "from its middle"])
+def test_views_where_weight_and_feedback_lie_in_larger_storages(offset):
+    plain, x = Slices().double(), torch.randn(4, 6, dtype=torch.float64)
+    flat = torch.randn(offset + 36, dtype=torch.float64)
+    plain.whole.weight = nn.Parameter(flat[offset:].view(6, 6))
+    feedback = random_feedback(plain)
+    feedback["whole"] = torch.randn(50, dtype=torch.float64)[7:43].view(6, 6)
+    model = plain
+    patch = feedbackhook.patch(model, "tensor", feedback=feedback)
+    got = gradients(model, x)
+    patch.remove()
+    assert_matches_oracle(got, plain, feedback, x, unlike=["input"])
+
+
+def test_todays_derived_weight_is_shown_after_a_step():
+    model = nn.Sequential(nn.Linear(4, 5), parametrizations.weight_norm(nn.Linear(5, 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with feedbackhook.patch(model, "symmetric") as patch:
+        model(torch.randn(2, 4)).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(patch.weight("1"), model[1].weight)
+
+
+def test_complex_weights_are_refused():
+    with pytest.raises(TypeError, match="the weight of '0' is complex"):
+        feedbackhook.patch(nn.Sequential(nn.Linear(3, 4, dtype=torch.cfloat)))
+
+
+def test_a_layer_replaced_after_patching_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    feedbackhook.patch(model)
+    model[1] = nn.Linear(4, 5)
+    with pytest.raises(
+        RuntimeError, match=r"'1' was replaced after patching.*remove the patch, and patch again"
+    ):
+        model(torch.randn(2, 4))
+
+
+def test_a_layer_wrapped_after_patching_is_still_rerouted():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    patch = feedbackhook.patch(model)
+    model[1] = nn.Sequential(model[1])
+    model(torch.randn(2, 4)).sum().backward()
+    assert [row.rerouted for row in patch.layers] == [0, 1]
+
+
+def test_parameters_of_the_past_are_let_go():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    feedbackhook.patch(model)
+    old = []
+    for _ in range(3):
+        old.append(weakref.ref(model[1].weight))
+        model.load_state_dict({n: p.clone() for n, p in model.state_dict().items()}, assign=True)
+        model(torch.randn(2, 4)).sum().backward()
+    gc.collect()
+    assert [reference() for reference in old] == [None] * 3
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, conv = torch.randn(1, 2, 8, 8, requires_grad=True), nn.Conv2d(2, 2, 3)
+    conv.stride = (np.int64(2), np.int64(2))
+    with feedbackhook.patch(conv, "sign", concordance=np.float32(0.5), seed=np.int64(3)):
+        conv(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+class Mixture(nn.Module):
+    """A layer of no known kind, whose weight is a mixture of its parameter's rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.shares = nn.Parameter(torch.randn(3, 16)), nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return F.linear(x, (self.shares @ self.experts).view(4, 4))
+
+
+def test_a_weight_that_no_layer_holds_is_warned_of_once():
+    model = nn.Sequential(nn.Linear(4, 4), Mixture(), nn.Linear(4, 2))
+    with feedbackhook.patch(model):
+        with pytest.warns(UserWarning, match=r"belongs to no layer .*: '1.experts' \(MmBackward0\)"):
+            model(torch.randn(2, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.randn(2, 4)).sum().backward()
+
+
+def test_a_layer_that_was_excluded_is_not_warned_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with feedbackhook.patch(model, exclude=["1"]), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4)).sum().backward()
+
+
+def test_another_model_inside_the_forward_is_not_warned_of():
+    inner, layer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return inner(self.layer(x))
+
+    with feedbackhook.patch(Outer()) as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.model(torch.randn(2, 4)).sum().backward()

@@ -1,0 +1,192 @@
+"""The recipes run, on little."""
+
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from feedbackhook.cli import main
+from feedbackhook.experiments.config import SweepConfig
+from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.sweep.grid import plan
+from feedbackhook.report.tables import paper_errors
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def demo():
+    with mpl.rc_context():
+        yield load(RECIPES / "liao2016" / "demo.py")
+        plt.close("all")
+
+
+def test_the_demo_has_the_papers_conditions(demo, tmp_path):
+    configs = {
+        (row["rule"], row["concordance"]): demo.configuration(row, 0, 15, tmp_path)
+        for row in demo.conditions()
+    }
+    assert set(configs) == {("backprop", None), ("RndF", None), ("uSF", None)} | {
+        (rule, concordance) for rule in ("frSF", "brSF") for concordance in (1, 0.75, 0.5, 0.25, 0)
+    }
+    assert len({config.output for config in configs.values()}) == len(configs)
+    for (rule, _), config in configs.items():
+        with_both = (config.model.batch_norm, config.optimizer.name) == ("paper", "batch_manhattan")
+        with_neither = (config.model.batch_norm, config.optimizer.name) == ("none", "sgd")
+        assert with_neither if rule == "uSF" else with_both
+
+
+def test_the_demo_trains_prints_and_draws_and_does_not_repeat_what_is_finished(
+    demo, tmp_path, monkeypatch, capsys
+):
+    few = [row for row in demo.conditions() if row["concordance"] in (None, 1.0)]
+    monkeypatch.setattr(demo, "conditions", lambda: few)
+    demo.main(epochs=1, seeds=1, jobs=1, output=tmp_path)
+    first = capsys.readouterr().out
+    for expected in ("5 runs of 1 epochs", "Manhattan 5e-05", "backprop", "frSF", "demo.png", "errors.csv"):
+        assert expected in first
+    runs = pd.read_csv(tmp_path / "errors.csv")
+    assert list(runs["rule"]) == ["backprop", "frSF", "brSF", "RndF", "uSF"]
+    assert runs["last_error"].between(0, 100).all()
+    assert (runs["epochs"] == 1).all()
+    assert plt.imread(tmp_path / "demo.png").std() > 0.01
+
+    weights = (tmp_path / "frSF-1-seed0" / "last.safetensors").stat()
+    demo.main(epochs=1, seeds=1, jobs=1, output=tmp_path)
+    assert (tmp_path / "frSF-1-seed0" / "last.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
+
+
+def test_the_demo_draws_every_condition(demo):
+    runs = pd.DataFrame(
+        {**row, "seed": seed, "last_error": error, "run": f"{row['rule']}{row['concordance']}{seed}"}
+        for error, row in enumerate(demo.conditions(), 1)
+        for seed in (0, 1)
+    )
+    epochs = pd.concat([runs.assign(epoch=epoch, error=runs["last_error"] + epoch) for epoch in range(3)])
+    figure = demo.draw(runs, epochs)
+    fixed, redrawn, last = figure.axes
+    for axes in (fixed, redrawn):
+        assert axes.get_xlabel() == "epoch"
+        assert axes.get_ylabel() == "test error [%]"
+        shown = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert shown == ["1", "0.75", "0.5", "0.25", "0", "backprop"]
+    of_frsf = next(line for line in last.lines if line.get_marker() == "o" and len(line.get_xdata()) == 5)
+    assert list(of_frsf.get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+    assert list(of_frsf.get_ydata()) == [6, 5, 4, 3, 2]
+    shown = [text.get_text() for text in last.get_legend().get_texts()]
+    assert shown == ["frSF", "brSF", "backprop", "RndF", "uSF without BN and BM"]
+
+
+def test_the_example_configuration_is_valid(tmp_path):
+    from feedbackhook.cli import main
+    from feedbackhook.store.run_folder import RunFolder
+
+    config = RECIPES / "liao2016" / "digits.yaml"
+    output = tmp_path / "run"
+    assert main(["train", str(config), "--protocol.epochs", "1", "--output", str(output)]) == 0
+    result = RunFolder(output).result()
+    assert result is not None
+    assert result.status == "finished"
+
+
+def test_alignment_trains_and_tells_when_the_angle_falls(tmp_path, capsys):
+    alignment = load(RECIPES / "liao2016" / "alignment.py")
+    alignment.main(data="digits", epochs=2, seeds=2, threads=1, bound=120.0, output=tmp_path)
+    out = capsys.readouterr().out
+    assert "step 0, epoch 1" in out
+    runs = pd.read_csv(tmp_path / "alignment.csv")
+    assert list(runs["run"]) == ["seed0", "seed1"]
+    assert runs["first_angle"].between(85, 95).all()
+    assert set(pd.read_csv(tmp_path / "angles.csv")["metric"]) == {"error_angle", "weight_angle"}
+    assert plt.imread(tmp_path / "error_angle.png").std() > 0.01
+
+    never = alignment.summarise(alignment.read(tmp_path), bound=1.0)
+    assert never["step_below"].isna().all()
+    assert "never" in capture_table(alignment._shown(never, 1.0))
+
+
+def capture_table(table):
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+EXPERIMENTS = {"a": 11, "b": 11, "c1": 5, "c2": 9, "misc": 8}
+
+
+def sweep_of(name, *options):
+    """The sweep that `feedbackhook sweep recipes/liao2016/NAME.yaml OPTIONS` would run."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(SweepConfig)
+    given = parser.parse_args(["--config", str(RECIPES / "liao2016" / f"{name}.yaml"), *options])
+    given = parser.instantiate(given)
+    return SweepConfig(**{field.name: given[field.name] for field in fields(SweepConfig)})
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment):
+    paper = paper_errors()
+    config = sweep_of(f"experiment_{experiment}")
+    runs = plan(config)
+    conditions = {run.condition for run in runs}
+    assert len(conditions) == EXPERIMENTS[experiment]
+    assert conditions <= set(paper.index)
+    for run in runs:  # the paper has a figure for each cell
+        assert paper.loc[run.condition, PAPER[run.dataset].paper_name] > 0
+        assert run.config.protocol.epochs == 65
+    assert {run.rate for run in runs} == {100, 10, 1, 0.1, 0.01}
+    assert config.data.held_out == 0.1
+    datasets = {run.dataset for run in runs}
+    assert datasets == set(list(PAPER)[:6]) if experiment == "misc" else datasets == set(PAPER)
+    small = plan(sweep_of(f"experiment_{experiment}", "--small", "digits"))
+    assert {run.condition for run in small} == conditions
+    assert {(run.dataset, run.config.protocol.epochs) for run in small} == {("digits", 8)}
+
+
+def test_the_experiments_together_are_all_of_the_papers_conditions():
+    runs = [run for name in EXPERIMENTS for run in plan(sweep_of(f"experiment_{name}", "--small", "digits"))]
+    assert {run.condition for run in runs} == set(paper_errors().index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_runs_small(experiment, tmp_path, capsys):
+    recipe, output = RECIPES / "liao2016" / f"experiment_{experiment}.yaml", tmp_path / "sweep"
+    short = ["--protocol.epochs", "1", "--protocol.rates", "1", "--workers", "1", "--output", str(output)]
+    assert main(["sweep", str(recipe), "--small", "digits", *short]) == 0
+    assert main(["table", f"{output}-digits"]) == 0
+    out = capsys.readouterr().out
+    assert f"{EXPERIMENTS[experiment]} finished" in out
+    assert out.count("\n| ") == EXPERIMENTS[experiment] + 1
+
+
+def test_the_short_protocol_on_mnist_has_the_main_claims():
+    runs = plan(sweep_of("mnist"))
+    assert {run.dataset for run in runs} == {"MNIST"}
+    conditions = {run.condition for run in runs}
+    assert conditions <= set(paper_errors().index)
+    assert {
+        "SGD",
+        "uSF",
+        "uSF+BN+BM",
+        "frSF+BN+BM concordance=0.5",
+        "RndF",
+        "SGD Bottom",
+        "SGD Top",
+    } <= conditions
+    assert len(runs) == 16 * 3
