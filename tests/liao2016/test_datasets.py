@@ -20,6 +20,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from support.datasets import (
+    SIZE,
     Backwards,
     config,
     error,
@@ -45,8 +46,6 @@ from feedbackhook.experiments.data.load import ImageData, load
 from feedbackhook.experiments.data.verify import check
 from feedbackhook.liao2016.networks import NETWORKS
 from feedbackhook.report.tables import paper_errors
-
-SIZE = 8
 
 
 class Tree(NamedTuple):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from feedbackhook.cli import main
@@ -17,6 +19,8 @@ from feedbackhook.experiments.config import ConfigError, DataConfig
 from feedbackhook.experiments.data import registry as datasets
 from feedbackhook.experiments.data import sources as data_sources
 from feedbackhook.experiments.data.load import Split, load
+
+SIZE = 8
 
 
 def images(*shape: int, seed: int = 0) -> np.ndarray:

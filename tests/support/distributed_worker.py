@@ -1,8 +1,8 @@
 """One rank of the two-process tests: `torchrun distributed_worker.py CASE FOLDER JOB-RULE-ORDER ...`.
 
 Every rank holds half of a batch. What its patched, wrapped model gives is compared with one process on the
-whole batch, whose gradients in turn are those of tests/support/oracle.py. A failed comparison ends the process with
-an error; rank 0 prints the largest differences.
+whole batch, whose gradients in turn are those of tests/support/oracle.py. A failed comparison ends the
+process with an error; rank 0 prints the largest differences.
 """
 
 from __future__ import annotations

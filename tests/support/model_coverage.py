@@ -331,8 +331,8 @@ def assert_unlike_backprop(got: Gradients, exact: Gradients, behind: set[str]) -
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 HEAD = """# Models that were tried
 
-Written by the tests: `tests/coverage/test_timm.py` and `tests/coverage/test_torchvision.py` each replace their table when a
-session has run all of their models (`make test-all`).
+Written by the tests: `tests/coverage/test_timm.py` and `tests/coverage/test_torchvision.py` each replace
+their table when a session has run all of their models (`make test-all`).
 
 Each model is as small as it goes, on two images, in train mode and in float64, without dropout or drop path;
 parameters that start at a small constant, zero included, are drawn anew. It is patched with `mode="sign",
