@@ -73,7 +73,7 @@ def _flops(run: PlannedRun) -> float:
     """Of the whole run: each image forward and backward, those evaluated forward, a third of that."""
     config, known = resolve(run.config), PAPER[run.dataset]
     channels, height, width = models.default_size(config.model.network)
-    held_out = round(known.train * config.data.held_out)
+    held_out = round(known.train * config.data.val_fraction)
     images = known.train - held_out + (known.test + held_out) / 3
     of_image = _of_image(config.model.network, channels, height, width, known.classes)
     return of_image * images * config.protocol.epochs

@@ -38,8 +38,8 @@ ANGLES = ("weight_angle", "error_angle", "sign_agreement", "norm_ratio")
 ERRORS = (
     "train_loss",
     "train_error",
-    "held_out_loss",
-    "held_out_error",
+    "val_loss",
+    "val_error",
     "test_loss",
     "test_error",
     "test_accuracy",

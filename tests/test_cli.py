@@ -58,7 +58,14 @@ def test_train_says_how_it_went_and_where_all_lies(capsys: pytest.CaptureFixture
 def test_the_first_line_names_condition_options_and_what_is_held_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["--condition", "brSF+BM concordance=0.75", "--data.held_out", "0.1", "--protocol.epochs", "1"]
+    given = [
+        "--condition",
+        "brSF+BM concordance=0.75",
+        "--data.val_fraction",
+        "0.1",
+        "--protocol.epochs",
+        "1",
+    ]
     assert main(["train", *SMALL, *given, "--record.figures", "false"]) == 0
     begin = capsys.readouterr().out.splitlines()[0]
     assert "; digits: 1,293 training, 144 held out, 360 test, 10 classes; " in begin

@@ -22,7 +22,7 @@ ERRORS = {"final": "last_error", "best": "best_error"}
 
 _BLOCK = ["dataset", "seed"]  # what the two runs of a pair share
 _DECIDED = ["rule", "options", "batch_norm", "frozen", "optimizer", "setting"]  # by a condition
-_OTHERS = ["model", "held_out", "epochs", "batch_size", "batch_sizes"]
+_OTHERS = ["model", "val_fraction", "epochs", "batch_size", "batch_sizes"]
 _RATE = "learning_rate"
 
 
@@ -108,9 +108,9 @@ def _at_chosen_rates(table: pd.DataFrame, runs: Runs) -> tuple[pd.DataFrame, str
     several = table[table["rates"] > 1]
     if several.empty:
         return table, ""
-    if (several["held_out"] > 0).all():
-        rows = Runs(several, runs.skipped).rows(["test_error", "held_out_error"])
-        score = several["run"].map(run_errors(rows)["held_out_error"])
+    if (several["val_fraction"] > 0).all():
+        rows = Runs(several, runs.skipped).rows(["test_error", "val_error"])
+        score = several["run"].map(run_errors(rows)["val_error"])
         several = several[score.notna()]  # a table that cannot be read is among `skipped` now
         chosen_by = "error on what is held out of the training set"
     else:

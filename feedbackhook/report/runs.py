@@ -22,7 +22,7 @@ from feedbackhook.store.run_folder import RunFolder, RunResult
 _FROM_CONFIG = {
     "condition": ("condition",),
     "dataset": ("data", "name"),
-    "held_out": ("data", "held_out"),
+    "val_fraction": ("data", "val_fraction"),
     "model": ("model", "name"),
     "rule": ("feedback", "mode"),
     "options": ("feedback", "options"),
@@ -45,7 +45,7 @@ class Runs:
     Args:
         runs: a row a run: `run` (its name), `folder`, `status`, `reason`, `last_error`, `best_error` (of the
             test set, in percent), `best_epoch`, `concordance` (of the rules that have one, else missing),
-            and of its configuration `condition` (the label, where it has one), `dataset`, `held_out`,
+            and of its configuration `condition` (the label, where it has one), `dataset`, `val_fraction`,
             `model`, `rule`, `options`, `batch_norm`, `frozen`, `optimizer`, `setting`, `learning_rate`,
             `epochs`, `batch_size`, `batch_sizes` and `seed`.
         skipped: why each of the others is left out: it has not ended, has failed, is empty, damaged, or of a

@@ -90,7 +90,7 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
     config = stored(folder)
     planned = plan(config)
     found = describe(run.folder.path for run in planned if run.folder.path.is_dir())
-    rows = found.rows(["test_error", "held_out_error", "train_error"], of_layers, categories=True)
+    rows = found.rows(["test_error", "val_error", "train_error"], of_layers, categories=True)
     errors = run_errors(rows[rows["layer"].isna()])
     status = dict(found.runs[["run", "status"]].to_numpy())
     missing = {
@@ -112,7 +112,7 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
 
 def as_markdown(table: SweepTable) -> str:
     """The table in Markdown: condition by dataset, then each dataset with intervals and differences."""
-    cells, held_out = table.cells, table.config.data.held_out
+    cells, held_out = table.cells, table.config.data.val_fraction
     several = table.config.protocol.seeds > 1
     title = Path(table.config.output).resolve().name
     lines = [f"# {title}: test error [%]", "", " ".join(_legend(table, several)), ""]
@@ -150,9 +150,9 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     if any(run.large_batch for run in runs):
         yield "uSF+BM also with mini-batches of 500 after epoch 3, of which the better counts."
     yield "Best: the smallest test error over epochs and rates, as the paper reports it."
-    if config.data.held_out:
+    if config.data.val_fraction:
         yield "Chosen: that at the rate and epoch that are best on the held-out"
-        yield f"{config.data.held_out:.0%} of the training set."
+        yield f"{config.data.val_fraction:.0%} of the training set."
     if several:
         yield f"Means over {p.seeds} seeds, with 95% intervals; rate and epoch are those of the first."
     better, worse = MARKS[BETTER].strip(), MARKS[WORSE].strip()
@@ -212,20 +212,20 @@ def run_errors(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each run its smallest test error after training began, and that at the epoch that is best on what
     was held out. A run that diverged before its first epoch ended has the untrained network's."""
     by_epoch = rows.pivot_table("value", ["run", "epoch"], "metric", observed=True).reindex(
-        columns=["test_error", "held_out_error"]
+        columns=["test_error", "val_error"]
     )
     by_epoch = by_epoch[np.isfinite(by_epoch["test_error"])].reset_index("epoch")
     by_epoch.index = by_epoch.index.astype(object)
     began = (by_epoch["epoch"] > 0).groupby("run").transform("any")
     trained = by_epoch[(by_epoch["epoch"] > 0) | ~began].reset_index()
     best = trained.loc[trained.groupby("run")["test_error"].idxmin()].set_index("run")
-    held_out = trained.dropna(subset="held_out_error")
-    chosen = held_out.loc[held_out.groupby("run")["held_out_error"].idxmin()].set_index("run")
+    held_out = trained.dropna(subset="val_error")
+    chosen = held_out.loc[held_out.groupby("run")["val_error"].idxmin()].set_index("run")
     return pd.DataFrame(
         {
             "best_error": best["test_error"],
             "best_epoch": best["epoch"],
-            "held_out_error": chosen["held_out_error"],
+            "val_error": chosen["val_error"],
             "chosen_error": chosen["test_error"],
         },
         index=best.index,
@@ -238,8 +238,8 @@ def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
         ended = part[part["status"] != "missing"]
         by_seed = ended.groupby("seed")
         best = ended.loc[by_seed["best_error"].idxmin()]
-        held_out = ended.dropna(subset=["held_out_error"])
-        chosen = held_out.loc[held_out.groupby("seed")["held_out_error"].idxmin()]
+        held_out = ended.dropna(subset=["val_error"])
+        chosen = held_out.loc[held_out.groupby("seed")["val_error"].idxmin()]
         name = PAPER[dataset].paper_name if dataset in PAPER else None
         known = name in paper and condition in paper.index
         yield {

@@ -227,7 +227,7 @@ def train(texts: tuple[str, str, str], settings: dict[str, Any], folder: Path) -
             optimizer.step()
             schedule.step()
         bits = {
-            "held_out_bits": bits_per_character(model, held_out, context),
+            "val_bits": bits_per_character(model, held_out, context),
             "test_bits": bits_per_character(model, test, context),
         }
         recorder.add(step + 1, 0, "test_bits", bits["test_bits"])
@@ -263,7 +263,7 @@ def summarise(results: list[dict[str, Any]]) -> pd.DataFrame:
         {
             "run": name_of(*(result["settings"][key] for key in ("rule", "rate", "seed"))),
             **{key: result["settings"][key] for key in ("rule", "rate", "seed")},
-            **{key: result[key] for key in ("held_out_bits", "test_bits", "status", "seconds")},
+            **{key: result[key] for key in ("val_bits", "test_bits", "status", "seconds")},
         }
         for result in results
     )
@@ -273,7 +273,7 @@ def summarise(results: list[dict[str, Any]]) -> pd.DataFrame:
 def best_rates(runs: pd.DataFrame) -> dict[str, float]:
     """The learning rate with the smallest held-out loss of the first seed, by rule; what diverged is last."""
     first = runs[runs["seed"] == runs["seed"].min()]
-    losses = first["held_out_bits"].where(first["status"] == "finished", math.inf)
+    losses = first["val_bits"].where(first["status"] == "finished", math.inf)
     return {
         rule: first.loc[part.idxmin(), "rate"] for rule, part in losses.groupby(first["rule"], sort=False)
     }

@@ -11,7 +11,7 @@ from feedbackhook import cli
 from feedbackhook.report import theme
 
 SMOKE = {
-    "data.held_out": "0",
+    "data.val_fraction": "0",
     "data.train_images": "60",
     "data.test_images": "50",
     "protocol.epochs": "1",

@@ -58,7 +58,7 @@ def trained(model: str, depth: str) -> list[str]:
     parts = {".".join(name.split(".")[:2]) for group in last for name in groups[group]}
     pattern = "|".join(sorted(part.replace(".", r"\.") for part in parts))
     alone = ["--conditions", json.dumps(HEAD)] if depth == "head" else []
-    return ["--model.trained", rf"({pattern})(\..*)?", *alone]
+    return ["--model.trainable", rf"({pattern})(\..*)?", *alone]
 
 
 def recorded(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

@@ -32,7 +32,7 @@ from feedbackhook.report.tables import sweep_table
 YAML = Path(__file__).with_suffix(".yaml")
 SMOKE = {
     **common.SMOKE,
-    "protocol.rates": "1",
+    "protocol.lr_factors": "1",
     "record.every": "2",
 }
 

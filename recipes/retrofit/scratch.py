@@ -46,7 +46,7 @@ NETWORKS: dict[str, dict[str, str]] = {
 }
 SMOKE = {
     **common.SMOKE,
-    "protocol.rates": "1",
+    "protocol.lr_factors": "1",
     "record.every": "100",
 }
 

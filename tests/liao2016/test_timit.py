@@ -162,8 +162,8 @@ def test_features_are_normalised_each_by_the_training_set(root: Path) -> None:
     again, _ = data.batch(data.train, slice(None), torch.device("cpu"))
     assert torch.equal(x, again)  # what is held is not changed
     assert torch.equal(y, data.train.labels)
-    few = load(timit(root, train_images=6, held_out=0.5))
-    assert (len(few.train.labels), few.held_out is not None) == (3, True)
+    few = load(timit(root, train_images=6, val_fraction=0.5))
+    assert (len(few.train.labels), few.val is not None) == (3, True)
 
 
 def test_a_draw_is_fixed_whatever_the_case_of_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

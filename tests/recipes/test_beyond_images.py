@@ -249,7 +249,7 @@ def test_the_rate_is_chosen_on_what_is_held_out_and_by_the_first_seed(characters
             "rule": "random",
             "rate": [0.1, 0.2, 0.2],
             "seed": [0, 0, 1],
-            "held_out_bits": [2.0, 3.0, 1.0],
+            "val_bits": [2.0, 3.0, 1.0],
             "test_bits": [3.0, 2.0, 1.0],
             "status": "finished",
         }

@@ -150,7 +150,7 @@ def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment)
         assert paper.loc[run.condition, PAPER[run.dataset].paper_name] > 0
         assert run.config.protocol.epochs == 65
     assert {run.rate for run in runs} == {100, 10, 1, 0.1, 0.01}
-    assert config.data.held_out == 0.1
+    assert config.data.val_fraction == 0.1
     datasets = {run.dataset for run in runs}
     assert datasets == set(list(PAPER)[:6]) if experiment == "misc" else datasets == set(PAPER)
     small = plan(sweep_of(f"experiment_{experiment}", "--small", "digits"))
@@ -167,7 +167,16 @@ def test_the_experiments_together_are_all_of_the_papers_conditions():
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_runs_small(experiment, tmp_path, capsys):
     recipe, output = RECIPES / "liao2016" / f"experiment_{experiment}.yaml", tmp_path / "sweep"
-    short = ["--protocol.epochs", "1", "--protocol.rates", "1", "--workers", "1", "--output", str(output)]
+    short = [
+        "--protocol.epochs",
+        "1",
+        "--protocol.lr_factors",
+        "1",
+        "--workers",
+        "1",
+        "--output",
+        str(output),
+    ]
     assert main(["sweep", str(recipe), "--small", "digits", *short]) == 0
     assert main(["table", f"{output}-digits"]) == 0
     out = capsys.readouterr().out

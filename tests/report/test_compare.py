@@ -166,12 +166,12 @@ def test_learning_rates_are_beside_each_other_only_when_asked(tmp_path: Path) ->
     assert len(found.tests) == 0
 
 
-def leave_sweep(path: Path, held_out: float = 0.1, seeds: int = 2) -> Path:
+def leave_sweep(path: Path, val_fraction: float = 0.1, seeds: int = 2) -> Path:
     """Four conditions at two rates: the rate 1 tests better, and 0.1 is better on what is held out."""
     names = ["uSF+BN", "SGD", "frSF+BN", "brSF+BN"]
     config = SweepConfig(names, ["digits", "MNIST"], output=str(path))
-    config.data.held_out = held_out
-    config.protocol = SweepProtocolConfig(epochs=2, rates=[1.0, 0.1], seeds=seeds)
+    config.data.val_fraction = val_fraction
+    config.protocol = SweepProtocolConfig(epochs=2, lr_factors=[1.0, 0.1], seeds=seeds)
     path.mkdir()
     (path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
     for run in plan(config):
@@ -180,12 +180,14 @@ def leave_sweep(path: Path, held_out: float = 0.1, seeds: int = 2) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("held_out", "rate", "error"), [(0.1, 5e-5, 15), (0.0, 5e-4, 10)])
+@pytest.mark.parametrize(("val_fraction", "rate", "error"), [(0.1, 5e-5, 15), (0.0, 5e-4, 10)])
 def test_conditions_are_compared_at_the_rate_chosen_for_each_and_against_the_first(
-    held_out: float, rate: float, error: float, tmp_path: Path
+    val_fraction: float, rate: float, error: float, tmp_path: Path
 ) -> None:
-    found = compare(collect(leave_sweep(tmp_path / "sweep", held_out)))
-    assert found.chosen_by.startswith("error on what is held out" if held_out else "best test error, which")
+    found = compare(collect(leave_sweep(tmp_path / "sweep", val_fraction)))
+    assert found.chosen_by.startswith(
+        "error on what is held out" if val_fraction else "best test error, which"
+    )
     assert found.means["learning_rate"].tolist() == pytest.approx([rate] * 8)
     on_digits = found.means[found.means["dataset"] == "digits"]
     assert on_digits["configuration"].tolist() == ["uSF+BN", "SGD", "frSF+BN", "brSF+BN"]  # as in the sweep

@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     another version of torch, and there is a folder of no planned run."""
     path = tmp_path_factory.mktemp("html") / "sweep"
     for place, run in enumerate(
-        make(path, CONDITIONS, ["MNIST", FOLDER], epochs=2, rates=[1.0, 0.1], seeds=2)
+        make(path, CONDITIONS, ["MNIST", FOLDER], epochs=2, lr_factors=[1.0, 0.1], seeds=2)
     ):
         if run.name == UNBEGUN:
             continue
@@ -203,7 +203,7 @@ def test_the_summary_says_what_was_run_and_how_to_run_it_again(folder: Path, par
 
 
 def test_runs_of_the_same_origin_are_not_said_to_differ(tmp_path: Path) -> None:
-    for run in make(tmp_path, ["SGD", "BN"], ["MNIST"], epochs=1, rates=1):
+    for run in make(tmp_path, ["SGD", "BN"], ["MNIST"], epochs=1, lr_factors=1):
         leave_run(run.config, [(90.0, 90.0), (5.0, 5.0)], 1)
     summary = Parsed(page(tmp_path)).texts["summary"]
     assert "the same in all runs" in summary
@@ -212,7 +212,7 @@ def test_runs_of_the_same_origin_are_not_said_to_differ(tmp_path: Path) -> None:
 
 
 def test_the_summary_tells_of_other_batch_sizes(tmp_path: Path) -> None:
-    make(tmp_path, ["uSF+BM"], ["MNIST"], epochs=4, rates=1)
+    make(tmp_path, ["uSF+BM"], ["MNIST"], epochs=4, lr_factors=1)
     assert "100; uSF+BM also 100, 500 after epoch 3" in Parsed(page(tmp_path)).texts["summary"]
 
 
@@ -303,7 +303,7 @@ def test_the_concordance_curve_is_the_tables_and_the_papers(folder: Path, parsed
 def test_fewer_than_two_concordances_have_no_curve_and_a_sentence(
     tmp_path: Path, conditions: list[str], known: str
 ) -> None:
-    for run in make(tmp_path, conditions, ["MNIST"], epochs=1, rates=1):
+    for run in make(tmp_path, conditions, ["MNIST"], epochs=1, lr_factors=1):
         leave_run(run.config, [(90.0, 90.0), (5.0, 5.0)], 1)
     parsed = Parsed(page(tmp_path))
     assert f"it takes two, and the sweep has {known}" in parsed.texts["over-concordance"]
@@ -365,7 +365,7 @@ def test_conditions_have_their_rules_colours_and_no_two_look_alike() -> None:
 
 
 def test_long_curves_are_thinned_and_it_is_said(tmp_path: Path) -> None:
-    runs = make(tmp_path, ["uSF"], ["MNIST"], epochs=300, rates=1)
+    runs = make(tmp_path, ["uSF"], ["MNIST"], epochs=300, lr_factors=1)
     leave_run(runs[0].config, [(90.0, 90.0), *((float(e), 5.0) for e in range(1, 301))], 300)
     parsed = Parsed(page(tmp_path))
     epochs = csv(parsed, "curves")["epoch"]
@@ -377,7 +377,7 @@ def test_long_curves_are_thinned_and_it_is_said(tmp_path: Path) -> None:
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
-    runs = make(tmp_path, ["SGD", "BN", "BN+BM"], ["MNIST"], epochs=1, rates=1)
+    runs = make(tmp_path, ["SGD", "BN", "BN+BM"], ["MNIST"], epochs=1, lr_factors=1)
     for run in runs:
         leave_run(run.config, [(90.0, 90.0), (5.0, 5.0)], 1)
     part = runs[0].folder.path / "metrics" / "part-00000.parquet"
@@ -392,7 +392,9 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_sweep_of_which_no_run_has_ended_says_so_by_name(tmp_path: Path, begun: bool) -> None:
-    runs = make(tmp_path / "sweep", ["SGD", "frSF", "frSF concordance=0.5"], ["MNIST"], epochs=2, rates=1)
+    runs = make(
+        tmp_path / "sweep", ["SGD", "frSF", "frSF concordance=0.5"], ["MNIST"], epochs=2, lr_factors=1
+    )
     if begun:
         leave_run(runs[0].config, [(90.0, 90.0)], 2, "running")
     parsed = Parsed(page(tmp_path / "sweep"))
@@ -443,7 +445,7 @@ def test_without_altair_the_extra_to_install_is_named(
 
 def test_500_runs_of_65_epochs_stay_below_5_megabytes(tmp_path: Path) -> None:
     conditions = ["SGD", "BN+BM", "uSF+BN+BM", *CONDITIONS[2:], "RndF", "RndF+BN+BM", "uSF"]
-    runs = make(tmp_path / "sweep", conditions, ["MNIST"], epochs=65, rates=5, seeds=10)
+    runs = make(tmp_path / "sweep", conditions, ["MNIST"], epochs=65, lr_factors=5, seeds=10)
     first, *others = runs
     leave_run(first.config, [(90.1, 90.0), *((1234 / (e + 17), 5.0) for e in range(65))], 65)
     rng = np.random.default_rng(0)

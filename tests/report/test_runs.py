@@ -49,7 +49,7 @@ def test_rows_are_those_of_the_metrics_that_are_asked_for(two: Path) -> None:
     errors = found.rows(["test_error"])
     assert errors.groupby("run")["value"].apply(list).to_dict() == {"a": [90.0, 20.0, 30.0], "b": [90.0]}
     assert set(errors["metric"]) == {"test_error"}
-    assert set(found.rows(["test_error", "held_out_error"])["metric"]) == {"test_error", "held_out_error"}
+    assert set(found.rows(["test_error", "val_error"])["metric"]) == {"test_error", "val_error"}
     angles = found.rows(of_layers=["weight_angle"])
     assert angles[angles["run"] == "b"][["layer", "depth", "value"]].to_numpy().tolist() == [
         ["conv1", 0, 45.0],
@@ -90,7 +90,7 @@ def _flip(path: Path) -> None:
 
 def _old_config(folder: Path) -> None:
     content = yaml.safe_load((folder / "config.yaml").read_text())
-    del content["data"]["held_out"]
+    del content["data"]["val_fraction"]
     content["provenance"]["versions"]["feedbackhook"] = "0.0.9"
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
 
@@ -117,7 +117,7 @@ def _status(status: str) -> Callable[[Path], None]:
             "missing",
         ),
         (_other_columns, "another version: it has the columns ['step']"),
-        (_old_config, "of another version (0.0.9): its config.yaml has no data.held_out"),
+        (_old_config, "of another version (0.0.9): its config.yaml has no data.val_fraction"),
         (lambda f: (f / "config.yaml").write_text("nothing: ["), "config.yaml is damaged"),
         (lambda f: (f / "config.yaml").unlink(), "config.yaml is damaged"),
         (lambda f: (f / "status.json").write_text("{"), "status.json is damaged"),

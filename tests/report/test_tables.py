@@ -46,7 +46,7 @@ CURVES: dict[tuple[str, float, int], list[tuple[float, float]]] = {
 def folder(tmp_path: Path) -> Path:
     """Two rates and two seeds of two epochs on MNIST; RndF's fourth run has failed."""
     path = tmp_path / "sweep"
-    protocol = SweepProtocolConfig(epochs=2, rates=[1.0, 0.1], seeds=2)
+    protocol = SweepProtocolConfig(epochs=2, lr_factors=[1.0, 0.1], seeds=2)
     config = SweepConfig(CONDITIONS, ["MNIST"], protocol=protocol, output=str(path))
     path.mkdir()
     (path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
@@ -159,7 +159,7 @@ def test_a_damaged_run_is_named_and_in_no_mean(folder: Path) -> None:
 
 
 def test_the_markdown_of_several_datasets_begins_with_the_grid(tmp_path: Path) -> None:
-    protocol = SweepProtocolConfig(epochs=1, rates=1)
+    protocol = SweepProtocolConfig(epochs=1, lr_factors=1)
     config = SweepConfig(["SGD", "BN"], ["MNIST", "CIFAR10"], protocol=protocol, output=str(tmp_path))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
     for error, run in zip(
@@ -198,7 +198,9 @@ def test_the_figure_shows_the_cells_and_their_colours(folder: Path) -> None:
 
 
 def test_data_that_the_paper_does_not_have_stand_alone(tmp_path: Path) -> None:
-    config = SweepConfig(["SGD"], ["digits"], protocol=SweepProtocolConfig(1, rates=1), output=str(tmp_path))
+    config = SweepConfig(
+        ["SGD"], ["digits"], protocol=SweepProtocolConfig(1, lr_factors=1), output=str(tmp_path)
+    )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
     leave_run(plan(config)[0].config, [(90.0, 90.0), (5.0, 5.0)], 1)
     table = sweep_table(tmp_path)

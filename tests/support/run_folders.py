@@ -19,7 +19,7 @@ def leave_run(
     with Recorder(folder.path) as recorder:
         for epoch, (test, held_out) in enumerate(curve):
             recorder.add(10 * epoch, epoch, "test_error", test)
-            recorder.add(10 * epoch, epoch, "held_out_error", held_out)
+            recorder.add(10 * epoch, epoch, "val_error", held_out)
             recorder.add(10 * epoch, epoch, "train_error", 0.0)
             for depth, layer in enumerate(("conv1", "fc2")):
                 recorder.add(10 * epoch, epoch, "weight_angle", 45.0 + depth, layer, depth)

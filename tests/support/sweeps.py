@@ -18,9 +18,9 @@ def tiny(output: Path, **given: Any) -> SweepConfig:
     config = SweepConfig(
         conditions=["SGD", "uSF", "brSF concordance=0.5"],
         datasets=["digits"],
-        data=DataConfig(size=16, held_out=0.1),
+        data=DataConfig(size=16, val_fraction=0.1),
         model=TINY,
-        protocol=SweepProtocolConfig(epochs=2, rates=[1.0, 0.1]),
+        protocol=SweepProtocolConfig(epochs=2, lr_factors=[1.0, 0.1]),
         output=str(output),
     )
     return replace(config, **given)

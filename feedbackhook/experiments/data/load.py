@@ -45,7 +45,7 @@ class ImageData:
 
     train: Split
     test: Split
-    held_out: Split | None
+    val: Split | None
     classes: int
     mean: Tensor
     std: Tensor
@@ -59,12 +59,12 @@ class ImageData:
         if device.type != "cuda":
             return self
         moved = replace(self, mean=self.mean.to(device), std=self.std.to(device))
-        splits = [self.train, self.test, *([self.held_out] if self.held_out else [])]
+        splits = [self.train, self.test, *([self.val] if self.val else [])]
         needed = sum(tensor.numel() * tensor.element_size() for split in splits for tensor in split)
         if needed > _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return moved
-        train, test, *held_out = (Split(s.images.to(device), s.labels.to(device)) for s in splits)
-        return replace(moved, train=train, test=test, held_out=held_out[0] if held_out else None)
+        train, test, *val = (Split(s.images.to(device), s.labels.to(device)) for s in splits)
+        return replace(moved, train=train, test=test, val=val[0] if val else None)
 
     def batch(self, split: Split, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images at ``index`` (a slice, or a tensor on the CPU or with the images) as normalised float32
@@ -140,8 +140,10 @@ def load(config: DataConfig) -> ImageData:
     """
     if config.size is not None and config.size < 1:
         raise ConfigError(f"data.size must be a positive number of pixels, not {config.size}")
-    if not 0 <= config.held_out < 1:
-        raise ConfigError(f"data.held_out must be a share from 0 to less than 1, not {config.held_out}")
+    if not 0 <= config.val_fraction < 1:
+        raise ConfigError(
+            f"data.val_fraction must be a share from 0 to less than 1, not {config.val_fraction}"
+        )
     if config.name == "digits":
         train, test = _few(config, dict(zip(("train", "test"), _digits(config.size), strict=True))).values()
     else:
@@ -155,11 +157,11 @@ def load(config: DataConfig) -> ImageData:
     if train.images.shape[1:] != test.images.shape[1:]:
         raise ConfigError(f"training and test images of {config.name} differ in size: set data.size")
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
-    held_out = None
-    if config.held_out:
-        train, held_out = _stratified(train, config.held_out)
+    val = None
+    if config.val_fraction:
+        train, val = _stratified(train, config.val_fraction)
     mean, std = _statistics(train.images)
-    return ImageData(train, test, held_out, classes, mean, std)
+    return ImageData(train, test, val, classes, mean, std)
 
 
 def _decoded(config: DataConfig) -> dict[str, Tensor]:

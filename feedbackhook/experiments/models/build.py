@@ -85,12 +85,12 @@ def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int
         if config.batch_norm != "none":
             insert_batch_norm(model, affine=config.batch_norm == "affine")
         _try_images(model, config.network, channels, size)
-    if config.trained is None:
+    if config.trainable is None:
         freeze(model, config.frozen)
     elif config.frozen is not None:
-        raise ConfigError("model.trained and model.frozen both say what learns: leave one of them out")
+        raise ConfigError("model.trainable and model.frozen both say what learns: leave one of them out")
     else:
-        _train_only(model, config.trained)
+        _train_only(model, config.trainable)
     return model
 
 
@@ -103,8 +103,8 @@ def statistics(config: ModelConfig, channels: int) -> tuple[Tensor, Tensor] | No
 
 
 def still(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
-    """The BatchNorm layers that `model.trained` leaves as they are: in training they run as in evaluation."""
-    if config.trained is None:
+    """The BatchNorm layers that `model.trainable` freezes; they stay in evaluation mode during training."""
+    if config.trainable is None:
         return []
     return [
         module
@@ -119,13 +119,13 @@ def _train_only(model: nn.Module, pattern: str) -> None:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"model.trained {pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"model.trainable {pattern!r} is no regular expression: {error}") from error
     parameters = dict(model.named_parameters())
     matched = [name for name in parameters if expression.fullmatch(name)]
     if not matched:
         near = difflib.get_close_matches(re.sub(r"[^\w.]", "", pattern), parameters, n=3, cutoff=0.3)
         raise ConfigError(
-            f"model.trained {pattern!r} matches no parameter as a whole; near names: "
+            f"model.trainable {pattern!r} matches no parameter as a whole; near names: "
             f"{', '.join(near or list(parameters)[-3:])}"
         )
     for name, parameter in parameters.items():

@@ -55,10 +55,10 @@ def _counts(run: PlannedRun) -> tuple[int, int, int]:
     """Images trained on, images evaluated on after each epoch, and classes."""
     if run.dataset in PAPER:
         known = PAPER[run.dataset]
-        held_out = round(known.train * run.config.data.held_out)
+        held_out = round(known.train * run.config.data.val_fraction)
         return known.train - held_out, known.test + held_out, known.classes
     images = data.load(resolve(run.config).data)
-    evaluated = len(images.test.labels) + (0 if images.held_out is None else len(images.held_out.labels))
+    evaluated = len(images.test.labels) + (0 if images.val is None else len(images.val.labels))
     return len(images.train.labels), evaluated, images.classes
 
 

@@ -77,7 +77,7 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
     _check_conditions(config.conditions)
     if config.data.name != DataConfig().name:
         raise ConfigError("data.name has no effect in a sweep: name the data in datasets")
-    rates, p = _rates(config.protocol.rates), config.protocol
+    rates, p = _rates(config.protocol.lr_factors), config.protocol
     if p.seeds < 1:
         raise ConfigError(f"protocol.seeds must be 1 or more, not {p.seeds}")
     if config.workers is not None and config.workers < 1:
@@ -94,7 +94,7 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
         for seed in range(p.seed, p.seed + p.seeds)
     ]
     if not runs:
-        raise ConfigError("a sweep needs conditions, datasets and protocol.rates: one of them is empty")
+        raise ConfigError("a sweep needs conditions, datasets and protocol.lr_factors: one of them is empty")
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
             raise ConfigError(
@@ -115,7 +115,7 @@ def shrink(config: SweepConfig) -> SweepConfig:
         protocol=replace(
             p,
             epochs=_SMALL_EPOCHS if p.epochs == full.epochs else p.epochs,
-            rates=_SMALL_RATES if p.rates == full.rates else p.rates,
+            lr_factors=_SMALL_RATES if p.lr_factors == full.lr_factors else p.lr_factors,
         ),
         output=f"{config.output}-{_slug(config.small)}",
         small=None,
@@ -224,11 +224,13 @@ def _check_cluster(config: SweepConfig) -> None:
 def _rates(rates: int | list[float]) -> Sequence[float]:
     if isinstance(rates, int):
         if rates not in (1, 3, 5):
-            raise ConfigError(f"protocol.rates must be 1, 3 or 5, or a list of factors, not {rates}")
+            raise ConfigError(f"protocol.lr_factors must be 1, 3 or 5, or a list of factors, not {rates}")
         first = (len(RATES) - rates) // 2
         return RATES[first : first + rates]
     if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
-        raise ConfigError(f"protocol.rates are factors of the learning rate, more than 0, not {wrong[0]}")
+        raise ConfigError(
+            f"protocol.lr_factors are factors of the learning rate, more than 0, not {wrong[0]}"
+        )
     return rates
 
 

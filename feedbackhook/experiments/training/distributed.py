@@ -71,7 +71,7 @@ class Processes:
     group: ProcessGroup | None = None
 
     def __init__(self, protocol: ProtocolConfig) -> None:
-        self._bf16, self._accumulation = protocol.precision == "bf16", protocol.accumulation
+        self._bf16, self._accumulation = protocol.precision == "bf16", protocol.gradient_accumulation_steps
         self._model: nn.Module | None = None
         self._network: nn.Module | None = None  # the model, or what wraps it
         self._device = torch.device("cpu")
@@ -177,7 +177,7 @@ class ManyProcesses(Processes):
         self._accelerator = Accelerator(
             cpu=not _on_gpus(protocol),
             mixed_precision="no",  # autocast is ours, the same as in one process
-            gradient_accumulation_steps=protocol.accumulation,
+            gradient_accumulation_steps=protocol.gradient_accumulation_steps,
         )
         if self._accelerator.num_processes != started_processes():
             raise RuntimeError(

@@ -68,7 +68,7 @@ def _described(config: RunConfig, images: ImageData, model: nn.Module) -> str:
     _, channels, height, width = images.train.images.shape
     size = f"{channels}x{height}x{width} pixels" if (height, width) != (1, 1) else f"{channels} features"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    held_out = "" if images.held_out is None else f"{len(images.held_out.labels):,} held out, "
+    held_out = "" if images.val is None else f"{len(images.val.labels):,} held out, "
     return (
         f"{config.model.network} on {size}, {parameters:,} parameters; {config.data.name}: "
         f"{len(images.train.labels):,} training, {held_out}{len(images.test.labels):,} test, "

@@ -55,14 +55,14 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     return made
 
 
-def schedule(
+def lr_schedule(
     config: ProtocolConfig, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """How the learning rate goes from epoch to epoch."""
-    if config.schedule == "cosine":
+    if config.lr_schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     assert config.milestones is not None
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones, config.rate_factor)
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones, config.lr_factor)
 
 
 def _timm_name(name: str) -> str:

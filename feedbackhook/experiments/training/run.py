@@ -177,7 +177,7 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
         ("protocol.epochs", p.epochs, 1),
         ("protocol.batch_size", p.batch_size, 1),
         ("protocol.threads", p.threads, 1),
-        ("protocol.accumulation", p.accumulation, 1),
+        ("protocol.gradient_accumulation_steps", p.gradient_accumulation_steps, 1),
         ("protocol.seed", p.seed, 0),
         ("record.every", config.record.every, 1),
         ("record.gradient_angle_every", config.record.gradient_angle_every, 0),
@@ -196,12 +196,12 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
     optimizers.check(config.optimizer)
     if config.feedback.schedule and config.feedback.mode is None:
         raise ConfigError("feedback.schedule has no effect without feedback.mode")
-    if p.schedule == "cosine" and p.milestones is not None:
+    if p.lr_schedule == "cosine" and p.milestones is not None:
         raise ConfigError(
-            "protocol.milestones have no effect with protocol.schedule cosine: they are of steps"
+            "protocol.milestones have no effect with protocol.lr_schedule cosine: they are of steps"
         )
-    if not 0 < p.rate_factor < math.inf:
-        raise ConfigError(f"protocol.rate_factor must be positive, not {p.rate_factor}")
+    if not 0 < p.lr_factor < math.inf:
+        raise ConfigError(f"protocol.lr_factor must be positive, not {p.lr_factor}")
     device = p.device if p.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.device(device)
@@ -246,19 +246,21 @@ def _check_parts(config: RunConfig, count: int) -> None:
         if value not in known:
             where = "record" if section is config.record else "protocol"
             raise ConfigError(f"{where}.{name} must be {' or '.join(known)}, not {value!r}")
-    parts = count * p.accumulation
+    parts = count * p.gradient_accumulation_steps
     for size in (p.batch_size, *p.batch_sizes.values()):
         if size % parts:
             near = max(parts, size // parts * parts)
             raise ConfigError(
-                f"a mini-batch of {size} images cannot be shared out among {count} processes times "
-                f"{p.accumulation} backwards an update: give a multiple of {parts}, such as {near}"
+                f"a mini-batch of {size} images cannot be split evenly over {count} processes with "
+                f"{p.gradient_accumulation_steps} gradient accumulation steps: use a multiple of {parts}, such "
+                f"as {near}"
             )
-    if config.record.gradient_angle_every and (p.strategy == "fsdp2" or p.accumulation > 1):
+    whole = p.strategy != "fsdp2" and p.gradient_accumulation_steps == 1
+    if config.record.gradient_angle_every and not whole:
         why = (
             "protocol.strategy fsdp2, whose gradients only the backward puts together"
             if p.strategy == "fsdp2"
-            else "protocol.accumulation, since it is of the whole mini-batch"
+            else "protocol.gradient_accumulation_steps, since it is of the whole mini-batch"
         )
         raise ConfigError(f"record.gradient_angle_every cannot be measured with {why}: give 0 for none")
 
@@ -269,7 +271,7 @@ def _built(config: RunConfig, images: ImageData | None, team: Processes) -> _Run
 
 
 def _milestones(p: ProtocolConfig) -> list[int] | None:
-    if p.milestones is not None or p.schedule != "steps":
+    if p.milestones is not None or p.lr_schedule != "steps":
         return p.milestones
     return [round(p.epochs * m / 65) for m in (50, 60)]
 
@@ -293,7 +295,7 @@ class _Run:
         augmentation = config.data.augmentation
         self.augment = None if augmentation is None else self.data.augmentation(augmentation)
         self.optimizer = optimizers.build(config.optimizer, self.model)
-        self.schedule = optimizers.schedule(p, self.optimizer)
+        self.lr_schedule = optimizers.lr_schedule(p, self.optimizer)
         self.order = torch.Generator().manual_seed(p.seed)
         self.epoch = self.step = 0
         self.train_loss = math.nan
@@ -405,7 +407,7 @@ class _Run:
         size = self._batch_size()
         batches = len(train_set.labels) // size
         recorder.epoch = self.epoch
-        rate = float(self.schedule.get_last_lr()[0])
+        rate = float(self.lr_schedule.get_last_lr()[0])
         total, wrong = 0.0, 0.0
         self.model.train()
         for module in self.still:
@@ -417,7 +419,7 @@ class _Run:
             wrong += missed
             self.touch()
             progress(Progress(self.epoch, p.epochs, batch, batches, total / batch))
-        self.schedule.step()
+        self.lr_schedule.step()
         if self.patch is not None and self.epoch in self.config.feedback.schedule:
             self.patch.set(**self.config.feedback.schedule[self.epoch])
         self.train_loss = total / batches
@@ -465,10 +467,10 @@ class _Run:
         p, result = self.config.protocol, self.result
         with self.team.autocast():
             estimate_statistics(self.model, self._statistics_batches())
-        if self.data.held_out is not None:
-            loss, error = self._loss_and_error(self.data.held_out)
-            recorder.add(self.step, self.epoch, "held_out_loss", _finite("held_out_loss", loss))
-            recorder.add(self.step, self.epoch, "held_out_error", error)
+        if self.data.val is not None:
+            loss, error = self._loss_and_error(self.data.val)
+            recorder.add(self.step, self.epoch, "val_loss", _finite("val_loss", loss))
+            recorder.add(self.step, self.epoch, "val_error", error)
         loss, error = self._loss_and_error(self.data.test)
         recorder.add(self.step, self.epoch, "test_loss", _finite("test_loss", loss))
         recorder.add(self.step, self.epoch, "test_error", error)
@@ -529,7 +531,7 @@ class _Run:
                 "step": self.step,
                 "model": model,
                 "optimizer": optimizer,
-                "schedule": self.schedule.state_dict(),
+                "lr_schedule": self.lr_schedule.state_dict(),
                 "patch": self.patch.state_dict() if self.patch is not None else None,
                 "order": self.order.get_state(),
                 "random": torch.get_rng_state(),
@@ -546,7 +548,7 @@ class _Run:
         result.step = self.step = state["step"]
         result.last_error, result.best_error, result.best_epoch = state["errors"]
         self.team.restore(self.model, self.optimizer, state["model"], state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.lr_schedule.load_state_dict(state["lr_schedule"])
         if self.patch is not None:
             self.patch.load_state_dict(state["patch"])
         self.order.set_state(state["order"])

@@ -152,7 +152,7 @@ def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dic
     for size in dict.fromkeys(_sizes(m.run.config.protocol) for m in members if m.run.large_batch):
         sizes.append(f"uSF+BM also {size}")
     base = base_rate([member.run for member in members])
-    held_out = f"{config.data.held_out:.0%} of each class of the training set"
+    held_out = f"{config.data.val_fraction:.0%} of each class of the training set"
     again = folder if folder.name not in ("", "..") else folder.resolve()
     return {
         "protocol": {
@@ -162,7 +162,7 @@ def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dic
             "Learning rate in the first epoch": f"{base} × {', '.join(factors)}",
             "Seeds": ", ".join(str(seed) for seed in range(p.seed, p.seed + p.seeds)),
             "Images a mini-batch": "; ".join(sizes),
-            "Held out": held_out if config.data.held_out else "nothing",
+            "Held out": held_out if config.data.val_fraction else "nothing",
         },
         "status": Counter(member.status for member in members),
         "missing": sum(member.run.name in table.missing for member in members),

@@ -38,17 +38,17 @@ def test_digits_have_a_fixed_stratified_split() -> None:
 
 
 def test_a_share_of_the_training_set_is_held_out_class_by_class() -> None:
-    whole, data = load(DataConfig()), load(DataConfig(held_out=0.1))
-    assert whole.held_out is None
-    assert data.held_out is not None
-    assert (len(data.train.labels), len(data.held_out.labels)) == (1293, 144)
-    assert (data.held_out.labels.bincount() - whole.train.labels.bincount() * 0.1).abs().max() <= 1
-    rows = sorted(row.tobytes() for split in (data.train, data.held_out) for row in split.images.numpy())
+    whole, data = load(DataConfig()), load(DataConfig(val_fraction=0.1))
+    assert whole.val is None
+    assert data.val_fraction is not None
+    assert (len(data.train.labels), len(data.val_fraction.labels)) == (1293, 144)
+    assert (data.val_fraction.labels.bincount() - whole.train.labels.bincount() * 0.1).abs().max() <= 1
+    rows = sorted(row.tobytes() for split in (data.train, data.val_fraction) for row in split.images.numpy())
     assert rows == sorted(row.tobytes() for row in whole.train.images.numpy())
     assert torch.equal(data.test.images, whole.test.images)
-    again = load(DataConfig(held_out=0.1)).held_out
+    again = load(DataConfig(val_fraction=0.1)).val
     assert again is not None
-    assert torch.equal(again.images, data.held_out.images)
+    assert torch.equal(again.images, data.val_fraction.images)
     x, _ = data.batch(data.train, slice(None), CPU)
     assert abs(x.double().mean()) <= rounding_of(x)  # of what is trained on
 
@@ -181,8 +181,8 @@ def test_a_channel_of_one_value_does_not_divide_by_zero(folder: Path) -> None:
         (DataConfig("VOCSegmentation"), "'VOCSegmentation' has no classes for training and test"),
         (DataConfig("CIFAR11"), "'CIFAR11' is unknown; did you mean 'CIFAR10'"),
         (DataConfig("imagefolder:nowhere"), r"nowhere/train is missing.*; imagefolder:PATH needs PATH/train"),
-        (DataConfig(held_out=1.0), "data.held_out must be a share from 0 to less than 1, not 1.0"),
-        (DataConfig(held_out=0.001), "cannot set 0.001 of the 1437 images apart"),
+        (DataConfig(val_fraction=1.0), "data.val_fraction must be a share from 0 to less than 1, not 1.0"),
+        (DataConfig(val_fraction=0.001), "cannot set 0.001 of the 1437 images apart"),
         (DataConfig(size=0), "data.size must be a positive number of pixels, not 0"),
     ],
     ids=lambda value: value.name if isinstance(value, DataConfig) else "",

@@ -126,9 +126,9 @@ def test_statistics_are_the_weights_own_and_of_one_channel_their_mean() -> None:
         (ModelConfig("timm/resnet18", options={"num_classes": 5}), "is 5, and the data have 4 classes"),
         (ModelConfig(SMALL, weights="FILE", options={"wings": 2}), "wings"),
         (ModelConfig("timm/vit_tiny_patch16_224"), r"set data.size to 224, .* \{img_size: 32\}"),
-        (ModelConfig(SMALL, trained="head.*"), "matches no parameter as a whole; near names: "),
-        (ModelConfig(SMALL, trained="("), "no regular expression"),
-        (ModelConfig(SMALL, trained=".*", frozen="Top"), "leave one of them out"),
+        (ModelConfig(SMALL, trainable="head.*"), "matches no parameter as a whole; near names: "),
+        (ModelConfig(SMALL, trainable="("), "no regular expression"),
+        (ModelConfig(SMALL, trainable=".*", frozen="Top"), "leave one of them out"),
     ],
     ids=lambda value: "" if isinstance(value, str) else f"{value.name}-{value.weights}",
 )
@@ -179,7 +179,7 @@ def test_what_is_trained_loads_into_a_plain_model_of_timm(weights: Path, tmp_pat
 
 def test_what_is_not_trained_stays_as_it_is_batch_statistics_too(weights: Path, tmp_path: Path) -> None:
     start = build(ModelConfig(SMALL, weights=str(weights)), 10, 1, (32, 32)).state_dict()
-    result = train(run(weights, tmp_path / "run", "sign", trained=r"(bn2|classifier)\..*"))
+    result = train(run(weights, tmp_path / "run", "sign", trainable=r"(bn2|classifier)\..*"))
     end = load_file(result.folder / "last.safetensors")
     changed = {name for name in end if not torch.equal(end[name], start[name])}
     assert changed == {
@@ -197,7 +197,7 @@ def test_a_head_alone_learns_the_same_whatever_the_feedback(weights: Path, tmp_p
     """No error signal goes past the layers that learn, so there is none to reroute."""
     heads = []
     for mode in (None, "random"):
-        result = train(run(weights, tmp_path / str(mode), mode, trained=r"classifier\..*"))
+        result = train(run(weights, tmp_path / str(mode), mode, trainable=r"classifier\..*"))
         heads.append(load_file(result.folder / "last.safetensors"))
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 

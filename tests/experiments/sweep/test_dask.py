@@ -313,7 +313,9 @@ def one_worker() -> Iterator[Any]:
 
 
 def three(folder: Path) -> tuple[SweepConfig, list[PlannedRun]]:
-    config = tiny(folder / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1, seeds=3))
+    config = tiny(
+        folder / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(1, lr_factors=1, seeds=3)
+    )
     return config, plan(config)
 
 
@@ -448,7 +450,7 @@ def test_an_interrupted_sweep_stops_its_runs_and_goes_on(
     tmp_path: Path, machines: Callable[..., Machines]
 ) -> None:
     there = machines(1)
-    protocol = SweepProtocolConfig(epochs=150, rates=1, seeds=2)
+    protocol = SweepProtocolConfig(epochs=150, lr_factors=1, seeds=2)
     config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=protocol)
     path, folder = written(on(there, config), tmp_path / "sweep.yaml"), tmp_path / "sweep"
     process = started(path)
@@ -470,7 +472,7 @@ def test_a_run_whose_process_is_killed_three_times_fails(
     tmp_path: Path, machines: Callable[..., Machines]
 ) -> None:
     there = machines(1)
-    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, rates=1))
+    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, lr_factors=1))
     process = started(written(on(there, config), tmp_path / "sweep.yaml"))
     worker = there.workers[0].pid
     killed: set[int] = set()
@@ -489,7 +491,7 @@ def test_a_scheduler_that_ends_is_named_and_the_runs_end_with_it(
     tmp_path: Path, machines: Callable[..., Machines]
 ) -> None:
     there = machines(1)
-    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, rates=1))
+    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, lr_factors=1))
     process = started(written(on(there, config), tmp_path / "sweep.yaml"))
     wait_until(lambda: how_many(tmp_path / "sweep", "running") == 1)
     left = children(there.workers[0].pid)
@@ -526,7 +528,9 @@ def test_48_runs_with_a_killed_a_stopped_worker_and_a_killed_client(
     tmp_path: Path, machines: Callable[..., Machines]
 ) -> None:
     """The scheduler takes the stopped worker for lost, and gives its run to another, which gives it back."""
-    grid = tiny(tmp_path / "sweep", protocol=SweepProtocolConfig(2, rates=[10.0, 1.0, 0.1, 0.01], seeds=4))
+    grid = tiny(
+        tmp_path / "sweep", protocol=SweepProtocolConfig(2, lr_factors=[10.0, 1.0, 0.1, 0.01], seeds=4)
+    )
     assert len(plan(grid)) == 48
     reference = replace(grid, output=str(tmp_path / "reference"), workers=2)
     sweep(reference)

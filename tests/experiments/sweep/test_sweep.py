@@ -53,7 +53,7 @@ def names(runs: list[PlannedRun]) -> list[str]:
 
 
 def test_a_plan_is_the_product_and_its_names_tell_the_place_in_it(tmp_path: Path) -> None:
-    protocol = SweepProtocolConfig(rates=3, seeds=2, seed=4)
+    protocol = SweepProtocolConfig(lr_factors=3, seeds=2, seed=4)
     runs = plan(tiny(tmp_path, protocol=protocol))
     assert len(runs) == 3 * 3 * 2
     assert names(runs)[:3] == [
@@ -65,7 +65,7 @@ def test_a_plan_is_the_product_and_its_names_tell_the_place_in_it(tmp_path: Path
     assert names(runs) == names(plan(tiny(tmp_path / "elsewhere", protocol=protocol)))
     last = runs[-1].config
     assert (last.optimizer.lr, last.protocol.seed) == (pytest.approx(5e-5), 5)
-    assert last.data == DataConfig("digits", size=16, held_out=0.1)
+    assert last.data == DataConfig("digits", size=16, val_fraction=0.1)
     assert last.output == str(tmp_path / "digits-brSF-concordance=0.5-rate0.1-seed5")
 
 
@@ -75,7 +75,7 @@ def test_a_plan_is_the_product_and_its_names_tell_the_place_in_it(tmp_path: Path
     ids=str,
 )
 def test_rates_are_the_papers_or_ones_own(tmp_path: Path, rates: Any, factors: tuple[float, ...]) -> None:
-    runs = plan(tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(rates=rates)))
+    runs = plan(tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(lr_factors=rates)))
     assert tuple(run.rate for run in runs) == factors
     assert [run.config.optimizer.lr for run in runs] == pytest.approx([5e-4 * f for f in factors])
 
@@ -123,7 +123,7 @@ def test_conditions_of_ones_own_set_what_they_name_and_leave_the_rest(tmp_path: 
 
 def test_a_sweep_of_ones_own_conditions_has_its_table_and_report(tmp_path: Path) -> None:
     own = {name: OWN[name] for name in ("backprop", "half of the signs")}
-    protocol = SweepProtocolConfig(epochs=1, rates=1)
+    protocol = SweepProtocolConfig(epochs=1, lr_factors=1)
     results = sweep(tiny(tmp_path, conditions=own, protocol=protocol))
     assert {result.status for result in results.values()} == {"finished"}
     table = sweep_table(tmp_path)
@@ -154,11 +154,11 @@ def test_a_condition_of_ones_own_that_cannot_be_is_named(settings: Any, message:
 
 def test_usf_with_batch_manhattan_alone_has_two_procedures(tmp_path: Path) -> None:
     conditions = ["uSF+BM", "uSF+BN+BM", "uSF+BM2", "uSF+BM Top", "brSF+BM"]
-    protocol = SweepProtocolConfig(epochs=8, rates=1)
+    protocol = SweepProtocolConfig(epochs=8, lr_factors=1)
     runs = plan(tiny(tmp_path, conditions=conditions, protocol=protocol))
     assert names(runs)[:2] == ["digits-uSF+BM-rate1-seed0", "digits-uSF+BM-rate1-seed0-batch500"]
     assert [run.config.protocol.batch_sizes for run in runs] == [{}, {3: 500}, {}, {}, {}, {}]
-    short = tiny(tmp_path, conditions=["uSF+BM"], protocol=SweepProtocolConfig(epochs=3, rates=1))
+    short = tiny(tmp_path, conditions=["uSF+BM"], protocol=SweepProtocolConfig(epochs=3, lr_factors=1))
     assert len(plan(short)) == 1  # there is nothing after the third epoch
 
 
@@ -171,7 +171,7 @@ def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_pa
     assert [run.rate for run in runs] == [10, 1, 0.1] * 3
     assert {run.config.protocol.epochs for run in runs} == {8}
     assert Path(str(runs[0].config.output)).parent == tmp_path / "full-digits"
-    own = replace(config, protocol=SweepProtocolConfig(epochs=3, rates=1))
+    own = replace(config, protocol=SweepProtocolConfig(epochs=3, lr_factors=1))
     assert [(run.config.protocol.epochs, run.rate) for run in plan(own)] == [(3, 1.0)] * 3
 
 
@@ -184,9 +184,9 @@ def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_pa
         ({"datasets": ["Omniglot"], "model": SweepModelConfig()}, "no network for Omniglot: set model.name"),
         ({"data": DataConfig("MNIST")}, "data.name has no effect in a sweep"),
         ({"optimizer": OptimizerConfig("batch_manhattan", setting=3)}, "makes optimizer.setting 1"),
-        ({"protocol": SweepProtocolConfig(rates=2)}, "protocol.rates must be 1, 3 or 5"),
-        ({"protocol": SweepProtocolConfig(rates=[0.0])}, "more than 0, not 0.0"),
-        ({"protocol": SweepProtocolConfig(rates=[float("inf")])}, "more than 0, not inf"),
+        ({"protocol": SweepProtocolConfig(lr_factors=2)}, "protocol.lr_factors must be 1, 3 or 5"),
+        ({"protocol": SweepProtocolConfig(lr_factors=[0.0])}, "more than 0, not 0.0"),
+        ({"protocol": SweepProtocolConfig(lr_factors=[float("inf")])}, "more than 0, not inf"),
         ({"protocol": SweepProtocolConfig(seeds=0)}, "protocol.seeds must be 1 or more"),
         ({"workers": 0}, "workers must be 1 or more"),
     ],
@@ -242,7 +242,7 @@ def test_a_sweep_of_another_configuration_is_refused_before_anything_is_run(tmp_
 
 
 def test_a_sweep_with_both_procedures_of_usf_bm_goes_on(tmp_path: Path) -> None:
-    protocol = SweepProtocolConfig(epochs=4, rates=1)
+    protocol = SweepProtocolConfig(epochs=4, lr_factors=1)
     config = tiny(tmp_path, conditions=["uSF+BM"], protocol=protocol, workers=1)
     first = sweep(config)
     assert [result.status for result in first.values()] == ["finished"] * 2
@@ -295,7 +295,7 @@ def test_a_run_that_fails_is_kept_with_its_reason_and_stops_no_other(
 
 
 def test_what_could_not_be_begun_can_be_run_when_it_is_put_right(tmp_path: Path) -> None:
-    wrong = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, 5000, rates=1), workers=1)
+    wrong = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, 5000, lr_factors=1), workers=1)
     assert [result.status for result in sweep(wrong).values()] == ["failed"]
     right = replace(wrong, protocol=replace(wrong.protocol, batch_size=100))
     assert [result.status for result in sweep(right).values()] == ["finished"]
@@ -303,7 +303,7 @@ def test_what_could_not_be_begun_can_be_run_when_it_is_put_right(tmp_path: Path)
 
 @pytest.mark.parametrize("left", ["status", "aside", "tensorboard"])
 def test_a_run_that_was_killed_before_it_had_begun_begins(tmp_path: Path, left: str) -> None:
-    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1), workers=1)
+    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, lr_factors=1), workers=1)
     folder = plan(config)[0].folder.path
     (folder / "metrics").mkdir(parents=True)
     if left == "status":
@@ -317,7 +317,7 @@ def test_a_run_that_was_killed_before_it_had_begun_begins(tmp_path: Path, left: 
 
 
 def test_a_finished_run_does_not_fail_for_its_figures(tmp_path: Path) -> None:
-    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1), workers=1)
+    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, lr_factors=1), workers=1)
     before = sweep(config)
     worker.fail(plan(config)[0].config, "RuntimeError: no font")
     assert plan(config)[0].folder.result() == before["digits-SGD-rate1-seed0"]
@@ -356,7 +356,7 @@ def test_a_sweep_says_at_once_what_there_is_to_do(tmp_path: Path, monkeypatch: p
 
 
 def test_a_run_whose_folder_is_in_use_makes_way_for_the_others(tmp_path: Path) -> None:
-    protocol = SweepProtocolConfig(1, rates=[1.0, 0.1])
+    protocol = SweepProtocolConfig(1, lr_factors=[1.0, 0.1])
     config = tiny(tmp_path, conditions=["SGD"], protocol=protocol, workers=1)
     first, second = plan(config)
     told: list[str] = []
@@ -443,7 +443,7 @@ def test_a_stopped_sweep_leaves_no_run_running_unless_a_process_is_at_work_in_it
 
 
 def test_threads_that_are_not_given_are_one_and_so_a_sweep_goes_on(tmp_path: Path) -> None:
-    protocol = SweepProtocolConfig(1, rates=1, threads=None)
+    protocol = SweepProtocolConfig(1, lr_factors=1, threads=None)
     config = tiny(tmp_path, conditions=["SGD"], protocol=protocol, workers=1)
     assert plan(config)[0].config.protocol.threads == 1
     sweep(config)
@@ -451,7 +451,9 @@ def test_threads_that_are_not_given_are_one_and_so_a_sweep_goes_on(tmp_path: Pat
 
 
 def test_runs_that_the_sweep_no_longer_plans_are_named(tmp_path: Path) -> None:
-    config = tiny(tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, rates=1, seeds=2), workers=1)
+    config = tiny(
+        tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(1, lr_factors=1, seeds=2), workers=1
+    )
     sweep(config)
     fewer = replace(config, protocol=replace(config.protocol, seeds=1))
     sweep(fewer)
@@ -462,7 +464,7 @@ def test_runs_that_the_sweep_no_longer_plans_are_named(tmp_path: Path) -> None:
 
 def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
     config = tiny(
-        tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(epochs=2, rates=[1e9, 1.0]), workers=1
+        tmp_path, conditions=["SGD"], protocol=SweepProtocolConfig(epochs=2, lr_factors=[1e9, 1.0]), workers=1
     )
     results = list(sweep(config).values())
     assert [result.status for result in results] == ["diverged", "finished"]
@@ -498,7 +500,9 @@ def test_the_time_left_goes_by_what_this_sweep_has_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = plan(
-        tiny(tmp_path, conditions=["SGD", "uSF"], protocol=SweepProtocolConfig(epochs=4, rates=[1.0, 0.1]))
+        tiny(
+            tmp_path, conditions=["SGD", "uSF"], protocol=SweepProtocolConfig(epochs=4, lr_factors=[1.0, 0.1])
+        )
     )
     now = iter([100.0, 110.0, 130.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
@@ -529,7 +533,9 @@ def test_epochs_weigh_what_a_rehearsal_took_where_datasets_differ(
 
 
 def test_an_estimate_is_near_what_a_run_takes_on_disk(tmp_path: Path) -> None:
-    config = tiny(tmp_path, conditions=["frSF"], protocol=SweepProtocolConfig(epochs=4, rates=1), workers=1)
+    config = tiny(
+        tmp_path, conditions=["frSF"], protocol=SweepProtocolConfig(epochs=4, lr_factors=1), workers=1
+    )
     expected = estimate(plan(config))["digits-frSF-rate1-seed0"]
     sweep(config)
     size = sum(path.stat().st_size for path in (tmp_path / "digits-frSF-rate1-seed0").rglob("*"))
@@ -598,9 +604,9 @@ def undisturbed(process: subprocess.Popen[bytes]) -> None:
 
 GRID = {
     "conditions": ["SGD", "uSF+BN+BM", "brSF+BN+BM concordance=0.5", "RndF+BN+BM"],
-    "data": DataConfig(held_out=0.1),
+    "data": DataConfig(val_fraction=0.1),
     "model": SweepModelConfig(),
-    "protocol": SweepProtocolConfig(epochs=2, rates=3, seeds=2),
+    "protocol": SweepProtocolConfig(epochs=2, lr_factors=3, seeds=2),
 }
 
 
@@ -689,7 +695,7 @@ def test_a_sweep_begins_with_its_networks_data_and_rules(tmp_path: Path) -> None
         "normalised": {"feedback": {"mode": "sign"}, "model": {"batch_norm": "affine"}},
         "large": {"data": {"size": 28}, "model": {"name": "liao2016/cifar"}},
     }
-    once = SweepProtocolConfig(epochs=1, rates=1, device="cpu")
+    once = SweepProtocolConfig(epochs=1, lr_factors=1, device="cpu")
     config = tiny(tmp_path, conditions=conditions, protocol=once, model=SweepModelConfig("liao2016/mnist"))
     config = replace(config, data=replace(config.data, size=28))
     told: list[str] = []

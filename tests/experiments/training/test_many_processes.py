@@ -77,12 +77,12 @@ def sharded(config: RunConfig) -> None:
 
 @case
 def accumulated(config: RunConfig) -> None:
-    config.protocol.accumulation = 2
+    config.protocol.gradient_accumulation_steps = 2
 
 
 @case
 def accumulated_sharded(config: RunConfig) -> None:
-    config.protocol.accumulation, config.protocol.strategy = 2, "fsdp2"
+    config.protocol.gradient_accumulation_steps, config.protocol.strategy = 2, "fsdp2"
 
 
 @case
@@ -245,7 +245,7 @@ def refused(folder: Path) -> dict[str, tuple[RunConfig, str]]:
     odd.protocol.batch_size = 25
     later = made(folder, "plain", "later")
     later.protocol.batch_sizes = {1: 30}
-    later.protocol.accumulation, later.record.gradient_angle_every = 2, 0
+    later.protocol.gradient_accumulation_steps, later.record.gradient_angle_every = 2, 0
     angles = made(folder, "sharded", "angles")
     angles.record.gradient_angle_every = 5
     device = made(folder, "plain", "device")
@@ -253,7 +253,7 @@ def refused(folder: Path) -> dict[str, tuple[RunConfig, str]]:
     return {
         "odd": (
             odd,
-            "a mini-batch of 25 images cannot be shared out among 2 processes .* multiple of 2, such",
+            "a mini-batch of 25 images cannot be split evenly over 2 processes .* multiple of 2, such",
         ),
         "later": (later, "a mini-batch of 30 images .* 2 processes times 2 backwards .* multiple of 4, such"),
         "angles": (angles, "gradient_angle_every cannot be measured with protocol.strategy fsdp2"),
@@ -405,13 +405,13 @@ def test_one_process_accumulates_to_the_same(folder: Path) -> None:
     config = made(folder, "accumulated", "parts")
     train(config)
     whole = made(folder, "accumulated", "whole")
-    whole.protocol.accumulation = 1
+    whole.protocol.gradient_accumulation_steps = 1
     train(whole)
     assert furthest(values(config), values(whole)) <= 1
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("precision", "bfloat16"), ("strategy", "fsdp"), ("accumulation", 0)]
+    ("field", "value"), [("precision", "bfloat16"), ("strategy", "fsdp"), ("gradient_accumulation_steps", 0)]
 )
 def test_options_of_the_processes_are_checked(field: str, value: object, tmp_path: Path) -> None:
     config = made(tmp_path, "plain", "run")
@@ -431,7 +431,7 @@ def test_the_gradient_angle_of_a_part_is_not_recorded_for_the_whole(tmp_path: Pa
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_shares_make_up_the_whole(count: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "count", count)
-    team = Processes(ProtocolConfig(accumulation=accumulation))
+    team = Processes(ProtocolConfig(gradient_accumulation_steps=accumulation))
     shares, tested = [], []
     for rank in range(count):
         monkeypatch.setattr(team, "_rank", lambda rank=rank: rank)

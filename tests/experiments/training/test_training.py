@@ -456,7 +456,7 @@ def test_digits_are_learned_with_sign_concordant_feedback(tmp_path: Path) -> Non
             {"protocol": ProtocolConfig(batch_sizes={1: 0})},
             "a size in protocol.batch_sizes must be 1 or more",
         ),
-        ({"protocol": ProtocolConfig(rate_factor=0.0)}, "rate_factor must be positive"),
+        ({"protocol": ProtocolConfig(lr_factor=0.0)}, "lr_factor must be positive"),
         ({"protocol": ProtocolConfig(milestones=[0])}, "milestones must be 1 or more"),
         ({"protocol": ProtocolConfig(device="abacus")}, "device 'abacus' is none of torch's"),
         ({"record": RecordConfig(every=0)}, "record.every"),
@@ -488,7 +488,7 @@ def test_mini_batches_change_their_size_after_an_epoch(config: RunConfig) -> Non
 def test_what_is_held_out_is_not_trained_on_and_its_error_recorded(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.data.held_out = 0.4
+    config.data.val_fraction = 0.4
     seen: list[Split] = []
     evaluate = train_module._Run._loss_and_error
 
@@ -500,7 +500,7 @@ def test_what_is_held_out_is_not_trained_on_and_its_error_recorded(
     result = train(config)
     table = read(result.folder)
     assert result.step == 4 * 2  # 24 images left of 40, 12 a mini-batch
-    assert len(series(table, "held_out_error")) == len(series(table, "held_out_loss")) == 5
+    assert len(series(table, "val_error")) == len(series(table, "val_loss")) == 5
     held_out, test = seen[0], seen[1]
     assert (len(held_out.labels), len(test.labels)) == (16, 10)
     assert result.last_error == series(table, "test_error")[-1]
@@ -510,7 +510,7 @@ def test_what_is_held_out_is_not_trained_on_and_its_error_recorded(
     with torch.no_grad():
         x, y = data.batch(held_out, slice(None), torch.device("cpu"))
         wrong = (network.eval()(x).argmax(1) != y).double().mean().item()
-    assert series(table, "held_out_error")[-1] == pytest.approx(100 * wrong)
+    assert series(table, "val_error")[-1] == pytest.approx(100 * wrong)
 
 
 @pytest.mark.parametrize(
@@ -663,7 +663,7 @@ def test_augmented_runs_go_on_as_if_they_had_not_stopped(config: RunConfig) -> N
 
 
 def test_the_rate_follows_half_a_cosine(config: RunConfig) -> None:
-    config.protocol.schedule = "cosine"
+    config.protocol.lr_schedule = "cosine"
     config.feedback.mode = None
     config.record.figures = False
     rates = series(read(train(config).folder), "learning_rate")
@@ -689,7 +689,7 @@ def test_timms_optimizer_leaves_biases_without_decay(config: RunConfig) -> None:
         ({"optimizer": OptimizerConfig("timm/adamw", setting=2)}, "setting has no effect with timm/adamw"),
         ({"optimizer": OptimizerConfig("sgd", options={"eps": 1.0})}, "options have no effect with sgd"),
         ({"optimizer": OptimizerConfig("timm/adamw", options={"wings": 1})}, "wings"),
-        ({"protocol": ProtocolConfig(schedule="cosine", milestones=[1])}, "milestones have no effect"),
+        ({"protocol": ProtocolConfig(lr_schedule="cosine", milestones=[1])}, "milestones have no effect"),
         ({"feedback": FeedbackConfig(None, schedule={1: {}})}, "no effect without feedback.mode"),
         ({"feedback": FeedbackConfig("sign", schedule={0: {}})}, "an epoch in feedback.schedule must be 1"),
         ({"feedback": FeedbackConfig("sign", schedule={1: {"std": 1}})}, "std"),
@@ -708,7 +708,7 @@ def test_options_without_effect_or_sense_are_refused(
 
 
 def test_a_resolved_configuration_with_a_cosine_resolves_to_itself(config: RunConfig) -> None:
-    config.protocol.schedule = "cosine"
+    config.protocol.lr_schedule = "cosine"
     assert resolve(resolve(config)) == resolve(config)
 
 
