@@ -252,8 +252,8 @@ def _check_parts(config: RunConfig, count: int) -> None:
             near = max(parts, size // parts * parts)
             raise ConfigError(
                 f"a mini-batch of {size} images cannot be split evenly over {count} processes with "
-                f"{p.gradient_accumulation_steps} gradient accumulation steps: use a multiple of {parts}, such "
-                f"as {near}"
+                f"{p.gradient_accumulation_steps} gradient accumulation steps: use a multiple of {parts}, "
+                f"such as {near}"
             )
     whole = p.strategy != "fsdp2" and p.gradient_accumulation_steps == 1
     if config.record.gradient_angle_every and not whole:
