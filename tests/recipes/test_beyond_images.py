@@ -239,7 +239,7 @@ def test_a_run_that_diverges_is_told_and_its_rate_is_not_chosen(characters, tmp_
     assert list(runs["chosen"]) == [False, True]
 
 
-def test_the_rate_is_chosen_on_what_is_validation_and_by_the_first_seed(characters):
+def test_the_rate_is_chosen_on_the_validation_text_and_by_the_first_seed(characters):
     runs = pd.DataFrame(
         {
             "rule": "random",

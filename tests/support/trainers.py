@@ -106,8 +106,8 @@ def plain_loop(
 ) -> Tensors:
     """The weights after a step on each batch in a plain loop; without `feedback`, by backprop.
 
-    Asserts that every gradient is the oracle's to within `tolerance` and not backprop's. None skips this, for a
-    model that another test compares.
+    Asserts that every gradient is the oracle's to within `tolerance` and not backprop's. None skips this, for
+    a model that another test compares.
     """
     patch = None if feedback is None else feedbackhook.patch(model, **feedback)
     stepper = optimizer([p for p in model.parameters() if p.requires_grad])
