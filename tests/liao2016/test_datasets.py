@@ -512,7 +512,7 @@ def test_a_check_of_a_whole_dataset_ends_well(
     tree = TREES[name](tmp_path, monkeypatch)
     status, lines = run(capsys, "check", name, "--root", str(tmp_path))
     assert status == 0
-    assert lines[-1] == f"{name} is whole: nothing is missing or damaged"
+    assert lines[-1] == f"{name} is complete: nothing is missing or damaged"
     rows = {line.split()[0]: line.split()[1:3] for line in lines if line.strip()}
     assert rows["train"] == [str(len(set(tree.train))), str(len(tree.train))]
     assert rows["test"] == [str(len(set(tree.test))), str(len(tree.test))]
@@ -534,7 +534,7 @@ def test_a_check_names_all_that_is_wrong(
     (folder / "wrench" / "image_0002.jpg").unlink()
     status, lines = run(capsys, "check", "Caltech101", "--root", str(root))
     assert status == 2
-    start = lines.index("Caltech101 has 9 faults:")
+    start = lines.index("Caltech101 has 9 problems:")
     assert lines[start + 1 : start + 3] == [
         f"{folder / 'ant'} holds no images",
         f"{folder / 'wrench'} holds 3 images, 1 fewer than are drawn",
@@ -581,13 +581,13 @@ def test_a_folder_of_images_is_checked(tmp_path: Path, capsys: pytest.CaptureFix
     write_classes(tmp_path / "train", {"cat": 2, "dog": 2})
     write_classes(tmp_path / "val", {"cat": 1, "dog": 1})
     status, lines = run(capsys, "check", f"imagefolder:{tmp_path}", "--root", "nowhere")
-    assert (status, lines[-1].endswith("is whole: nothing is missing or damaged")) == (0, True)
+    assert (status, lines[-1].endswith("is complete: nothing is missing or damaged")) == (0, True)
     (tmp_path / "train" / "empty").mkdir()
     truncate(tmp_path / "val" / "cat" / "image_0001.jpg")
     truncate(tmp_path / "train" / "dog" / "image_0002.jpg")
     status, lines = run(capsys, "check", f"imagefolder:{tmp_path}")
     assert status == 2
-    faults = lines[lines.index(f"imagefolder:{tmp_path} has 4 faults:") + 1 : -1]
+    faults = lines[lines.index(f"imagefolder:{tmp_path} has 4 problems:") + 1 : -1]
     assert faults[:2] == [
         f"{tmp_path / 'train' / 'empty'} holds no images",
         f"{tmp_path / 'val' / 'empty'} is missing; {tmp_path / 'train' / 'empty'} is there",

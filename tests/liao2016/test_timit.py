@@ -194,7 +194,7 @@ def test_a_check_of_a_whole_copy_ends_well(root: Path, capsys: pytest.CaptureFix
     assert (rows["all"], rows["train"], rows["test"]) == (["3", "14"], ["3", "9"], ["3", "3"])
     assert any("3 classes, at most 9 segments" in line for line in lines)
     assert any(line.startswith("Note: classes and features are ours") for line in lines)
-    assert lines[-1] == "TIMIT-80 is whole: nothing is missing or damaged"
+    assert lines[-1] == "TIMIT-80 is complete: nothing is missing or damaged"
 
 
 def test_a_rare_phone_is_used_with_what_there_is_and_told(
