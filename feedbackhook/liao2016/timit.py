@@ -60,9 +60,9 @@ class Segment(NamedTuple):
 
 
 def read(dataset: Dataset, config: DataConfig) -> Sources:
-    """Find the segments of TIMIT as the Linguistic Data Consortium publishes it (LDC93S1), and draw from them.
+    """Find the segments of TIMIT, and draw from them.
 
-    The files are TRAIN/DIALECT/SPEAKER/SENTENCE.WAV with SENTENCE.PHN, and TEST likewise, in upper or lower
+    As the Linguistic Data Consortium publishes it (LDC93S1), the files are TRAIN/DIALECT/SPEAKER/SENTENCE.WAV with SENTENCE.PHN, and TEST likewise, in upper or lower
     case. The recordings are NIST SPHERE or RIFF.
 
     Raises:

@@ -38,9 +38,8 @@ def matching_classes(folders: Mapping[str, Path], found: Sources) -> Sources:
             if not paths:
                 found.problems.append(f"{folders[split] / name} contains no images")
             if images[other] and name not in images[other]:
-                found.problems.append(
-                    f"{folders[other] / name} is missing, but {folders[split] / name} exists"
-                )
+                here, there = folders[split] / name, folders[other] / name
+                found.problems.append(f"{there} is missing, but {here} exists")
     found.splits = {split: label_images(paths, list(paths)) for split, paths in images.items() if paths}
     return found
 

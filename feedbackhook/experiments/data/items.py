@@ -70,7 +70,8 @@ def hint_if_missing(
     """
     elsewhere = f"set --data.root to the folder that contains it ({root(config)} does not)"
     if not downloadable:
-        return f"torchvision cannot download it: {f'get it from {home_page} and ' if home_page else ''}{elsewhere}"
+        get = f"get it from {home_page} and " if home_page else ""
+        return f"torchvision cannot download it: {get}{elsewhere}"
     if config.download:
         return f"downloading it into {root(config)} did not help ({failure})"
     return f"download it with --data.download true, or {elsewhere}"

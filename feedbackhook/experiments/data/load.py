@@ -70,8 +70,13 @@ class ImageData:
         return replace(moved, train=train, test=test, val=val[0] if val else None)
 
     def batch(self, split: Split, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the images at ``index`` (a slice, or a tensor on the CPU or on the images' device) as normalized
-        float32 (N, C, H, W), and their classes (N,)."""
+        """Return the images at ``index`` as normalized float32 (N, C, H, W), and their classes (N,).
+
+        Args:
+            split: `train`, `test` or `val` of these data.
+            index: a slice, or a tensor on the CPU or on the images' device.
+            device: where the images and classes are wanted.
+        """
         images = split.images[index].to(device)
         images = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
         images.sub_(self.mean.to(device)).div_(self.std.to(device))
@@ -111,8 +116,8 @@ class ImageData:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed the global generators of Python and NumPy with ``key`` inside the block, and restore them after it;
-    torch's is left alone."""
+    """Seed the global generators of Python and NumPy with ``key`` inside the block, and restore them after
+    it; torch's is left alone."""
     before, before_numpy = random.getstate(), np.random.get_state()
     seeds = np.random.SeedSequence(key).generate_state(2)
     try:

@@ -90,7 +90,7 @@ def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int
 
 
 def statistics(config: ModelConfig, channels: int) -> tuple[Tensor, Tensor] | None:
-    """Return mean and standard deviation of each of the C ``channels``, each (C, 1, 1), with which images were
+    """Return mean and standard deviation of the C ``channels``, each (C, 1, 1), with which images were
     normalized when the initial weights were trained; None if there are no initial weights."""
     if config.weights is None:
         return None
@@ -98,7 +98,7 @@ def statistics(config: ModelConfig, channels: int) -> tuple[Tensor, Tensor] | No
 
 
 def still(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
-    """Return the BatchNorm layers that `model.trainable` freezes; they stay in evaluation mode in training."""
+    """Return the BatchNorm layers that `model.trainable` freezes; they stay in evaluation mode."""
     if config.trainable is None:
         return []
     return [
