@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
@@ -28,11 +27,11 @@ def _list_arguments(parser: ArgumentParser) -> None:
 
 
 def _list(given: Namespace) -> int:
-    from feedbackhook.experiments.data.registry import PAPER
+    from feedbackhook.experiments.data.registry import DATASETS
 
-    datasets = list(PAPER.values())
+    datasets = list(DATASETS.values())
     if given.json:
-        print(json.dumps([asdict(dataset) for dataset in datasets], indent=2))
+        print(json.dumps([dataset.described() for dataset in datasets], indent=2))
         return 0
     print_whole(_counts(datasets), "")
     print_whole(_home_pages(datasets), "")
@@ -51,9 +50,9 @@ def _counts(datasets: Iterable[Dataset]) -> Table:
         table.add_row(
             dataset.name,
             str(dataset.classes),
-            f"{'≤ ' if dataset.train_at_most else about[dataset.about]}{dataset.train:,}",
-            f"{'≤ ' if dataset.test_at_most else about[dataset.about]}{dataset.test:,}",
-            "\n".join(dataset.where),
+            f"{'≤ ' if dataset.train_at_most else about[dataset.approximate]}{dataset.train:,}",
+            f"{'≤ ' if dataset.test_at_most else about[dataset.approximate]}{dataset.test:,}",
+            "\n".join(dataset.paths),
         )
     return table
 
@@ -63,28 +62,30 @@ def _home_pages(datasets: Iterable[Dataset]) -> Table:
     table.add_column("name", no_wrap=True)
     table.add_column("home page", overflow="fold")
     for dataset in datasets:
-        table.add_row(dataset.name, dataset.source)
+        table.add_row(dataset.name, dataset.home_page)
     return table
 
 
 def _paragraphs(datasets: Sequence[Dataset]) -> list[str]:
+    from feedbackhook.experiments.data.digits import DIGITS
+
     licenses: dict[str, list[str]] = {}
     for dataset in datasets:
-        licenses.setdefault(dataset.licence, []).append(dataset.name)
+        licenses.setdefault(dataset.license, []).append(dataset.name)
     by_license = [f"{license}: {', '.join(names)}" for license, names in licenses.items()]
-    downloads = ", ".join(dataset.name for dataset in datasets if dataset.downloads)
+    downloads = ", ".join(dataset.name for dataset in datasets if dataset.downloadable)
     drawn = ", ".join(dataset.name for dataset in datasets if dataset.draw is not None)
     return [
-        f"--data.download true fetches {downloads}; get the others from their home pages.",
+        f"--data.download true downloads {downloads}; get the others from their home pages.",
         f"Licenses: {'; '.join(by_license)}.",
         *(f"{dataset.name}: {dataset.note}" for dataset in datasets if dataset.note),
-        f"Drawn from larger sets: {drawn}. The draws are fixed and ours; the paper does not publish its own.",
-        "data.name may also be digits, imagefolder:PATH, or another class of torchvision.datasets.",
+        f"Drawn from larger sets: {drawn}. The draws are fixed and ours, since none are published.",
+        f"data.name can also be {DIGITS}, imagefolder:PATH, or another class of torchvision.datasets.",
     ]
 
 
 def _check_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", type=str, help="as data.name; for imagefolder:PATH, --root has no effect")
+    parser.add_argument("name", type=str, help="as data.name; --root has no effect on imagefolder:PATH")
     parser.add_argument("--root", type=str, default="data", help="as data.root")
 
 
@@ -93,15 +94,15 @@ def _check(given: Namespace) -> int:
     from feedbackhook.experiments.data.verify import check
 
     found = check(DataConfig(given.name, root=given.root))
-    count = len(found.faults)
+    count = len(found.problems)
     if count:
         verdict = f"{given.name} has {count} problem{'s' if count > 1 else ''}:"
     elif found.differs:
         verdict = f"{given.name} can be used: nothing that its draw needs is missing or damaged"
     else:
         verdict = f"{given.name} is complete: nothing is missing or damaged"
-    hint = [f"What to do: {found.way_out}"] if found.way_out else []
-    print_whole(_checked_table(found), verdict, *found.faults, *hint)
+    hint = [f"What to do: {found.hint}"] if found.hint else []
+    print_whole(_checked_table(found), verdict, *found.problems, *hint)
     return _DAMAGED if count else 0
 
 
@@ -121,21 +122,21 @@ def _checked_table(found: Checked) -> Table:
 
 _LIST = Command(
     name="list",
-    help="show the paper's datasets",
-    description="Show the paper's datasets: size, home page, license, and where each is looked for.",
+    help="show the registered datasets",
+    description="Show the registered datasets: size, home page, license, and where their files belong.",
     arguments=_list_arguments,
     run=_list,
 )
 _CHECK = Command(
     name="check",
-    help="list every file that is missing or damaged",
-    description="Open and decode every file of a dataset, and list every file that is missing or damaged.",
+    help="report all that is missing or damaged",
+    description="Open and decode every file of a dataset, and report all that is missing or damaged.",
     arguments=_check_arguments,
     run=_check,
 )
 DATA = Command(
     name="data",
-    help="show the paper's datasets, or check the files of one",
-    description="Show the paper's datasets, or check the files of one.",
+    help="show the registered datasets, or check the files of one",
+    description="Show the registered datasets, or check the files of one.",
     subcommands=(_LIST, _CHECK),
 )

@@ -26,10 +26,12 @@ from feedbackhook.experiments.config import (
     rule_name,
 )
 from feedbackhook.experiments.data import load as data
-from feedbackhook.experiments.data.load import ImageData, Split
-from feedbackhook.experiments.data.registry import papers_network
+from feedbackhook.experiments.data.load import ImageData
+from feedbackhook.experiments.data.registry import network_for
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.models.batch_norm import estimate_statistics
+from feedbackhook.experiments.models.registry import network_name
 from feedbackhook.experiments.training import distributed as processes
 from feedbackhook.experiments.training import optimizers
 from feedbackhook.experiments.training.distributed import Processes
@@ -41,7 +43,7 @@ from feedbackhook.store.run_folder import RunFolder, RunResult, as_yaml
 
 logger = logging.getLogger(__name__)
 
-_STATISTICS_BATCHES = 20  # Liao et al. 2016
+_STATISTICS_BATCHES = 20
 _EVALUATION_BATCH = 500
 _PATIENCE = 5.0  # seconds
 
@@ -170,7 +172,7 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
     if config.condition is not None:
         config = Condition.parse(config.condition).configure(config)
     if config.model.name is None:
-        network = papers_network(config.data.name) or config.model.network
+        network = network_for(config.data.name) or network_name(config.model)
         config = replace(config, model=replace(config.model, name=network))
     p = config.protocol
     for name, value, least in (
