@@ -75,8 +75,8 @@ def main(
 
     Args:
         libraries: timm, torchvision, or both; null: both.
-        models: names in the tables' column "module"; null: all. Some of them alone cannot replace a table,
-            so they need another `output`.
+        models: names in the tables' column "module"; null: all. A table of some models may not
+            replace that of all, so this needs another `output`.
         output: the file to write; sections that are not compared are those of docs/coverage.md.
     """
     if models is not None and Path(output).resolve() == TABLE:

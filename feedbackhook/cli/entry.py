@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    # imported here, since the library alone does not install what the commands need
+    # imported here, since plain `pip install feedbackhook` does not install the commands' dependencies
     from feedbackhook import ExactGradientError
     from feedbackhook.cli.commands import COMMANDS
     from feedbackhook.cli.parsers import build_parser, config_first, run_command

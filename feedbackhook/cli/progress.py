@@ -60,7 +60,7 @@ def sweep_progress(console: Console, runs: Sequence[PlannedRun]) -> Iterator[Cal
     On a terminal this is a bar, elsewhere a line for each run that ends.
     """
     clock = SweepClock(runs)
-    shown: dict[str, str] | None = None  # None before the first call: what had ended by then is no news
+    shown: dict[str, str] | None = None  # None until the first call: runs that ended before get no line
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs  {task.description}"))
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(runs))

@@ -1,4 +1,4 @@
-"""What is shown while a sweep runs: the runs that end, and the time that is left."""
+"""What a sweep shows while it runs: the runs that end, and the time left."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from feedbackhook.store.run_folder import RunResult
 
 
 def at(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
-    """Let the clock show these times, one for each question."""
+    """Let the clock return these times, one per call."""
     now = iter(seconds)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
 
 
 def states(runs: list[PlannedRun], **by_index: RunResult) -> States:
-    """How the runs stand, by `run0=`, `run1=` ...; all others have not begun."""
+    """The states of the runs, by `run0=`, `run1=` ...; all others have not started."""
     return {run.name: by_index.get(f"run{index}") for index, run in enumerate(runs)}
 
 
@@ -52,7 +52,7 @@ def test_a_run_weighs_what_finished_runs_of_its_dataset_took(
     at(monkeypatch, 0.0, 10.0, 100.0)
     clock = SweepClock(runs)
     assert clock.left(states(runs, run0=running)) is None
-    # one run in ten seconds; MNIST is unknown, and taken for as fast
+    # one run in ten seconds; nothing is known about MNIST yet, so it counts the same
     assert clock.left(states(runs, run0=finished, run2=running)) == pytest.approx(30)
     # the run on MNIST took 90 s: 100 s are done, another of 10 and of 90 are left
     assert clock.left(states(runs, run0=finished, run2=finished)) == pytest.approx(100)

@@ -209,7 +209,9 @@ def test_a_rare_phone_is_used_with_what_there_is_and_told(
     ]
     monkeypatch.setattr(audio, "PHONES", (*PHONES, "zh"))
     message = error(timit(root, cache="none"))
-    assert f"{train} contains no segment of zh (and 1 more; list all with: feedbackhook data check " in message
+    assert (
+        f"{train} contains no segment of zh (and 1 more; list all with: feedbackhook data check " in message
+    )
 
 
 def test_what_is_missing_or_damaged_is_named(root: Path) -> None:

@@ -97,7 +97,7 @@ REPORT = Command(
 PLOT = Command(
     name="plot",
     help="draw the figures of a run",
-    description="Draw every figure for which the table of a run, or of all runs in a folder, has values.",
+    description="Draw every figure that the table of a run, or of all runs in a folder, has values for.",
     arguments=_plot_arguments,
     run=_plot,
 )

@@ -43,7 +43,7 @@ def compare(
     saved_tensors: bool = True,
     tolerance: float = oracle.TOLERANCE,
 ) -> None:
-    """Assert that `model` under a patch is what the oracles say, and put what was measured into `row`.
+    """Assert that `model` under a patch agrees with the oracles, and put the measurements into `row`.
 
     Args:
         model: prepared and unpatched. It cannot be used again, since the last run works on it and not on a
@@ -98,7 +98,7 @@ def compare(
     assert_unlike_backprop(got, exact, behind)
     del want, exact
 
-    feedback = {name: patch.feedback(name) for name in seen.upstream}
+    feedback = {name: patch.feedback(name) for name in seen.input_requires_grad}
     patch.remove()
     del patch, patched
     with oracle.swapped_saved_tensors(model, feedback):
@@ -115,7 +115,9 @@ def compare(
         row.result += f"; {len(seen.derived)} derived weights"
     if seen.foreign:
         row.result += f"; exact, for no layer holds the weight: {', '.join(sorted(seen.foreign))}"
-    if unused := [name for name in seen.upstream if seen.rerouted[name] < seen.upstream[name]]:
+    if unused := [
+        name for name in seen.input_requires_grad if seen.rerouted[name] < seen.input_requires_grad[name]
+    ]:
         row.result += f"; no error signal comes to: {', '.join(sorted(unused))}"
 
 

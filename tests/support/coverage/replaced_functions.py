@@ -42,9 +42,9 @@ class Seen:
     """What the third oracle saw in a forward and a backward, by the name of the layer."""
 
     calls: Counter[str] = field(default_factory=Counter)
-    upstream: Counter[str] = field(default_factory=Counter)  # calls whose input required a gradient
+    input_requires_grad: Counter[str] = field(default_factory=Counter)  # calls
     rerouted: Counter[str] = field(default_factory=Counter)  # error signals that arrived there
-    derived: Counter[str] = field(default_factory=Counter)  # calls with a weight that is no parameter
+    derived: Counter[str] = field(default_factory=Counter)  # calls with a weight that is not a parameter
     foreign: Counter[str] = field(default_factory=Counter)  # calls with a trainable weight of no layer
     edges: list[Any] = field(default_factory=list)  # the graph's nodes through which V's products come
 
@@ -101,7 +101,7 @@ def replaced_functions(model: nn.Module) -> Iterator[Seen]:
             seen.calls[name] += torch.is_grad_enabled()
             if not input.requires_grad or not torch.is_grad_enabled():
                 return function(input, weight, bias, *args, **kwargs)
-            seen.upstream[name] += 1
+            seen.input_requires_grad[name] += 1
             path = function(input, v, None, *args, **kwargs)
             path.register_hook(lambda error: seen.rerouted.update([name]))
             seen.edges.append(path.grad_fn)

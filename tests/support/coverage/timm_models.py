@@ -19,7 +19,7 @@ from support.coverage.replaced_functions import RULE
 
 @dataclass(frozen=True)
 class Case:
-    """The model that stands for a module of timm.
+    """The model that represents a module of timm.
 
     Args:
         model: a name for `timm.create_model`, or of a class in the module, where the former cannot be made
@@ -27,7 +27,7 @@ class Case:
         size: height and width of the input.
         options: of the model; most make it smaller.
         exclude: layers that stay exact, since `patch` refuses the model otherwise (see `REFUSED`).
-        shorten: sequences of blocks of which only the first two are kept.
+        shorten: sequences of blocks, cut to their first two.
         only_functions: why the saved-tensor oracle is blind to this model, if it is.
     """
 
@@ -39,7 +39,7 @@ class Case:
     shorten: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """For the table: the model, and the options by which it was made smaller."""
+        """For the table: the model, and the options that make it smaller."""
         smaller = [f"{key}={value}" for key, value in self.options.items() if key != "img_size"]
         smaller += [f"{name}[:2]" for name in self.shorten]
         return f"{self.model} ({', '.join(smaller)})" if smaller else self.model
@@ -251,10 +251,10 @@ def case_of(name: str) -> Case:
 
 
 def fill(row: Row) -> None:
-    """Compare the model of `row.case`, and put what was measured into `row`.
+    """Compare the model of `row.case`, and put the measurements into `row`.
 
     Raises:
-        AssertionError: the patched model is not what the oracles say.
+        AssertionError: the patched model disagrees with an oracle.
     """
     name = row.case
     module, case = name.split("-")[0], case_of(name)

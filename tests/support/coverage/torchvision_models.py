@@ -36,7 +36,7 @@ def losses(model: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """The model that stands for a family.
+    """The model that represents a family.
 
     Args:
         model: a name for `torchvision.models.get_model`.
@@ -96,10 +96,10 @@ def family_of(model: str) -> str:
 
 
 def fill(row: Row) -> None:
-    """Compare the model of `row.case`, and put what was measured into `row`.
+    """Compare the model of `row.case`, and put the measurements into `row`.
 
     Raises:
-        AssertionError: the patched model is not what the oracles say.
+        AssertionError: the patched model disagrees with an oracle.
     """
     case = CASES[row.case]
     row.family, row.model = row.case, case.model
