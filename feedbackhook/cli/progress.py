@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import mean
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     from feedbackhook.store.run_folder import RunResult
 
 States = Mapping[str, "RunResult | None"]
-
-_ENDED = ("finished", "diverged", "failed")
 
 
 @contextmanager
@@ -59,6 +55,8 @@ def sweep_progress(console: Console, runs: Sequence[PlannedRun]) -> Iterator[Cal
 
     On a terminal this is a bar, elsewhere a line for each run that ends.
     """
+    from feedbackhook.experiments.sweep.progress import ENDED, SweepClock
+
     clock = SweepClock(runs)
     shown: dict[str, str] | None = None  # None until the first call: runs that ended before get no line
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs  {task.description}"))
@@ -67,7 +65,7 @@ def sweep_progress(console: Console, runs: Sequence[PlannedRun]) -> Iterator[Cal
 
         def draw(states: States) -> None:
             nonlocal shown
-            ended = {name: result for name, result in states.items() if result and result.status in _ENDED}
+            ended = {name: result for name, result in states.items() if result and result.status in ENDED}
             left = clock.left(states)
             time_left = [] if left is None else [f"about {duration(left)} left"]
             counts = Counter(result.status for result in states.values() if result)
@@ -87,64 +85,3 @@ def sweep_progress(console: Console, runs: Sequence[PlannedRun]) -> Iterator[Cal
 def _ended_line(name: str, result: RunResult) -> str:
     best = "" if result.best_error is None else f": best test error {result.best_error:.2f}%"
     return f"{name} {result.status}{best}"
-
-
-class SweepClock:
-    """Estimates how long a sweep will still take, from its own pace so far.
-
-    Runs on a slow dataset count for more: a run weighs as many seconds as the finished runs on its dataset
-    took in this sweep. A dataset without a finished run gets the mean of the others.
-    """
-
-    def __init__(self, runs: Sequence[PlannedRun]) -> None:
-        self._runs = runs
-        self._begin: float | None = None
-        self._at_begin: dict[str, float] = {}  # by run: share done when the sweep began
-        self._failed_before: dict[str, RunResult] = {}  # in an earlier sweep; this one tries them again
-        self._started: dict[str, float] = {}  # by run: when it was first seen running
-        self._took: dict[str, dict[str, float]] = defaultdict(dict)  # by dataset and run: seconds if whole
-
-    def left(self, states: States) -> float | None:
-        """Seconds left, or None if nothing has been done yet."""
-        now = time.monotonic()
-        if self._begin is None:
-            self._begin = now
-            self._failed_before = {name: r for name, r in states.items() if r and r.status == "failed"}
-            self._at_begin = self._shares(states)
-        shares = self._shares(states)
-        self._time(states, shares, now)
-        weights = self._weights()
-        done = sum(weights[name] * (share - self._at_begin[name]) for name, share in shares.items())
-        if done <= 0:
-            return None
-        remaining = sum(weights[name] * (1 - share) for name, share in shares.items())
-        return remaining * (now - self._begin) / done
-
-    def _shares(self, states: States) -> dict[str, float]:
-        """By run: the share of its epochs that is done, 1 once it has ended."""
-        return {run.name: self._share(run, states[run.name]) for run in self._runs}
-
-    def _share(self, run: PlannedRun, result: RunResult | None) -> float:
-        if result is None:
-            return 0.0
-        if result.status in _ENDED and result != self._failed_before.get(run.name):
-            return 1.0
-        return result.epoch / run.config.protocol.epochs
-
-    def _time(self, states: States, shares: Mapping[str, float], now: float) -> None:
-        """Note when runs start, and how long each took that finishes."""
-        for run in self._runs:
-            result = states[run.name]
-            if result is None:
-                continue
-            if result.status == "running":
-                self._started.setdefault(run.name, now)
-            elif result.status == "finished" and run.name in self._started:
-                trained = shares[run.name] - self._at_begin[run.name]
-                if trained > 0:
-                    self._took[run.dataset].setdefault(run.name, (now - self._started[run.name]) / trained)
-
-    def _weights(self) -> dict[str, float]:
-        by_dataset = {dataset: mean(took.values()) for dataset, took in self._took.items() if took}
-        other = mean(by_dataset.values()) if by_dataset else 1.0
-        return {run.name: by_dataset.get(run.dataset, other) for run in self._runs}
