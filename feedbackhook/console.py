@@ -205,7 +205,7 @@ def layer_table(found: Inspection) -> Table:
         "shape",
         "weights",
         "rule",
-        "upstream",
+        "input grad",
         "angle V, W",
         "norm V / W",
     ):
@@ -219,7 +219,7 @@ def layer_table(found: Inspection) -> Table:
             "x".join(map(str, layer.shape)),
             f"{layer.weights:,}",
             layer.rule or "exact",
-            {True: "yes", False: "no", None: ""}[layer.upstream],
+            {True: "yes", False: "no", None: ""}[layer.input_requires_grad],
             "" if layer.weight_angle is None else f"{layer.weight_angle:.1f}°",
             "" if layer.norm_ratio is None else f"{layer.norm_ratio:.2f}",
         )
@@ -228,7 +228,7 @@ def layer_table(found: Inspection) -> Table:
 
 def layer_totals(found: Inspection) -> list[str]:
     patched = sum(layer.rule is not None for layer in found.layers)
-    rerouted = sum(layer.rule is not None and bool(layer.upstream) for layer in found.layers)
+    rerouted = sum(layer.rule is not None and bool(layer.input_requires_grad) for layer in found.layers)
     share = 100 * found.patched_weights / found.parameters
     channels, height, width = found.image
     of = f"an image of {channels}x{height}x{width}" if height > 1 else f"{channels} features"

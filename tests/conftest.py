@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from feedbackhook.rules import _RULES
+from feedbackhook.rules import RULES
 
 pytest.register_assert_rewrite("support")
 
@@ -44,10 +44,10 @@ def _fixed_seed():
 @pytest.fixture(autouse=True)
 def _no_rule_left_behind():
     """A rule that a test or a recipe registers is known to no other test."""
-    known = dict(_RULES)
+    known = dict(RULES)
     yield
-    _RULES.clear()
-    _RULES.update(known)
+    RULES.clear()
+    RULES.update(known)
 
 
 @pytest.fixture(autouse=True)
