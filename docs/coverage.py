@@ -86,7 +86,7 @@ def main(
     if unknown := set(models or ()) - known:
         raise SystemExit(f"unknown models {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ".*belongs to no layer which can be patched")  # it is in the table
+    warnings.filterwarnings("ignore", ".*belong to no layer that can be patched")  # it is in the table
     text, failures = TABLE.read_text(), 0
     for library in chosen:
         names = [name for name in library.models if models is None or name in models]

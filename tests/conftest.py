@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from feedbackhook.rules import _RULES
+from feedbackhook.rules import RULES
 
 pytest.register_assert_rewrite("support")
 
@@ -58,10 +58,10 @@ def _fixed_seed():
 @pytest.fixture(autouse=True)
 def _no_rule_left_behind():
     """A rule that a test or a recipe registers is unknown to all other tests."""
-    known = dict(_RULES)
+    known = dict(RULES)
     yield
-    _RULES.clear()
-    _RULES.update(known)
+    RULES.clear()
+    RULES.update(known)
 
 
 @pytest.fixture(autouse=True)

@@ -161,12 +161,12 @@ def test_the_sign_is_that_of_the_derived_weight(make):
     model = between(make())
     seen = []
     with feedbackhook.patch(model, "uSF") as patch:
-        patch.on_error_signal("2", lambda error_in, error_out: seen.append((error_in, error_out)))
+        patch.on_error_signal("2", lambda grad_input, grad_output: seen.append((grad_input, grad_output)))
         model(torch.randn(2, 2, 8, 8)).square().sum().backward()
         v = patch.feedback("2")
-    ((error_in, error_out),) = seen
+    ((grad_input, grad_output),) = seen
     padding = model[2].padding
-    torch.testing.assert_close(error_in, F.conv_transpose2d(error_out, v, padding=padding))
+    torch.testing.assert_close(grad_input, F.conv_transpose2d(grad_output, v, padding=padding))
     assert set(v.unique().tolist()) == {-1.0, 1.0}
 
 
@@ -184,7 +184,7 @@ def test_looking_at_a_derived_weight_does_not_move_its_buffers(make):
     assert all(module.training for module in model.modules())
 
 
-def test_an_unbracketed_derived_weight_is_an_error():
+def test_a_derived_weight_outside_every_forward_is_an_error():
     model = nn.Sequential(nn.Linear(4, 5), parametrizations.weight_norm(nn.Linear(5, 3)))
     feedbackhook.patch(model)
     with pytest.raises(feedbackhook.ExactGradientError, match="the weight of '1'"):
@@ -258,7 +258,7 @@ def test_one_weight_in_several_calls(make, shape):
 
 
 def test_tied_weights_with_different_rules_are_refused():
-    with pytest.raises(ValueError, match="'encoder' and 'decoder' share a weight; give them one rule"):
+    with pytest.raises(ValueError, match="'encoder' and 'decoder' share a weight; give them the same rule"):
         feedbackhook.patch(Autoencoder(), {"encoder": "uSF", "decoder": "frSF"})
 
 
@@ -443,7 +443,7 @@ def test_a_layer_replaced_after_patching_is_an_error():
     feedbackhook.patch(model)
     model[1] = nn.Linear(4, 5)
     with pytest.raises(
-        RuntimeError, match=r"'1' was replaced after patching.*remove the patch, and patch again"
+        RuntimeError, match=r"'1' was replaced after patching.*remove the patch, then patch again"
     ):
         model(torch.randn(2, 4))
 
@@ -490,7 +490,7 @@ class Mixture(nn.Module):
 def test_a_weight_that_no_layer_holds_is_warned_of_once():
     model = nn.Sequential(nn.Linear(4, 4), Mixture(), nn.Linear(4, 2))
     with feedbackhook.patch(model):
-        with pytest.warns(UserWarning, match=r"belongs to no layer .*: '1.experts' \(MmBackward0\)"):
+        with pytest.warns(UserWarning, match=r"belong to no layer .*: '1.experts' \(MmBackward0\)"):
             model(torch.randn(2, 4))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

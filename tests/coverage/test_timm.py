@@ -29,7 +29,7 @@ IN_SHORT = {
 """The modules that `make test` runs."""
 
 
-@pytest.mark.filterwarnings("ignore:.*belongs to no layer which can be patched:UserWarning")  # in the table
+@pytest.mark.filterwarnings("ignore:.*belong to no layer that can be patched:UserWarning")  # in the table
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.slow) for name in IDS]
 )

@@ -38,7 +38,7 @@ def _inspect(given: Namespace) -> int:
 def _layer_table(found: Inspection) -> Table:
     table = plain_table()
     numbers = ("depth", "weights", "angle V, W", "norm V / W")
-    for heading in ("depth", "layer", "kind", "shape", "weights", "rule", "upstream", *numbers[2:]):
+    for heading in ("depth", "layer", "kind", "shape", "weights", "rule", "input grad", *numbers[2:]):
         table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
     for layer in found.layers:
         table.add_row(
@@ -48,7 +48,7 @@ def _layer_table(found: Inspection) -> Table:
             "x".join(map(str, layer.shape)),
             f"{layer.weights:,}",
             layer.rule or "exact",
-            {True: "yes", False: "no", None: ""}[layer.upstream],
+            {True: "yes", False: "no", None: ""}[layer.input_requires_grad],
             "" if layer.weight_angle is None else f"{layer.weight_angle:.1f}°",
             "" if layer.norm_ratio is None else f"{layer.norm_ratio:.2f}",
         )
@@ -57,7 +57,7 @@ def _layer_table(found: Inspection) -> Table:
 
 def _totals(found: Inspection) -> list[str]:
     patched = sum(layer.rule is not None for layer in found.layers)
-    rerouted = sum(layer.rule is not None and bool(layer.upstream) for layer in found.layers)
+    rerouted = sum(layer.rule is not None and bool(layer.input_requires_grad) for layer in found.layers)
     share = 100 * found.patched_weights / found.parameters
     channels, height, width = found.image
     image = f"an image of {channels}x{height}x{width}" if height > 1 else f"{channels} features"
