@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from feedbackhook.experiments.config import DataConfig
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def cached(
     The tensors of a hit are mapped into memory, so that the processes of one machine share them. A file is
     taken when name, size, numbers of images, versions of the readers, and path, size and time of change of
     every file among ``sources`` are those under which it was written, and its checksum holds; else it is
-    written anew, aside and then renamed, so that processes that do so at once end with the same. A cache that
+    written anew, atomically, so that processes that do so at once end with the same. A cache that
     cannot be written is a warning.
 
     Args:
@@ -136,8 +136,8 @@ def _store(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
     about = {"key": key, "checksum": _checksum(tensors)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            save_file(tensors, aside, metadata=about)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=about)
     except (OSError, SafetensorError) as error:
         logger.warning("decoded images are not kept for the next run: %s (data.cache)", error)
 

@@ -16,8 +16,9 @@ from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.data.load import ImageData, Split
 from feedbackhook.experiments.data.registry import PAPER
 from feedbackhook.experiments.models.build import default_size
+from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.grid import PlannedRun
-from feedbackhook.experiments.training.run import resolve, train
+from feedbackhook.experiments.training.run import train
 
 _REHEARSED_STEPS = 5
 
