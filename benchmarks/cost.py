@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 
 from feedbackhook.experiments.config import ModelConfig, SweepConfig
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.estimate import estimate
@@ -71,11 +71,11 @@ def main(experiments: list[str] = ["a", "b", "c1", "c2"]) -> None:  # noqa: B006
 
 def _flops(run: PlannedRun) -> float:
     """Of the whole run: each image forward and backward, those evaluated forward, a third of that."""
-    config, known = resolve(run.config), PAPER[run.dataset]
-    channels, height, width = models.default_size(config.model.network)
+    config, known = resolve(run.config), DATASETS[run.dataset]
+    channels, height, width = models.default_size(config.model.name)
     held_out = round(known.train * config.data.val_fraction)
     images = known.train - held_out + (known.test + held_out) / 3
-    of_image = _of_image(config.model.network, channels, height, width, known.classes)
+    of_image = _of_image(config.model.name, channels, height, width, known.classes)
     return of_image * images * config.protocol.epochs
 
 

@@ -30,7 +30,7 @@ from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtoco
 from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.stored import as_mapping, write_config
 from feedbackhook.experiments.sweep.grid import check, ended, plan
-from feedbackhook.report.tables import paper_errors
+from feedbackhook.liao2016.published import error_rates
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
 EPOCHS, STEPS_AN_EPOCH = 65, 500
@@ -54,7 +54,7 @@ def main(runs: int = 10_000, folder: Path = Path("runs/scale")) -> None:
         runs: run folders, at least as many; a multiple of conditions and learning rates.
         folder: where they are made, in one for each number of runs.
     """
-    conditions = list(paper_errors().index)
+    conditions = list(error_rates().index)
     seeds = -(-runs // (len(conditions) * 5))
     config = SweepConfig(
         conditions, ["digits"], protocol=SweepProtocolConfig(seeds=seeds), output=str(folder / f"{runs}")

@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from feedbackhook.console import (
@@ -193,12 +193,12 @@ def _parser() -> ArgumentParser:
     )
 
     data = ArgumentParser(
-        description="Show the paper's datasets, or check the files of one.",
+        description="Show the registered datasets, or check the files of one.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     data_list = ArgumentParser(
-        description="Show the paper's datasets: size, home page, licence, and where each is looked for.",
+        description="Show the registered datasets: size, home page, license, and where their files belong.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -206,11 +206,11 @@ def _parser() -> ArgumentParser:
         "--json", action="store_true", help="print one JSON array in the place of the table"
     )
     data_check = ArgumentParser(
-        description="Open and decode every file of a dataset, and name all that is missing or damaged.",
+        description="Open and decode every file of a dataset, and report all that is missing or damaged.",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    data_check.add_argument("name", type=str, help="as data.name; of imagefolder:PATH the root has no effect")
+    data_check.add_argument("name", type=str, help="as data.name; --root has no effect on imagefolder:PATH")
     data_check.add_argument("--root", type=str, default="data", help="as data.root")
 
     parser = ArgumentParser(
@@ -227,10 +227,10 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("compare", compare, help="compare configurations over their seeds")
     commands.add_subcommand("inspect", inspect, help="show a model's layers and what a patch would do")
     commands.add_subcommand("plot", plot, help="draw the figures of a run")
-    commands.add_subcommand("data", data, help="show the paper's datasets, or check the files of one")
+    commands.add_subcommand("data", data, help="show the registered datasets, or check the files of one")
     actions = data.add_subcommands(required=True, dest="action")
-    actions.add_subcommand("list", data_list, help="show the paper's datasets")
-    actions.add_subcommand("check", data_check, help="name all that is missing or damaged")
+    actions.add_subcommand("list", data_list, help="show the registered datasets")
+    actions.add_subcommand("check", data_check, help="report all that is missing or damaged")
     return parser
 
 
@@ -331,12 +331,12 @@ def _data(given: Namespace) -> int:
 
 
 def _data_list(given: Namespace) -> int:
-    from feedbackhook.experiments.data.registry import PAPER
+    from feedbackhook.experiments.data.registry import DATASETS
 
     if given.json:
-        print(json.dumps([asdict(dataset) for dataset in PAPER.values()], indent=2))
+        print(json.dumps([dataset.described() for dataset in DATASETS.values()], indent=2))
     else:
-        print_datasets(list(PAPER.values()))
+        print_datasets(list(DATASETS.values()))
     return 0
 
 
@@ -345,13 +345,14 @@ def _data_check(given: Namespace) -> int:
     from feedbackhook.experiments.data.verify import check
 
     found = check(DataConfig(given.name, root=given.root))
-    count = len(found.faults)
-    whole = f"{given.name} is whole: nothing is missing or damaged"
+    count = len(found.problems)
+    summary = f"{given.name} is complete: nothing is missing or damaged"
     if found.differs:
-        whole = f"{given.name} can be used: nothing that its draw needs is missing or damaged"
-    faults = f"{given.name} has {count} fault{'s' if count > 1 else ''}:"
-    way_out = [f"What to do: {found.way_out}"] if found.way_out else []
-    print_whole(checked_table(found), faults if count else whole, *found.faults, *way_out)
+        summary = f"{given.name} can be used: nothing that its draw needs is missing or damaged"
+    if count:
+        summary = f"{given.name} has {count} problem{'s' if count > 1 else ''}:"
+    hint = [f"What to do: {found.hint}"] if found.hint else []
+    print_whole(checked_table(found), summary, *found.problems, *hint)
     return _USAGE_ERROR if count else 0
 
 

@@ -42,21 +42,23 @@ def print_whole(table: Table, *lines: str) -> None:
 
 
 def print_datasets(datasets: Sequence[Dataset]) -> None:
-    """What the paper's datasets are, within 80 columns: counts and places, then home pages, then the rest."""
+    """Print the datasets within 80 columns: counts and paths, then home pages, then the rest."""
+    from feedbackhook.experiments.data.digits import DIGITS
+
     print_whole(_dataset_counts(datasets), "")
     print_whole(_home_pages(datasets), "")
-    licences: dict[str, list[str]] = {}
+    licenses: dict[str, list[str]] = {}
     for dataset in datasets:
-        licences.setdefault(dataset.licence, []).append(dataset.name)
-    downloads = ", ".join(dataset.name for dataset in datasets if dataset.downloads)
+        licenses.setdefault(dataset.license, []).append(dataset.name)
+    downloads = ", ".join(dataset.name for dataset in datasets if dataset.downloadable)
     drawn = ", ".join(dataset.name for dataset in datasets if dataset.draw is not None)
-    of_licences = [f"{licence}: {', '.join(names)}" for licence, names in licences.items()]
+    of_licenses = [f"{license}: {', '.join(names)}" for license, names in licenses.items()]
     paragraphs = [
-        f"--data.download true fetches {downloads}; the others are at their home pages.",
-        f"Licences: {'; '.join(of_licences)}.",
+        f"--data.download true downloads {downloads}; get the others from their home pages.",
+        f"Licenses: {'; '.join(of_licenses)}.",
         *(f"{dataset.name}: {dataset.note}" for dataset in datasets if dataset.note),
-        f"Drawn from larger sets: {drawn}. The draws are fixed and ours; the paper publishes none.",
-        "data.name may also be digits, imagefolder:PATH, or another class of torchvision.datasets.",
+        f"Drawn from larger sets: {drawn}. The draws are fixed and ours, since none are published.",
+        f"data.name can also be {DIGITS}, imagefolder:PATH, or another class of torchvision.datasets.",
     ]
     for paragraph in paragraphs:
         print(textwrap.fill(paragraph, _COLUMNS, break_on_hyphens=False, break_long_words=False))
@@ -75,9 +77,9 @@ def _dataset_counts(datasets: Iterable[Dataset]) -> Table:
         table.add_row(
             dataset.name,
             str(dataset.classes),
-            f"{'≤ ' if dataset.train_at_most else about[dataset.about]}{dataset.train:,}",
-            f"{'≤ ' if dataset.test_at_most else about[dataset.about]}{dataset.test:,}",
-            "\n".join(dataset.where),
+            f"{'≤ ' if dataset.train_at_most else about[dataset.approximate]}{dataset.train:,}",
+            f"{'≤ ' if dataset.test_at_most else about[dataset.approximate]}{dataset.test:,}",
+            "\n".join(dataset.paths),
         )
     return table
 
@@ -90,7 +92,7 @@ def _home_pages(datasets: Iterable[Dataset]) -> Table:
     table.add_column("name", no_wrap=True)
     table.add_column("home page", overflow="fold")
     for dataset in datasets:
-        table.add_row(dataset.name, dataset.source)
+        table.add_row(dataset.name, dataset.home_page)
     return table
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from feedbackhook.cli import main
-from feedbackhook.experiments.data.load import Split
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.training import evaluate as evaluation
 from feedbackhook.experiments.training.state import TrainingState
 from feedbackhook.store.recorder import Recorder, read

@@ -106,11 +106,6 @@ class ModelConfig:
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def network(self) -> str:
-        """The name, or that of the paper's MNIST network where there is none."""
-        return self.name or "liao2016/mnist"
-
 
 @dataclass
 class FeedbackConfig:

@@ -8,8 +8,9 @@ import torch
 
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, ProtocolConfig, RunConfig, one_line, rule_name
-from feedbackhook.experiments.data.registry import papers_network
+from feedbackhook.experiments.data.registry import network_for
 from feedbackhook.experiments.models.build import natural_size
+from feedbackhook.experiments.models.registry import network_name
 from feedbackhook.experiments.stored import as_mapping
 from feedbackhook.experiments.training import optimizers
 
@@ -34,7 +35,7 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
     optimizers.check(config.optimizer)
     model, protocol = config.model, config.protocol
     if model.name is None:
-        model = replace(model, name=papers_network(config.data.name) or model.network)
+        model = replace(model, name=network_for(config.data.name) or network_name(model))
     size, seed = config.data.size, config.feedback.seed
     resolved = replace(
         config,

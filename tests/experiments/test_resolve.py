@@ -22,9 +22,9 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
+from feedbackhook.experiments.models.registry import NETWORKS
 from feedbackhook.experiments.resolve import resolve
-from feedbackhook.liao2016.networks import NETWORKS
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,14 @@ def test_a_resolved_configuration_with_a_cosine_resolves_to_itself(config: RunCo
     assert resolve(resolve(config)) == resolve(config)
 
 
-@pytest.mark.parametrize("name", [*PAPER, "digits"])
+@pytest.mark.parametrize("name", [*DATASETS, "digits"])
 def test_the_network_is_the_papers_for_the_dataset(name: str) -> None:
-    network = "liao2016/mnist" if name == "digits" else PAPER[name].network
+    network = "liao2016/mnist" if name == "digits" else DATASETS[name].network
     config = resolve(RunConfig(data=DataConfig(name)))
     assert config.model.name == network
-    assert config.data.size == (NETWORKS[network].input[-1] if NETWORKS[network].convolutions else None)
+    assert config.data.size == (
+        None if NETWORKS[network].takes_features else NETWORKS[network].input_size[-1]
+    )
     assert resolve(config) == config
 
 

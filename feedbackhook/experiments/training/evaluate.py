@@ -11,13 +11,13 @@ from torch import Tensor
 
 import feedbackhook
 from feedbackhook.experiments.data import load as data
-from feedbackhook.experiments.data.load import Split
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.batch_norm import estimate_statistics
 from feedbackhook.experiments.training.progress import Progress, check_finite
 from feedbackhook.experiments.training.state import TrainingState
 from feedbackhook.store.recorder import Recorder
 
-_STATISTICS_BATCHES = 20  # Liao et al. 2016
+_STATISTICS_BATCHES = 20
 _BATCH_SIZE = 500
 
 

@@ -50,7 +50,7 @@ def describe_runs(configs: Iterable[RunConfig], first: ImageData) -> list[str]:
                     loaded[of_data] = data.load(config.data) if loaded else first
                 lines[key] = _describe_built(config, loaded[of_data])
             except ConfigError as error:
-                lines[key] = f"{config.data.name}: {config.model.network} cannot be trained ({error})"
+                lines[key] = f"{config.data.name}: {config.model.name} cannot be trained ({error})"
         rules.setdefault(lines[key], []).append(_rule(config))
     return [f"{line}; {', '.join(dict.fromkeys(of_line))}" for line, of_line in rules.items()]
 
@@ -70,7 +70,7 @@ def _describe(config: RunConfig, images: ImageData, model: nn.Module) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     val = "" if images.val is None else f"{len(images.val.labels):,} validation, "
     return (
-        f"{config.model.network} on {size}, {parameters:,} parameters; {config.data.name}: "
+        f"{config.model.name} on {size}, {parameters:,} parameters; {config.data.name}: "
         f"{len(images.train.labels):,} training, {val}{len(images.test.labels):,} test, "
         f"{images.classes} classes"
     )

@@ -149,8 +149,10 @@ def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dic
     config, p = table.config, table.config.protocol
     factors = [f"{rate:.15g}" for rate in sorted({member.run.rate for member in members}, reverse=True)]
     sizes = [_sizes(p)]
-    for size in dict.fromkeys(_sizes(m.run.config.protocol) for m in members if m.run.large_batch):
-        sizes.append(f"uSF+BM also {size}")
+    for run in (member.run for member in members):
+        also = f"{run.condition} also {_sizes(run.config.protocol)}"
+        if run.procedure.name and also not in sizes:
+            sizes.append(also)
     base = base_rate([member.run for member in members])
     held_out = f"{config.data.val_fraction:.0%} of each class of the training set"
     again = folder if folder.name not in ("", "..") else folder.resolve()

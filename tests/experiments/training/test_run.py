@@ -23,7 +23,8 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.data.load import Split, load
+from feedbackhook.experiments.data.load import load
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.training import evaluate as evaluation
