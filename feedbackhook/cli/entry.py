@@ -41,8 +41,10 @@ def _run(arguments: list[str]) -> int:
     from feedbackhook import ExactGradientError
     from feedbackhook.cli.commands import COMMANDS
     from feedbackhook.cli.parsers import build_parser, config_first, run_command
-    from feedbackhook.experiments.config import ConfigError, plain_words
+    from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.experiments.parser_messages import plain_words
     from feedbackhook.experiments.training.stopping import exit_status
+    from feedbackhook.store.errors import StoreError
 
     try:
         parser = build_parser(COMMANDS)
@@ -50,7 +52,7 @@ def _run(arguments: list[str]) -> int:
         return run_command(COMMANDS, given)
     except ArgumentError as error:
         return _refuse(plain_words(error), error)
-    except (ConfigError, ExactGradientError) as error:
+    except (ConfigError, StoreError, ExactGradientError) as error:
         return _refuse(str(error), error)
     except UnicodeDecodeError as error:
         return _refuse(f"the configuration file is not UTF-8 text: {error}", error)
@@ -60,9 +62,9 @@ def _run(arguments: list[str]) -> int:
 
 def _refuse(message: str, error: Exception) -> int:
     """Print one line on stderr, in the first process of each machine only."""
-    from feedbackhook.experiments.training.distributed import ToldElsewhere, speaks
+    from feedbackhook.experiments.training.processes import ReportedByMain, is_local_main
 
     logger.debug("refused", exc_info=error)
-    if speaks("LOCAL_RANK") and not isinstance(error, ToldElsewhere):
+    if is_local_main() and not isinstance(error, ReportedByMain):
         print(f"feedbackhook: error: {' '.join(message.split())}", file=sys.stderr)
     return _USAGE_ERROR

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from feedbackhook.experiments.sweep.grid import PlannedRun
-    from feedbackhook.experiments.training.run import Progress
+    from feedbackhook.experiments.training.progress import Progress
     from feedbackhook.store.run_folder import RunResult
 
 States = Mapping[str, "RunResult | None"]

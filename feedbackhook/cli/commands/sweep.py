@@ -51,10 +51,10 @@ def _sweep(given: Namespace) -> int:
 
 
 def _refuse_torchrun() -> None:
-    from feedbackhook.experiments.training.distributed import refusal, started_processes
+    from feedbackhook.experiments.training.processes import shared_error, world_size
 
-    if (count := started_processes()) > 1:
-        raise refusal(
+    if (count := world_size()) > 1:
+        raise shared_error(
             f"torchrun has started {count} processes, and each would run the whole sweep: start it without "
             "torchrun; it makes its own processes"
         )

@@ -23,14 +23,15 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _train(given: Namespace) -> int:
-    from feedbackhook.experiments.training.distributed import speaks
+    from feedbackhook.experiments.training.processes import is_main
     from feedbackhook.experiments.training.run import train
+    from feedbackhook.report.plots import draw_run
 
-    console = plain_console(quiet=not speaks())
+    console = plain_console(quiet=not is_main())
     try:
         with run_progress(console) as progress:
             config = config_from(RunConfig, given)
-            result = train(config, resume=given.resume, progress=progress, tell=console.print)
+            result = train(config, resume=given.resume, progress=progress, tell=console.print, draw=draw_run)
     except KeyboardInterrupt:
         console.print("interrupted; --resume continues after the last finished epoch, if there is one")
         raise
