@@ -22,11 +22,11 @@ from jsonargparse import ArgumentParser, auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 
 from feedbackhook.experiments.config import ModelConfig, SweepConfig
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.models import build as models
+from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.estimate import estimate
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan
-from feedbackhook.experiments.training.run import resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "liao2016"
 
@@ -73,11 +73,11 @@ def main(experiments: list[str] = ["a", "b", "c1", "c2"]) -> None:  # noqa: B006
 
 def _flops(run: PlannedRun) -> float:
     """Return the operations of a run; evaluating an image takes a third of training on it."""
-    config, known = resolve(run.config), PAPER[run.dataset]
-    channels, height, width = models.default_size(config.model.network)
+    config, known = resolve(run.config), DATASETS[run.dataset]
+    channels, height, width = models.default_size(config.model.name)
     validation = round(known.train * config.data.val_fraction)
     images = known.train - validation + (known.test + validation) / 3
-    of_image = _of_image(config.model.network, channels, height, width, known.classes)
+    of_image = _of_image(config.model.name, channels, height, width, known.classes)
     return of_image * images * config.protocol.epochs
 
 

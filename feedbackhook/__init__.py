@@ -1,13 +1,15 @@
 """Send backprop's error signals through feedback weights of your choice, in any PyTorch network as it is."""
 
 from feedbackhook.core.audit import Finding
-from feedbackhook.core.guard import ExactGradientError
+from feedbackhook.core.discovery import LayerInfo
+from feedbackhook.core.errors import ExactGradientError
+from feedbackhook.handle import LayerRow, Patch
 from feedbackhook.measurement import Row, measure
 from feedbackhook.optim import BatchManhattan
-from feedbackhook.patching import LayerRow, Patch, get_patch, patch, unpatch
+from feedbackhook.patching import get_patch, patch, unpatch
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules import register_rule
-from feedbackhook.selection import LayerInfo, classifier
+from feedbackhook.selection import classifier
 from feedbackhook.store.recorder import Recorder, read
 
 __all__ = [

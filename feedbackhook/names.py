@@ -1,4 +1,4 @@
-"""Misspelled names, and what they may have meant."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The names among ``known`` that are near to a misspelled one, nearest first, as the end of a message's
-    first part: "; did you mean 'A', 'B' or 'C'?". Case does not count. Empty where none is near."""
+    """Return a suggestion to append to an error message: "; did you mean 'A', 'B' or 'C'?".
+
+    The names are those among ``known`` that are most similar to the misspelled one, ignoring case. The
+    suggestion is empty if none is similar.
+    """
     by_case = {each.casefold(): each for each in known}
     near = difflib.get_close_matches(name.casefold(), by_case, n=3)
     *others, last = [repr(by_case[each]) for each in near] or [""]

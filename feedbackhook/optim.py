@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from feedbackhook.core.torch_internals import (
+    foreach_add_,
+    foreach_mul_,
+    foreach_sign,
+    foreach_sign_,
+    foreach_sub_,
+)
+
 __all__ = ["BatchManhattan"]
 
 _SETTINGS = (0, 1, 2, 3)
@@ -31,21 +39,21 @@ class BatchManhattan(Optimizer):
     3       :math:`\mathrm{sign}(\kappa(t))`, :math:`\kappa(t) = -\mathrm{sign}(G) + m \kappa(t-1) - d w`
     ======= ==========================================================================================
 
-    Momentum carries no learning rate inside, so a change of the learning rate acts at once. Parameters
-    without a gradient are left as they are. As ``torch.sign`` takes NaN for 0, a gradient of NaN moves
-    nothing in settings 1 to 3: watch the loss.
+    Momentum does not include the learning rate, so a change of the learning rate acts at once. Parameters
+    without a gradient stay as they are. Since ``torch.sign`` maps NaN to 0, a NaN gradient moves nothing in
+    settings 1 to 3: watch the loss.
 
     Args:
-        params: parameters, or dicts of parameter groups; every option may be set by group.
-        lr: learning rate, positive. Settings 1 to 3 move a weight by about ``lr`` a step whatever the
-            gradient's size, so it is usually far smaller than SGD's.
+        params: parameters, or dicts of parameter groups; each group may set every option.
+        lr: learning rate, positive. Settings 1 to 3 move a weight by about ``lr`` per step whatever the
+            size of the gradient, so it is usually far smaller than for SGD.
         momentum: m, in [0, 1).
         weight_decay: d, 0 or more.
         setting: 0, 1, 2 or 3.
 
     Raises:
         TypeError: an option has the wrong type.
-        ValueError: an option is out of its range, or (at the step) a gradient is sparse.
+        ValueError: an option is out of range, or (at the step) a gradient is sparse.
     """
 
     def __init__(
@@ -60,7 +68,7 @@ class BatchManhattan(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, its options checked like the constructor's."""
+        """Add a parameter group, checking its options as the constructor does."""
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -87,7 +95,7 @@ class BatchManhattan(Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ValueError(
-                "BatchManhattan takes dense gradients, and one of these is sparse "
+                "BatchManhattan needs dense gradients, but one of these is sparse "
                 "(an embedding with sparse=True?)"
             )
         for p in params:
@@ -96,14 +104,14 @@ class BatchManhattan(Optimizer):
         # tau for settings 0 to 2, kappa for setting 3
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         setting = group["setting"]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_sub_(buffers, grads if setting == 0 else list(torch._foreach_sign(grads)))
+        foreach_mul_(buffers, group["momentum"])
+        foreach_sub_(buffers, grads if setting == 0 else list(foreach_sign(grads)))
         if group["weight_decay"]:
-            torch._foreach_add_(buffers, params, alpha=-group["weight_decay"])
+            foreach_add_(buffers, params, alpha=-group["weight_decay"])
         if setting == 2:
-            torch._foreach_sign_(buffers)
-        tau = torch._foreach_sign(buffers) if setting == 3 else buffers
-        torch._foreach_add_(params, tau, alpha=group["lr"])
+            foreach_sign_(buffers)
+        tau = foreach_sign(buffers) if setting == 3 else buffers
+        foreach_add_(params, tau, alpha=group["lr"])
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {

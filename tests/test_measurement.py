@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import feedbackhook
-from feedbackhook.measurement import Sums
+from feedbackhook.core.angles import Sums
 
 ANGLES = [
     ([1.0, 0.0], [0.0, 2.0], 90.0),
@@ -252,7 +252,7 @@ def run(measured: bool, mode: str, autocast: bool, accumulate: int) -> tuple[lis
     patch = feedbackhook.patch(model, mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses, seen = [], []
-    patch.on_error_signal("head", lambda error_in, error_out: seen.append(error_out.sum().item()))
+    patch.on_error_signal("head", lambda grad_input, grad_output: seen.append(grad_output.sum().item()))
     for _ in range(4):
         optimizer.zero_grad()
         for _ in range(accumulate):

@@ -259,10 +259,10 @@ def test_an_optimizer_without_a_rate_has_none(tmp_path):
     model, x = mlp(), draw(3, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Recorder(tmp_path / "run") as recorder:
-        feedbackhook.patch(model, "sign").watch(1, recorder)
+        watch = feedbackhook.patch(model, "sign").watch(1, recorder)
         probe(model(x)).backward()
         optimizer.param_groups[0]["lr"] = None  # as Adafactor's is, which finds its own
-        feedbackhook.get_patch(model)._bracket.before_step(optimizer)
+        watch.before_step(optimizer)
     assert math.isnan(recorded(tmp_path / "run")[0, None, "learning_rate"])
 
 
@@ -305,8 +305,8 @@ def test_a_removed_watch_records_nothing_and_costs_nothing(tmp_path, ending):
         (watch if ending == "watch.remove" else patch).remove()
         watch.remove()
         step(model, optimizer, x)
-        assert not patch._bracket.observers
-        assert not patch._bracket.watches
+        assert not patch.state.error_listeners
+        assert watch not in patch.state.step_listeners.values()
     assert {key[0] for key in recorded(tmp_path / "run")} == {0}
 
 

@@ -93,14 +93,14 @@ def test_the_backward_uses_the_feedback_that_the_handle_shows():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []
     with feedbackhook.patch(model, "brSF", concordance=0.5) as patch:
-        patch.on_error_signal("2", lambda error_in, error_out: seen.append((error_in, error_out)))
+        patch.on_error_signal("2", lambda grad_input, grad_output: seen.append((grad_input, grad_output)))
         for _ in range(3):
             optimizer.zero_grad()
             loss = model(torch.randn(5, 6)).square().sum()
             expected = patch.feedback("2")
             loss.backward()
-            error_in, error_out = seen[-1]
-            torch.testing.assert_close(error_in, error_out @ expected)
+            grad_input, grad_output = seen[-1]
+            torch.testing.assert_close(grad_input, grad_output @ expected)
             optimizer.step()
     assert len(seen) == 3
 
@@ -110,7 +110,7 @@ def test_probes_see_the_first_layer_without_a_signal_upstream_and_end_when_remov
     with feedbackhook.patch(model) as patch:
         seen = []
         handle = patch.on_error_signal(
-            "0", lambda error_in, error_out: seen.append((error_in, error_out.shape))
+            "0", lambda grad_input, grad_output: seen.append((grad_input, grad_output.shape))
         )
         model(torch.randn(5, 6)).sum().backward()
         handle.remove()
@@ -212,14 +212,14 @@ def test_the_table_tells_what_was_rerouted():
     with feedbackhook.patch(model, "sign", concordance=0.8) as patch:
         for _ in range(2):
             model(torch.randn(5, 6)).sum().backward()
-        assert [(row.calls, row.rerouted, row.upstream) for row in patch.layers] == [
+        assert [(row.calls, row.rerouted, row.input_requires_grad) for row in patch.layers] == [
             (2, 0, False),
             (2, 2, True),
             (2, 2, True),
         ]
         assert str(patch).splitlines() == [
             "layer  kind    weight  rule                   calls  rerouted",
-            "0      Linear  8x6     sign(concordance=0.8)  2      no upstream",
+            "0      Linear  8x6     sign(concordance=0.8)  2      input needs no grad",
             "2      Linear  7x8     sign(concordance=0.8)  2      2",
             "4      Linear  3x7     sign(concordance=0.8)  2      2",
         ]
@@ -264,7 +264,7 @@ def test_patching_twice_is_refused(again, message):
 def test_two_patches_on_parts_are_told_apart():
     model = network()
     first, second = feedbackhook.patch(model[0]), feedbackhook.patch(model[2])
-    with pytest.raises(ValueError, match="2 patches lie on parts of this Sequential"):
+    with pytest.raises(ValueError, match="parts of this Sequential have 2 different patches"):
         feedbackhook.get_patch(model)
     feedbackhook.unpatch(model)
     assert feedbackhook.get_patch(model) is None
@@ -283,16 +283,16 @@ def test_two_patches_on_parts_are_told_apart():
             TypeError,
             "mode 'sign' has no option 'std'; it has concordance, magnitude, redraw, scale",
         ),
-        ({"mode": "tensor", "feedback": {}}, ValueError, "feedback lacks a tensor for: 0, 2, 4"),
+        ({"mode": "tensor", "feedback": {}}, ValueError, "feedback has no tensor for: 0, 2, 4"),
         (
             {"mode": "tensor", "include": ["0"], "feedback": {"0": torch.ones(6, 8)}},
             ValueError,
-            r"feedback\['0'\] has shape \(6, 8\); the weight has \(8, 6\)",
+            r"feedback\['0'\] has shape \(6, 8\), but the weight has shape \(8, 6\)",
         ),
         (
             {"mode": "tensor", "include": ["0"], "feedback": {"0": torch.ones(8, 6), "1": torch.ones(1)}},
             ValueError,
-            "feedback names what is no patched layer: 1",
+            "feedback names layers that are not patched: 1",
         ),
     ],
     ids=lambda value: str(value)[:40],
@@ -329,7 +329,7 @@ def test_changed_options_are_checked_against_the_layers():
     model = network()
     given = {name: torch.randn_like(model[int(name)].weight) for name in "024"}
     with feedbackhook.patch(model, "tensor", feedback=given) as patch:
-        with pytest.raises(ValueError, match="feedback lacks a tensor for: 2, 4"):
+        with pytest.raises(ValueError, match="feedback has no tensor for: 2, 4"):
             patch.set(feedback={"0": given["0"]})
         assert torch.equal(patch.feedback("2"), given["2"])
 

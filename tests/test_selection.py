@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import feedbackhook
-from feedbackhook.selection import LayerInfo, find_targets
+from feedbackhook import LayerInfo
+from feedbackhook.selection import find_targets
 
 
 def network():
@@ -63,22 +64,22 @@ REFUSED = [
         network,
         {"include": "blok.*"},
         ValueError,
-        r"include: 'blok\.\*' matches no layer; near names: 'block.2'",
+        r"include: 'blok\.\*' matches no layer; similar names: 'block.2'",
     ),
     (
         network,
         {"include": ["head.fx"]},
         ValueError,
-        r"include: 'head.fx' matches no layer; near names: 'head.fc'",
+        r"include: 'head.fx' matches no layer; similar names: 'head.fc'",
     ),
     (network, {"include": [nn.Conv3d]}, ValueError, r"include: Conv3d matches no layer"),
     (network, {"include": ["fc", "nothing"]}, ValueError, r"include: 'nothing' matches no layer"),
     (network, {"include": ["fc"], "exclude": ["up"]}, ValueError, r"exclude=\['up'\] has no effect"),
-    (network, {"exclude": ".*"}, ValueError, r"nothing is left to patch: exclude='\.\*'"),
+    (network, {"exclude": ".*"}, ValueError, r"no layer is left to patch with exclude='\.\*'"),
     (network, {"include": 3}, TypeError, r"include must be a regular expression or a list, not 3"),
-    (network, {"include": [3]}, TypeError, r"include holds 3, which is neither a name nor a module type"),
-    (network, {"include": "("}, ValueError, r"include='\(' is no regular expression"),
-    (nn.ReLU, {}, ValueError, r"ReLU has nothing to patch: no layer of the kinds Linear, Conv1d"),
+    (network, {"include": [3]}, TypeError, r"include must hold names or module types, but it holds 3"),
+    (network, {"include": "("}, ValueError, r"include='\(' is not a regular expression"),
+    (nn.ReLU, {}, ValueError, r"ReLU has nothing to patch: it has no layer of the kinds Linear, Conv1d"),
     (with_recurrent(nn.LSTM), {}, TypeError, r"LSTM '1' computes in one fused call.*exclude=\['1'\]"),
     (with_recurrent(nn.GRU), {}, TypeError, r"GRU '1' computes in one fused call"),
     (with_recurrent(nn.LSTMCell), {}, TypeError, r"LSTMCell '1' computes in one fused call"),

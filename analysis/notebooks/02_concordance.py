@@ -21,10 +21,10 @@
 import pandas as pd
 from IPython.display import display
 
+from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report.compare import compare
 from feedbackhook.report.plots import error_against_concordance
 from feedbackhook.report.runs import collect
-from feedbackhook.report.tables import paper_errors
 
 found = collect("../runs/concordance")
 print(len(found.runs), "runs have ended; left out:", found.skipped or "none")
@@ -38,7 +38,7 @@ rule = found.runs["condition"].str.split("+").str[0]
 runs = found.runs.assign(rule=rule.replace("BN", "backprop"), error=found.runs["best_error"])
 paper = pd.DataFrame(
     [
-        (name, concordance, paper_errors().loc[f"{name}+BN+BM concordance={concordance:g}", "MNIST"])
+        (name, concordance, error_rates().loc[f"{name}+BN+BM concordance={concordance:g}", "MNIST"])
         for name in ("frSF", "brSF")
         for concordance in (0, 0.25, 0.5, 0.75, 1)
     ],

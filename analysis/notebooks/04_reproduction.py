@@ -19,8 +19,9 @@
 # %matplotlib inline
 from IPython.display import Markdown, display
 
+from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report import theme
-from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table
+from feedbackhook.report.tables import as_markdown, draw, sweep_table
 
 table = sweep_table("../runs/mnist")
 display(draw(table))
@@ -69,5 +70,5 @@ display(figure)
 # The paper has 39 conditions on 15 datasets. The mean errors of the conditions that it ran on all fifteen, in percent:
 
 # %%
-means = paper_errors().dropna().mean(axis=1).sort_values().round(2)
+means = error_rates().dropna().mean(axis=1).sort_values().round(2)
 print(means.to_string())

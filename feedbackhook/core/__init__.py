@@ -1,1 +1,16 @@
-"""How a patched network works: layers and their feedback weights, interception, the audit."""
+"""How a patched network works: layers and their feedback weights, interception, the audit.
+
+Who may import whom, from the bottom up. A file imports only from lines above its own, or from earlier in its
+line:
+
+    torch_internals, operations, parts, angles       torch alone
+    discovery, feedbackhook.rng, feedback, layer     a layer and its V
+    state                                            what listeners subscribe to; knows `Layer` alone
+    errors, audit, weights, steps, edge, guard       each one concern, on top of the state
+    marks, mode, coverage, calls, interception       hooks and function mode; nothing in `core` is above
+    feedbackhook.rules, feedbackhook.selection       what the user chooses
+    feedbackhook.measurement, feedbackhook.monitor   listeners
+    feedbackhook.handle, feedbackhook.patching       the public functions
+
+`tests/test_imports.py` checks it.
+"""

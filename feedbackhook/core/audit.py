@@ -1,22 +1,22 @@
-"""The audit: what a graph does with the weights, whatever function has built it.
+"""The audit: what a graph does with the weights, whichever functions built it.
 
-A list of functions passes what it does not hold. The graph of a forward does not: it is walked from its
-roots to its leaves, and each node is told by what flows into it.
+A list of functions misses what it does not contain. The graph of a forward misses nothing: the audit walks it
+from its roots to its leaves and classifies each node by what flows into it.
 
-- *Activations*: the outputs of layers, of embeddings, and whatever was computed from them.
-- *Weights*: a patched weight, or what was computed from it (transposed, normalized, masked, dequantized).
+- *Activations* are the outputs of layers and of embeddings, and whatever was computed from them.
+- *Weights* are patched weights and what was computed from them (transposed, normalized, masked, dequantized).
 
-A node where a weight's path meets an activation multiplies an error signal by W, unless it is linear in
-both (adds, joins, copies); after those, a node that squares what came of it does. So does a node that an
-activation enters and that has saved a tensor which shares memory with W; that shows frozen weights, `.data`
-and `.detach()`, whose path is not in the graph. Exempt are the feedback edge and the calls that the patch
-rerouted, or that have nothing upstream (`mark_as_layer`).
+A node multiplies an error signal by W if a weight's path meets an activation there. If the node is linear in
+both (it adds, joins or copies them), it does not, but a later node that squares the result does. A node also
+does if an activation enters it and it has saved a tensor that shares memory with W. This reveals frozen
+weights, `.data` and `.detach()`, whose path is not in the graph. The feedback edge is exempt. So are calls
+that the patch rerouted, and calls whose input requires no gradient (`mark_as_layer`).
 
-The same meeting with a matrix that no layer holds is a finding too, of another kind: it cannot be patched.
-Scales are not: there an elementwise function, such as a normalization's, meets the activation.
+If the matrix belongs to no layer, this is a finding of another kind: a weight that cannot be patched. A scale
+is not a finding, because it meets the activation in an elementwise function, such as a normalization.
 
-Out of sight are a frozen weight through a copy or through hooks on saved tensors (a non-reentrant checkpoint
-has some, `save_on_cpu` too), and compiled code.
+The audit cannot see compiled code, nor a frozen weight through a copy or through hooks on saved tensors, as
+in a non-reentrant checkpoint or `save_on_cpu`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from torch.autograd.function import BackwardCFunction
 from feedbackhook.core.torch_internals import Node, levels, saved_tensors, sequence_number, storage_of
 
 MARK = "feedbackhook"
-"""The key in the metadata of a node that says: this is a layer's output."""
+"""The key in a node's metadata that marks a layer's output."""
 
-_EDGES = re.compile(r"FeedbackEdge|TransformableEdge|ApplyTemplate")  # the last is what dynamo makes of one
+_EDGES = re.compile(r"FeedbackEdge|TransformableEdge|ApplyTemplate")  # dynamo turns an edge into the last
 _LOOK_UPS = {"Embedding", "EmbeddingBag", "EmbeddingSparse", "EmbeddingDense"}
 _LINEAR = {
     "Add", "Sub", "Rsub", "Cat", "Stack", "Where", "SWhere", "Copy", "CopySlices", "IndexPut", "IndexPutImpl",
     "IndexAdd", "IndexCopy", "MaskedFill", "MaskedScatter", "Scatter", "ScatterAdd", "SelectScatter",
     "SliceScatter", "ForeachAdd", "ForeachSub",
 }  # fmt: skip
-"""Nodes that are linear in all that enters them: an error signal passes them without meeting a weight."""
+"""Nodes that are linear in all their inputs: an error signal passes them without meeting a weight."""
 _ELEMENTWISE = {
     "Mul", "Div", "Addcmul", "Addcdiv", "Pow", "Prelu", "Maximum", "Minimum", "Lerp", "PreluKernel",
     "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm",
@@ -51,28 +51,28 @@ _REDUCTIONS = {
     "Sum", "Mean", "Norm", "LinalgVectorNorm", "LinalgMatrixNorm", "Std", "StdMean", "Var", "VarMean", "Max",
     "Min", "Amax", "Amin", "Aminmax", "Prod", "Logsumexp", "Median", "Dot", "Trace", "LinalgSvd",
 }  # fmt: skip
-"""Nodes whose output says something of a weight, but is none: the scale of a quantized weight, a norm."""
+"""Nodes whose output summarizes a weight but is not one: the scale of a quantized weight, a norm."""
 _SQUARES = {"Pow", "LinalgVectorNorm", "Norm", "Var", "Std", "VarMean", "StdMean"}
-"""Nodes that multiply what enters them with itself: after a difference of activation and weight, a distance,
+"""Nodes that multiply their input by itself: in a distance, after the difference of activation and weight,
 the error signal meets the weight there."""
 _PRODUCTS = {
     "Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Linear", "Convolution", "Trilinear", "Cdist", "GroupedMm",
     "ScaledGroupedMm",
 }  # fmt: skip
-"""Nodes of a product with a batch of vectors. (A weight's product with one vector measures it, as spectral
-normalization does.)"""
+"""Nodes that multiply by a batch of vectors. (A product with a single vector only measures the weight, as
+spectral normalization does.)"""
 _SHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
-_PURE_NODES = 16  # a weight that was derived before the forward began has fewer nodes behind it
+_PURE_NODES = 16  # a weight derived before the forward began has fewer nodes behind it
 
 
 class Weight(NamedTuple):
     """A weight to look for.
 
     Args:
-        name: its full name in the model: the layer's, if it is patched, else the parameter's.
-        patched: whether a patched layer holds it; else no layer that could be patched does.
-        shape: of the parameter.
-        compiled: whether its layer has run in compiled code, which then is taken to have rerouted it.
+        name: full name in the model: that of the layer if it is patched, otherwise that of the parameter.
+        patched: whether a patched layer holds it; otherwise no layer that can be patched does.
+        shape: shape of the parameter.
+        compiled: whether its layer has run in compiled code, which is then assumed to have rerouted it.
     """
 
     name: str
@@ -85,10 +85,10 @@ class Finding(NamedTuple):
     """A place in the graph where an error signal is multiplied by a weight itself.
 
     Args:
-        name: of the patched layer, or the full name of a parameter that no layer holds.
-        patched: whether it is a patched layer: then its error signal should have gone through V.
-        shape: of the weight.
-        operation: the graph's name for what was done, such as "MmBackward0".
+        name: full name of the patched layer, or of a parameter that no layer holds.
+        patched: whether it is a patched layer, whose error signal should have gone through V.
+        shape: shape of the weight.
+        operation: the graph's name of the operation, such as "MmBackward0".
     """
 
     name: str
@@ -98,8 +98,8 @@ class Finding(NamedTuple):
 
 
 class _Flow(NamedTuple):
-    """What a node passes on: whether it is an activation, weights whose own path it lies on, and weights of
-    which it holds a summary."""
+    """What a node passes on: whether it is an activation, the weights on whose path it lies, and the weights
+    that it summarizes."""
 
     activation: bool = False
     weights: frozenset[Weight] = frozenset()
@@ -110,14 +110,14 @@ _ACTIVATION = _Flow(activation=True)
 
 
 def mark_as_layer(output: Tensor) -> None:
-    """Notes in the graph that this is a layer's output, where the graph cannot tell: data times a weight."""
+    """Mark a layer's output in the graph where the graph cannot tell, as for data times a weight."""
     for level in levels(output):
         for node in _nodes_of_call(level.grad_fn):
             node.metadata[MARK] = True
 
 
 def _nodes_of_call(node: Node | None) -> Iterator[Node]:
-    """The last nodes of a layer's call: where its output was given another shape, those before that, too."""
+    """Yield the last nodes of a layer's call. If its output was reshaped, this includes the nodes before."""
     while node is not None:
         yield node
         node = node.next_functions[0][0] if _name(node) in _SHAPING else None
@@ -129,13 +129,13 @@ def audit(
     own: Iterable[Tensor],
     since: int = 0,
 ) -> list[Finding]:
-    """The findings in a graph, each once.
+    """Return the findings in a graph, each once.
 
     Args:
         roots: the nodes of the graph's outputs.
-        weights: what to look for, by the id of the parameter.
+        weights: the weights to look for, by the id of the parameter.
         own: all parameters and buffers of the model, and the weights to look for.
-        since: nodes made before this one (by sequence number) are not looked into.
+        since: sequence number of the first node to examine; earlier nodes are skipped.
     """
     known = {id(tensor): tensor for tensor in own}
     by_storage = {storage_of(tensor): weights.get(key) for key, tensor in known.items()}
@@ -149,7 +149,7 @@ def audit(
             weight = weights.get(id(leaf))
             flows[node] = _Flow(id(leaf) not in known, frozenset(() if weight is None else (weight,)))
             continue
-        if name.startswith("CompiledFunction"):  # whatever it does with data and weights, it does inside
+        if name.startswith("CompiledFunction"):  # data and weights meet inside it
             met = iter([w for flow in inputs for w in flow.weights if w.patched and not w.compiled])
             flows[node] = _ACTIVATION
         elif node in rerouted or _is_layer(node, name, inputs, by_storage):
@@ -166,8 +166,10 @@ def audit(
 def _in_order(
     roots: Iterable[Node], flows: dict[Node, _Flow], rerouted: set[Node], since: int
 ) -> Iterator[tuple[Node, list[_Flow]]]:
-    """Each node after all that enters it, with the flows that do; the caller puts its own into `flows`. Nodes
-    of calls that a feedback edge has rerouted, which only the edge has behind it, are put into `rerouted`."""
+    """Yield each node after its inputs, with the flows of these; the caller adds the node's own to `flows`.
+
+    Nodes of calls that a feedback edge has rerouted are added to `rerouted`.
+    """
     stack = list(roots)
     while stack:
         node = stack[-1]
@@ -186,7 +188,7 @@ def _in_order(
 
 
 def _is_pure(node: Node) -> bool:
-    """Whether there is so little behind a node that it can only be a form of a weight."""
+    """Whether so few nodes are behind a node that it can only be a form of a weight."""
     nodes, seen = [node], {node}
     while nodes and len(seen) <= _PURE_NODES:
         for earlier, _ in nodes.pop().next_functions:
@@ -197,10 +199,10 @@ def _is_pure(node: Node) -> bool:
 
 
 def _is_layer(node: Node, name: str, inputs: list[_Flow], by_storage: Mapping[int | None, Any]) -> bool:
-    """Whether what leaves a node is an activation although nothing but weights enters it: data do, too."""
+    """Whether a node's output is an activation although only weights enter it in the graph, next to data."""
     if name in _LOOK_UPS or _EDGES.search(name):
         return True
-    activation = any(flow.activation for flow in inputs)  # a bias that is nobody's counts as one
+    activation = any(flow.activation for flow in inputs)  # a bias outside the model counts as one
     if (not activation or name in _PRODUCTS or name in _SHAPING) and MARK in node.metadata:
         return True
     if activation:
@@ -214,7 +216,7 @@ def _is_layer(node: Node, name: str, inputs: list[_Flow], by_storage: Mapping[in
 def _met(
     name: str, inputs: list[_Flow], saved: Iterable[Tensor], by_storage: Mapping[int | None, Weight | None]
 ) -> Iterator[Weight]:
-    """The weights that meet an activation in a node."""
+    """Yield the weights that meet an activation in a node."""
     if name in _LINEAR or not any(flow.activation for flow in inputs):
         return
     elementwise = name in _ELEMENTWISE
@@ -231,13 +233,13 @@ def _met(
 
 
 def _passed_on(name: str, inputs: list[_Flow]) -> _Flow:
-    """An activation keeps the patched weights that were added to it; a form of a weight stays one."""
+    """Return what a node passes on: an activation keeps the patched weights that were added to it."""
     activation = any(flow.activation for flow in inputs)
     weights = frozenset[Weight]().union(*(flow.weights for flow in inputs))
     summaries = frozenset[Weight]().union(*(flow.summaries for flow in inputs))
     if activation:
         if name not in _LINEAR and len(inputs) > 1:
-            return _ACTIVATION  # it was told in this node
+            return _ACTIVATION  # any weight was found in this node
         weights = frozenset(weight for weight in weights if weight.patched)
         return _Flow(True, weights, frozenset())
     if name in _REDUCTIONS:
@@ -246,7 +248,7 @@ def _passed_on(name: str, inputs: list[_Flow]) -> _Flow:
 
 
 def _name(node: Node) -> str:
-    """A node's name without what says that it is one: "Addmm" of "AddmmBackward0"."""
+    """Return a node's name without its ending: "Addmm" for "AddmmBackward0"."""
     return _short(node.name())
 
 
@@ -256,14 +258,14 @@ def _short(name: str) -> str:
 
 
 def graph_of(output: Any) -> list[Node]:
-    """The nodes of all tensors in a module's output."""
+    """Return the nodes of all tensors in a module's output."""
     made = (level.grad_fn for tensor in tensors_in(output) for level in levels(tensor))
     return [node for node in made if node is not None]
 
 
 def tensors_in(value: Any, objects: bool = True) -> Iterator[Tensor]:
-    """The tensors in what a module takes or gives: in tuples, lists, mappings and, unless not wanted, in the
-    attributes of objects, such as dataclasses."""
+    """Yield the tensors in a module's input or output: in tuples, lists, mappings and, if `objects`, in the
+    attributes of objects such as dataclasses."""
     parts, seen = [value], set[int]()
     while parts:
         part = parts.pop()

@@ -1,86 +1,63 @@
-"""What keeps exact backprop from going unnoticed in a backward: a hook on each weight."""
+"""Guards: a hook on each weight, so that exact backprop in a backward never goes unnoticed."""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from feedbackhook.core.audit import Finding
-from feedbackhook.core.edge import Layer
+from feedbackhook.core.errors import ExactGradientError
+from feedbackhook.core.layer import Layer
+from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import Node, backward_roots, current_backward, forget_compiled_code
 
-if TYPE_CHECKING:
-    from feedbackhook.core.interception import Bracket
-
-MATRIX_PRODUCTS = {
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.baddbmm,
-    torch.einsum,
-    torch.tensordot,
-    F.bilinear,
-    Tensor.matmul,
-    Tensor.mm,
-    Tensor.bmm,
-    Tensor.baddbmm,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-}
-"""Functions that may send an error signal through a weight without being rerouted. Each call of them is
-looked at; what others do is found by the audit."""
-
-_BACKWARDS = 64  # so many are kept in mind: reentrant checkpoints run one inside the other
+_BACKWARDS = 64  # how many backwards are remembered: reentrant checkpoints run one inside the other
 
 
-class ExactGradientError(RuntimeError):
-    """An error signal went, or would go, through a patched weight itself instead of through its V."""
-
-
-class Backwards:
-    """What is known of each backward that is running, by its id: state of a backward belongs to it, so that
-    threads may run several at once.
+class BackwardAudits:
+    """The audits of running backwards, by their id, so that several threads may run backwards at once.
 
     Args:
-        audit: the findings in a graph, given its roots.
+        state: the patch's.
+        audit: returns the findings in a graph, given its roots.
+        look_again: makes the next forwards be audited as the first ones were.
 
     Attributes:
-        due: whether the next backward's whole graph is looked into: a forward did what none had done before.
+        due: whether to audit the whole graph of the next backward, since a forward did something new.
     """
 
-    def __init__(self, audit: Callable[[Iterable[Node]], list[Finding]]) -> None:
+    def __init__(
+        self,
+        state: PatchState,
+        audit: Callable[[Iterable[Node]], list[Finding]],
+        look_again: Callable[[], None],
+    ) -> None:
+        self.state = state
         self.due = False
+        self.look_again = look_again
         self._audit = audit
-        self._reached: OrderedDict[int, set[Layer]] = OrderedDict()
         self._found: OrderedDict[int, dict[str, Finding] | None] = OrderedDict()
 
-    def arrived(self, layer: Layer) -> None:
-        """Notes that the backward now running has reached a rerouted call of a layer, or one that has
-        nothing upstream."""
-        layer.last_backward = running = current_backward()
-        if (reached := self._reached.get(running)) is None:
-            reached = self._reached[running] = set()
-            if len(self._reached) > _BACKWARDS:
-                self._reached.popitem(last=False)
-        reached.add(layer)
+    def __getstate__(self) -> dict[str, Any]:
+        """Backwards belong to one process."""
+        return {**self.__dict__, "due": False, "_found": OrderedDict()}
 
-    def has_reached(self, layer: Layer) -> bool:
-        """Whether the backward now running has."""
-        return layer in self._reached.get(current_backward(), ())
+    def guard(self, layer: Layer) -> Guard:
+        """Return the hook for a parameter of the layer."""
+        return Guard(self, layer)
 
     def is_audited(self) -> bool:
-        """Whether the graph of the backward now running is looked into in any case."""
+        """Whether the graph of the running backward is audited in any case."""
         return self.due or current_backward() in self._found
 
     def found(self) -> dict[str, Finding] | None:
-        """The patched layers that the graph of the backward now running uses exactly, by name; None if that
-        graph cannot be found."""
+        """Return the patched layers that the graph of the running backward uses exactly, by name, or None if
+        that graph cannot be found."""
         running = current_backward()
         if running not in self._found:
             self.due = False
@@ -93,22 +70,22 @@ class Backwards:
 
 
 class Guard:
-    """The hook on a weight: its gradient must come from a rerouted call, or from the weights alone, as that
-    of a penalty does."""
+    """The hook on a weight. Its gradient must come from a rerouted call, or from the weights alone, as the
+    gradient of a penalty does."""
 
-    def __init__(self, bracket: Bracket, layer: Layer) -> None:
-        self._bracket, self._layer = weakref.ref(bracket), weakref.ref(layer)
+    def __init__(self, audits: BackwardAudits, layer: Layer) -> None:
+        self._audits, self._layer = weakref.ref(audits), weakref.ref(layer)
 
     def __call__(self, gradient: Tensor) -> None:
-        bracket, layer = self._bracket(), self._layer()
-        if bracket is None or layer is None or not bracket.enabled or bracket.exact:
+        audits, layer = self._audits(), self._layer()
+        if audits is None or layer is None or not audits.state.enabled or audits.state.exact:
             return
         if torch.compiler.is_compiling():
             return
-        reached = bracket.backwards.has_reached(layer)
-        if reached and not bracket.backwards.is_audited():
+        reached = audits.state.arrivals.has_reached(layer)
+        if reached and not audits.is_audited():
             return  # as in most steps
-        found = bracket.backwards.found()
+        found = audits.found()
         if found is None:
             if reached or layer.compiled:
                 return
@@ -117,43 +94,20 @@ class Guard:
             how = f"a call that the patch did not reroute ({finding.operation})"
         else:
             return
-        bracket.look_again()
-        again = ""
-        if forget_compiled_code():
-            again = (
-                ". If the model is compiled: code that was made for a model without a patch may have been "
-                "used; it is forgotten now, so run the step again"
-            )
-        raise ExactGradientError(
-            f"the weight of {layer.info.name!r} got a gradient from {how}: it was used outside the forward "
-            "of every patched module and their ancestors, in a function that cannot be rerouted, or while "
-            "the patch was disabled, so its error signal went through W. Ways out: "
-            f"exclude={[layer.info.name]} in feedbackhook.patch, or `with patch.exact():` around a backward "
-            f"that is meant to be exact{again}"
+        audits.look_again()
+        raise _exact_gradient(layer.info.name, how)
+
+
+def _exact_gradient(name: str, how: str) -> ExactGradientError:
+    again = ""
+    if forget_compiled_code():
+        again = (
+            ". If the model is compiled, code compiled for a model without a patch may have run. That code "
+            "has been dropped now, so run the step again"
         )
-
-
-def refuse_product(bracket: Bracket, func: Any, args: tuple[Any, ...], copies: Any) -> None:
-    """Raises if a function that is not rerouted multiplies a patched weight with what has an upstream."""
-    tensors = [arg for arg in _flatten(args) if isinstance(arg, Tensor)]
-    uses = [bracket.weights.find(tensor, copies) for tensor in tensors]
-    use = next((use for use in uses if use is not None), None)
-    others = (tensor for tensor, own in zip(tensors, uses, strict=True) if own is None)
-    if bracket.enabled and use is not None and any(other.requires_grad for other in others):
-        raise exact_use(use.layer.info.name, str(getattr(func, "__name__", func)))
-
-
-def exact_use(name: str, operation: str) -> ExactGradientError:
-    """The error for a patched weight in a forward's call that cannot be rerouted."""
     return ExactGradientError(
-        f"the weight of {name!r} is used in {operation}, which cannot be rerouted: its error signal would go "
-        f"through W. Use F.linear, or exclude={[name]} in feedbackhook.patch"
+        f"the weight of {name!r} got a gradient from {how}: it was used outside the forward of every patched "
+        "module and their ancestors, in a function that cannot be rerouted, or while the patch was disabled, "
+        f"so its error signal went through W. Either pass exclude={[name]} to feedbackhook.patch, or put "
+        f"`with patch.exact():` around a backward that is meant to be exact{again}"
     )
-
-
-def _flatten(args: Iterable[Any]) -> Iterable[Any]:
-    for arg in args:
-        if isinstance(arg, (tuple, list)):
-            yield from _flatten(arg)
-        else:
-            yield arg

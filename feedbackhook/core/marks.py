@@ -1,50 +1,58 @@
-"""What a patched model's modules carry: one attribute and two hooks each, and the way that copies take."""
+"""What a patched module carries: one mark, two hooks, and what copies take along."""
 
 from __future__ import annotations
 
-import sys
-import warnings
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    from feedbackhook.core.interception import Bracket
+from feedbackhook.core.errors import warn
 
 MARK = "_feedbackhook"
 _SCRIPT = "__prepare_scriptable__"  # torch.jit.script asks a module for it before anything else
 
 
+class Owner(Protocol):
+    """What marks call: the interceptor of a patch."""
+
+    patch: Any
+
+    def open(self, mark: Mark, module: nn.Module) -> None:
+        """A marked module's forward is about to run."""
+
+    def close(self, module: nn.Module, inputs: object, output: object) -> None:
+        """A marked module's forward has run, or has raised."""
+
+
 class Link:
-    """How the marks of one model find their bracket.
+    """How the marks of one model find their interceptor.
 
     A mark belongs to its module, so copies and pickles of the module take it along. They must not take the
-    model along as well, hence a link forgets its bracket, and the root's mark alone carries it: a copy of the
-    whole is patched on its own, and that of a part is not patched.
+    whole model along, so a copied link forgets its owner. Only the root's mark carries the owner: a copy of
+    the whole model is patched on its own, and a copy of a part is not patched.
     """
 
-    def __init__(self, bracket: Bracket) -> None:
-        self.bracket: Bracket | None = bracket
+    def __init__(self, owner: Owner) -> None:
+        self.owner: Owner | None = owner
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"bracket": None}
+        return {"owner": None}
 
 
 class Mark:
-    """On a patched module or an ancestor of one.
+    """The mark on a patched module, or on an ancestor of one.
 
     Args:
-        link: to the bracket.
-        path: the full name of the module in the patched model.
+        link: leads to the interceptor.
+        path: full name of the module in the patched model.
         module: the module itself, which gets the hooks.
 
     Attributes:
-        seen: functions that were called while this module was the innermost, in forwards that passed the
-            audit.
-        audited: of an outermost module, the kinds of forward that have been audited: in training or not, with
-            inputs that require a gradient or not.
+        seen: functions called while this module was the innermost one, in forwards that passed the audit.
+        audited: for an outermost module, the kinds of forward that have been audited: in training mode or
+            not, with inputs that require a gradient or not.
     """
 
     def __init__(self, link: Link, path: str, module: nn.Module) -> None:
@@ -60,35 +68,35 @@ class Mark:
         module.__dict__[_SCRIPT] = refuse_script
 
     def __getstate__(self) -> dict[str, Any]:
-        bracket = self.link.bracket if self.path == "" else None
-        return {**self.__dict__, "seen": set(), "audited": set(), "bracket": bracket}
+        owner = self.link.owner if self.path == "" else None
+        return {**self.__dict__, "seen": set(), "audited": set(), "owner": owner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        bracket = state.pop("bracket")
+        owner = state.pop("owner")
         self.__dict__.update(state)
-        if bracket is not None:
-            self.link.bracket = bracket
+        if owner is not None:
+            self.link.owner = owner
 
     def open(self, module: nn.Module, args: object) -> None:
         """The hook before the module's forward."""
-        if (bracket := self.link.bracket) is not None:
-            bracket.open(self, module)
+        if (owner := self.link.owner) is not None:
+            owner.open(self, module)
             return
         for part in module.modules():
             mark_of(part)
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             warn(
-                f"this {type(module).__name__} copies a part ({self.path!r}) of a patched model. Copies "
-                "of parts are not patched, so its error signals are exact; feedbackhook.patch patches it"
+                f"this {type(module).__name__} is a copy of a part ({self.path!r}) of a patched model. Such "
+                "copies are not patched, so its error signals are exact; feedbackhook.patch(...) patches it"
             )
 
     def close(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        """The hook after it, also where it has raised."""
-        if (bracket := self.link.bracket) is not None:
-            bracket.close(module, (args, kwargs), output)
+        """The hook after the module's forward, which also runs if the forward has raised."""
+        if (owner := self.link.owner) is not None:
+            owner.close(module, (args, kwargs), output)
 
     def take_off(self, module: nn.Module) -> None:
-        """Takes hooks and attributes from the module."""
+        """Remove hooks and attributes from the module."""
         for handle in self._handles:
             handle.remove()
         for name in (MARK, _SCRIPT):
@@ -96,9 +104,9 @@ class Mark:
 
 
 def mark_of(module: nn.Module) -> Mark | None:
-    """The module's mark; one that a copy of a part has brought along is taken off, and counts as none."""
+    """Return the module's mark. A mark that a copy of a part brought along is removed and does not count."""
     mark: Mark | None = module.__dict__.get(MARK)
-    if mark is not None and mark.link.bracket is None:
+    if mark is not None and mark.link.owner is None:
         mark.take_off(module)
         return None
     return mark
@@ -108,15 +116,5 @@ def refuse_script() -> NoReturn:
     """What torch.jit.script finds on a patched module."""
     raise RuntimeError(
         "torch.jit.script cannot compile a patched module, whose hooks are Python: remove the patch first "
-        "(feedbackhook.unpatch(model)), or script an unpatched copy; torch.compile takes a patched model"
+        "(feedbackhook.unpatch(model)), or script an unpatched copy; torch.compile accepts a patched model"
     )
-
-
-def warn(message: str) -> None:
-    """Warns from wherever outside this library and torch's own modules a forward was called."""
-    depth, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("feedbackhook.", "torch.")
-    ):
-        depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, stacklevel=depth)

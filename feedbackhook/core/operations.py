@@ -1,6 +1,6 @@
-"""How each torch function sends an error signal to its input, with V in the place of the weight.
+"""The torch functions that are watched, and how each sends an error signal to its input through V.
 
-Letters: delta the error signal at the output (of the output's shape), V the feedback weight in the layout of
+Letters: delta the error signal at the output (in the output's shape), V the feedback weight in the layout of
 the weight, x the input.
 """
 
@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(delta, V, x or None) -> the error signal at the input, of the input's shape. Where x is at hand its shape
+"""(delta, V, x or None) -> the error signal at the input, in the input's shape. If x is given, only its shape
 and memory layout are read, never its values."""
 
 
 class Call(NamedTuple):
-    """One call of a torch function, read.
+    """The parsed arguments of one call of a torch function.
 
     Args:
-        input: what the weight is applied to.
-        weight: the weight, as the call uses it.
-        product: its product with V.
-        wants_input: whether that product is faster with the input at hand.
-        place: the input's place among the positional arguments.
-        keyword: the input's name among the others.
+        input: the tensor that the weight is applied to.
+        weight: the weight as the call uses it.
+        product: computes the error signal's product with V.
+        wants_input: whether that product is faster if the input is given.
+        place: the input's position among the positional arguments.
+        keyword: the input's name among the keyword arguments.
     """
 
     input: Tensor
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     keyword: str = "input"
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
-        """Calls the function with `x` in the place of the input."""
+        """Call the function with `x` instead of the input."""
         if len(args) > self.place:
             return func(*args[: self.place], x, *args[self.place + 1 :], **kwargs)
         return func(*args, **{**kwargs, self.keyword: x})
@@ -50,8 +50,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
 
 
 def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
-    # delta V over the last dimension, as one product of matrices: `matmul` would make one for each sample of
-    # a delta that cannot be viewed as a matrix.
+    # delta V over the last dimension, as one matrix product: `matmul` would compute one per sample if delta
+    # cannot be viewed as a matrix.
     if delta.is_nested:
         return F.linear(delta, feedback.t())
     rows = torch.mm(delta.reshape(-1, delta.shape[-1]), feedback)
@@ -61,7 +61,7 @@ def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **more: Any
 ) -> Call:
-    """beta bias + alpha x W: the weight has a column for each output, as in transformers' Conv1D."""
+    """beta bias + alpha x W. The weight has a column for each output, as in Conv1D of transformers."""
 
     def product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
         error = torch.mm(delta, feedback.t())
@@ -130,17 +130,17 @@ def _conv_product(
     feedback: Tensor,
     x: Tensor | None,
 ) -> Tensor:
-    """The convolution's input gradient with V as its kernel.
+    """Return the convolution's input gradient with V as its kernel.
 
-    `shape` is the input's; `extra` is what 'same' pads more at the end of each dimension than at its start,
-    which it does for even kernels: then the product belongs to the input so padded, and is cropped.
+    `shape` is the input's. `extra` is how much more padding "same" adds at the end of each dimension than at
+    its start, for even kernels. The product then belongs to the padded input and is cropped.
     """
     batched = len(shape) == feedback.dim()
     size = list(shape) if batched else [1, *shape]
     padded = size[:2] + [s + e for s, e in zip(size[2:], extra, strict=True)] if any(extra) else size
     delta = delta if batched else delta.unsqueeze(0)
-    # The input gradient needs the input's shape and layout alone. The input itself is best; what has entries
-    # of its own, touched by nobody, comes next; one number expanded would be copied to full size.
+    # The input gradient needs only the input's shape and layout. The input itself is best. An uninitialized
+    # tensor comes next, since a single number that is expanded would be copied to full size.
     stand_in = delta.new_empty(padded) if x is None else x if batched else x.unsqueeze(0)
     mask = [True, False, False]
     error: Tensor = _convolution_backward(delta, stand_in, feedback, None, *geometry, mask)[0]
@@ -151,7 +151,7 @@ def _conv_product(
 
 
 def _each(value: int | Sequence[int], n: int) -> list[int]:
-    """One number for each of n dimensions; a sequence of one counts for all."""
+    """Return one number for each of n dimensions; a single number counts for all."""
     values = list(value) if isinstance(value, Sequence) else [int(value)]
     return values * n if len(values) == 1 else values
 
@@ -167,4 +167,41 @@ OPERATIONS: dict[Callable[..., Any], Callable[..., Call]] = {
     F.conv_transpose2d: _conv_transpose,
     F.conv_transpose3d: _conv_transpose,
 }
-"""The torch functions that are rerouted, each with the reader of its arguments."""
+"""The torch functions that are rerouted, each with the function that parses its arguments."""
+
+MATRIX_PRODUCTS = {
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.tensordot,
+    F.bilinear,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.baddbmm,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+}
+"""Functions that may send an error signal through a weight without being rerouted. Every call of them is
+checked; the audit finds what other functions do."""
+
+COPYING: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.clone, Tensor.clone, Tensor.contiguous, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float,
+        Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.__getitem__, torch.index_select,
+        Tensor.index_select, torch.reshape, Tensor.reshape, torch.flatten, Tensor.flatten, torch.flip,
+        Tensor.flip, torch.roll, Tensor.roll, Tensor.repeat,
+    }
+)  # fmt: skip
+"""Functions that select and order the entries of a tensor and may return a new one. What they do to W, they
+do to V as well."""
+
+LAYER_FUNCTIONS = frozenset(
+    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+)
+"""The functions in `OPERATIONS` that take a weight argument; the others multiply any two matrices."""
+
+WATCHED = dict.fromkeys((*OPERATIONS, *MATRIX_PRODUCTS, *COPYING, F.multi_head_attention_forward))
+"""All functions whose calls are looked at."""

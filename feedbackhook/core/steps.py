@@ -1,69 +1,88 @@
-"""The clock: each step of an optimizer that holds a patched weight, for rules that redraw and for watches."""
+"""The optimizer clock: it tells a patch's listeners about optimizer steps. Rules that redraw listen first."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from feedbackhook.core.feedback import redrawn_by_updates
+from feedbackhook.core.state import PatchState
+
 
 class Clock:
-    """Tells of the steps of all optimizers, as long as `owner` lives and `stop` is not called.
+    """Tells the step listeners of a state about the steps of all optimizers.
 
     An optimizer that steps another inside its own step (Lookahead, SAM's `step(closure)`) makes one update:
-    `after` is told of the inner one, which comes first, and not of the outer.
+    `after_step` is called for the inner step, which ends first, and not for the outer one.
 
     Args:
-        owner: is not kept alive, and is the first argument of both functions.
-        before: called before each step, with the optimizer.
-        after: called after each step that had none inside.
+        state: the state, which the clock does not keep alive.
     """
 
-    def __init__(
-        self, owner: Any, before: Callable[[Any, Optimizer], None], after: Callable[[Any, Optimizer], None]
-    ) -> None:
-        _take_off_the_retired()
-        self._owner, self._before, self._after = weakref.ref(owner), before, after
+    def __init__(self, state: PatchState) -> None:
+        _remove_retired()
+        self._state = weakref.ref(state)
         self._steps = 0
-        self._begun: dict[int, int] = {}  # by the id of an optimizer: how many steps had ended before its own
+        self._begun: dict[int, int] = {}  # by id of an optimizer: how many steps had ended before its own
         self._handles = [
             register_optimizer_step_pre_hook(self._begins),
             register_optimizer_step_post_hook(self._ends),
         ]
         for handle in self._handles:
-            weakref.finalize(owner, _RETIRED.append, handle)
+            weakref.finalize(state, _RETIRED.append, handle)
 
     def stop(self) -> None:
-        """No step is told of any more."""
+        """Stop telling about steps."""
         for handle in self._handles:
             handle.remove()
 
     def _begins(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if (owner := self._owner()) is not None:
-            if not torch.compiler.is_compiling():
-                self._begun[id(optimizer)] = self._steps
-            self._before(owner, optimizer)
+        if (state := self._state()) is None:
+            return
+        if not torch.compiler.is_compiling():
+            self._begun[id(optimizer)] = self._steps
+        for listener in list(state.step_listeners.values()):
+            listener.before_step(optimizer)
 
     def _ends(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if (owner := self._owner()) is None:
+        if (state := self._state()) is None:
             return
         if not torch.compiler.is_compiling():
             if self._begun.pop(id(optimizer), self._steps) != self._steps:
-                return  # one inside it has been told of
+                return  # a step inside this one has been told
             self._steps += 1
-        self._after(owner, optimizer)
+        for listener in list(state.step_listeners.values()):
+            listener.after_step(optimizer)
+
+
+class Redraw:
+    """The step listener that redraws the layers whose rule asks for it after each update of their weight."""
+
+    def __init__(self, state: PatchState) -> None:
+        self._state = weakref.ref(state)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Do nothing: V changes after the step."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Redraw the layers whose weight the optimizer has updated, if their rule asks for it."""
+        state = self._state()
+        if state is None or not any(redrawn_by_updates(layer.feedback.rule) for layer in state.layers):
+            return
+        for layer in state.held_by(optimizer):
+            if redrawn_by_updates(layer.feedback.rule):
+                layer.feedback.redraw()
 
 
 _RETIRED: list[RemovableHandle] = []
-"""Hooks of owners that were collected without `stop`. They do nothing any more, and stay until the next
-clock: the collector may run while an optimizer walks torch's dict of hooks, which then must not change."""
+"""Hooks of states that were collected without `stop`. They do nothing, and stay until the next clock starts:
+the collector may run while an optimizer iterates over torch's dict of hooks, which must not change then."""
 
 
-def _take_off_the_retired() -> None:
+def _remove_retired() -> None:
     while _RETIRED:
         _RETIRED.pop().remove()

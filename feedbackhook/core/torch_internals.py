@@ -1,6 +1,6 @@
-"""PyTorch's private names, all in one place, each behind a function that says what it is for.
+"""All private names of PyTorch that the library uses, each behind a function that says what it is for.
 
-`tests/core/test_torch_internals.py` checks each of them, so that a release of PyTorch that changes one fails
+`tests/core/test_torch_internals.py` tests each of them, so that a release of PyTorch that changes one fails
 there, by name.
 """
 
@@ -14,30 +14,30 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
 Node: TypeAlias = Any
-"""A node of the autograd graph. (`torch.autograd.graph.Node` says too little of itself for a checker.)"""
+"""A node of the autograd graph. (`torch.autograd.graph.Node` is not typed well enough for a type checker.)"""
 
 
 # --- the backward that is running ------------------------------------------------------------------------
 
 
 def current_backward() -> int:
-    """The id of the backward that is running in this thread; -1 outside of one."""
+    """Return the id of the backward that is running in this thread, or -1 outside of one."""
     return torch._C._current_graph_task_id()
 
 
 def backward_roots() -> list[Node] | None:
-    """The nodes at which the backward that calls us has begun; None if they cannot be found.
+    """Return the nodes where the running backward started, or None if they cannot be found.
 
-    On a CPU a backward runs below the Python call that started it. On a GPU it runs in a thread of its own
-    while the thread of that call waits, so the calls of all threads are taken: one root too many does no
-    harm to who looks for faults.
+    On a CPU, a backward runs below the Python call that started it. On a GPU, it runs in a separate thread
+    while the thread of that call waits, so this returns the roots of the calls of all threads. An extra root
+    does no harm in an audit.
     """
     if (call := _call_of(_engine_run_backward.__code__, sys._getframe(1))) is not None:
         calls = [call]
@@ -50,12 +50,12 @@ def backward_roots() -> list[Node] | None:
 
 
 def _node_of(output: Any) -> Node | None:
-    """That of a tensor, or of a `torch.autograd.graph.GradientEdge`."""
+    """Return the node of a tensor or of a `torch.autograd.graph.GradientEdge`."""
     return output.grad_fn if isinstance(output, Tensor) else output.node
 
 
 def _call_of(code: Any, frame: FrameType | None) -> FrameType | None:
-    """The innermost call of a function among those that led to `frame`."""
+    """Return the innermost call of a function among those that led to `frame`."""
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame
@@ -65,8 +65,8 @@ def _call_of(code: Any, frame: FrameType | None) -> FrameType | None:
 
 
 def wrap_checkpoint(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Lets the checkpoint whose forward is running, if one is, call `wrap(function)` in the place of its
-    function when it recomputes. A function that was wrapped before (it has `__wrapped__`) stays as it is."""
+    """Make the checkpoint whose forward is running, if any, recompute with `wrap(function)` instead of its
+    function. A function that has been wrapped before (it has `__wrapped__`) stays as it is."""
     if torch.is_grad_enabled():
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         holder = None if hooks is None else _closure(hooks[0]).get("frame")
@@ -79,12 +79,12 @@ def wrap_checkpoint(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
 
 
 def saves_through_hooks() -> bool:
-    """Whether what autograd saves now goes through somebody's hooks, such as a checkpoint's."""
+    """Whether hooks, such as those of a checkpoint, process what autograd saves now."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _closure(function: Any) -> dict[str, Any]:
-    """The variables of enclosing functions that a function uses; none for what is no function."""
+    """Return the closure variables of a function, or nothing if it is not a Python function."""
     if not isinstance(function, FunctionType) or function.__closure__ is None:
         return {}
     cells = zip(function.__code__.co_freevars, function.__closure__, strict=True)
@@ -95,12 +95,12 @@ def _closure(function: Any) -> dict[str, Any]:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work."""
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def levels(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor, and those inside the wrappers of torch.func, each of which may have a graph of its own."""
+    """Yield the tensor and those inside the wrappers of torch.func, each of which may have its own graph."""
     yield tensor
     while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -113,7 +113,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def requires_grad(tensor: Tensor) -> bool:
-    """Whether the tensor, or one that torch.func has wrapped in it, requires a gradient."""
+    """Whether the tensor, or one inside the wrappers of torch.func, requires a gradient."""
     if tensor.requires_grad:
         return True
     if not torch._C._are_functorch_transforms_active():
@@ -127,9 +127,14 @@ def is_tracing() -> bool:
 
 
 def forget_compiled_code() -> bool:
-    """Lets `torch.compile` make its code anew, and see from now on whether a module has hooks: else code
-    that was made before hooks came or went would be used on, and that of a plain model for a patched one of
-    the same classes. True where the compiler is in use, and did not look at hooks before."""
+    """Drop all code that `torch.compile` has made, and make it check from now on whether a module has hooks.
+
+    Otherwise code compiled before hooks were added or removed would still run, and so would code of a plain
+    model for a patched one of the same classes.
+
+    Returns:
+        Whether the compiler is in use and did not check hooks before.
+    """
     if "torch._dynamo" not in sys.modules:
         return False
     blind: bool = torch._dynamo.config.skip_nnmodule_hook_guards
@@ -138,17 +143,63 @@ def forget_compiled_code() -> bool:
     return blind
 
 
+# --- modules and tensors -----------------------------------------------------------------------------------
+
+
+def own_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter that the module itself registers, or None if it has none of this name."""
+    return module._parameters.get(name)
+
+
+def own_child(module: nn.Module, name: str) -> nn.Module | None:
+    """Return a module that the module itself registers, or None if it has none of this name."""
+    return module._modules.get(name)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether `nn.DataParallel` made the module as one of its replicas."""
+    return bool(module.__dict__.get("_is_replica"))
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that this one is a view of, or None if it is not a view."""
+    base: Tensor | None = tensor._base
+    return base
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a number that grows with each in-place change of the tensor."""
+    return tensor._version
+
+
+foreach_mul_ = torch._foreach_mul_
+foreach_sub_ = torch._foreach_sub_
+foreach_add_ = torch._foreach_add_
+foreach_sign = torch._foreach_sign
+foreach_sign_ = torch._foreach_sign_
+
+
+# --- DistributedDataParallel -------------------------------------------------------------------------------
+
+
+def awaits_first_backward(node: Node) -> bool:
+    """Whether a node belongs to DistributedDataParallel with `static_graph=True` before its first backward,
+    which records the order in which gradients arrive."""
+    ddp = node.ddp_weakref() if hasattr(node, "ddp_weakref") else None
+    return ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
+
+
 # --- function modes ----------------------------------------------------------------------------------------
 
 
 def function_modes() -> list[TorchFunctionMode]:
-    """The modes on this thread's stack, the outermost first."""
+    """Return the modes on this thread's stack, the outermost first."""
     modes: list[TorchFunctionMode] = _get_current_function_mode_stack()
     return modes
 
 
 def top_function_mode() -> TorchFunctionMode | None:
-    """The innermost mode on this thread's stack."""
+    """Return the innermost mode on this thread's stack, or None if there is none."""
     if not (depth := torch._C._len_torch_function_stack()):
         return None
     mode: TorchFunctionMode = torch._C._get_function_stack_at(depth - 1)
@@ -156,7 +207,7 @@ def top_function_mode() -> TorchFunctionMode | None:
 
 
 def take_off(mode: TorchFunctionMode) -> None:
-    """Takes a mode off the stack, from under whatever was put there after it."""
+    """Remove a mode from the stack, also from under modes that were added after it."""
     above = []
     while (top := _pop_mode()) is not mode:
         above.append(top)
@@ -165,46 +216,57 @@ def take_off(mode: TorchFunctionMode) -> None:
 
 
 def caller(depth: int) -> FrameType:
-    """The frame that many calls above that of whoever asks."""
+    """Return the frame `depth` calls above the caller's frame."""
     return sys._getframe(depth + 1)
 
 
+def stacklevel_outside(*packages: str) -> int:
+    """Return the `stacklevel` with which the caller warns at the first frame outside these packages."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(packages):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
 def is_running(wanted: FrameType | None, frame: FrameType | None) -> bool:
-    """Whether the wanted frame is among those that led to `frame`. Of compiled code none is known, which
-    counts as running."""
+    """Whether `wanted` is among the frames that led to `frame`. None, the frame of compiled code, counts as
+    running."""
     while frame is not None and frame is not wanted:
         frame = frame.f_back
     return frame is wanted
 
 
-# A trap: a `FunctionType` shares its globals' other names with torch, and none of its later changes.
+# A trap: the copied globals do not follow later changes of torch's own.
 multi_head_attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
     "multi_head_attention_forward",
     F.multi_head_attention_forward.__defaults__,
 )
-"""PyTorch's attention, which is one call to a function mode, without the question that hands it to the mode:
-run inside the mode again, it shows its projections."""
+"""PyTorch's attention without the check that hands it to a function mode as a single call. Run inside the
+mode again, it shows its projections."""
 
 
 # --- the graph ----------------------------------------------------------------------------------------------
 
 
 def next_sequence_number() -> int:
-    """What the next node of the graph made in this thread will have as its `sequence_number`, or less."""
+    """Return a lower bound of the `sequence_number` of the next graph node made in this thread."""
     return torch._C._autograd._get_sequence_nr()
 
 
 def sequence_number(node: Node) -> int:
-    """Nodes made later in the same thread have larger ones; those that accumulate gradients the largest."""
+    """Return a number that grows with each node made in a thread. AccumulateGrad nodes have the largest."""
     number: int = node._sequence_nr()
     return number
 
 
 def saved_tensors(node: Node) -> Iterator[Tensor]:
-    """The tensors that a node keeps for its backward: none of a node that is used up, and none that went
-    through hooks, since asking for those would run the hooks (a checkpoint's would recompute)."""
+    """Yield the tensors that a node keeps for its backward.
+
+    A node that is used up has none. Tensors that went through hooks are left out, since reading them would
+    run the hooks (those of a checkpoint recompute).
+    """
     for name in _saved_names(type(node)):  # type: ignore[arg-type]  # a class can be hashed
         try:
             found = getattr(node, name)
@@ -221,7 +283,7 @@ def _saved_names(kind: type) -> list[str]:
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """What is the same for all tensors that share memory; None of one that has no memory of its own."""
+    """Return a number that tensors have in common if they share memory, or None if there is no memory."""
     if tensor.layout is not torch.strided or tensor.is_nested or is_wrapped(tensor):
         return None
     storage: int = tensor.untyped_storage()._cdata

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import nn
 
 from feedbackhook.experiments.models.batch_norm import PaperBatchNorm
+from feedbackhook.experiments.models.registry import register_network
 
 BatchNormName = Literal["none", "paper", "affine"]
 
@@ -112,3 +113,10 @@ def build_network(
         width = wanted
     layers[f"fc{len(network.hidden(classes)) + 1}"] = nn.Linear(width, classes)
     return nn.Sequential(layers)
+
+
+for name, network in NETWORKS.items():
+    channels, height, width = (*network.input, 1, 1)[:3]
+    register_network(name, (channels, height, width), fixed_size=True, has_batch_norm=True, classes=10)(
+        partial(build_network, name)
+    )

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write to a temporary file, then rename it: an interrupt leaves the old checkpoint or the new one."""
-    with written_aside(path) as aside:
-        torch.save(dict(state), aside)
+    with atomic_write(path) as temporary:
+        torch.save(dict(state), temporary)
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:

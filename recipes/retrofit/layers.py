@@ -30,7 +30,7 @@ from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
-from feedbackhook.selection import layers_in
+from feedbackhook.core.discovery import layers_in
 
 YAML = Path(__file__).with_suffix(".yaml")
 CONCORDANCES = (1.0, 0.75, 0.5)

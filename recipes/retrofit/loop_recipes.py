@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from feedbackhook.report import theme
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
@@ -53,8 +53,8 @@ def run_once(file: Path, settings: Settings, work: Callable[[], Result]) -> Resu
     torch.set_num_threads(1)
     began = time.perf_counter()
     result = {"settings": settings, **work(), "seconds": round(time.perf_counter() - began, 2)}
-    with written_aside(file) as aside:
-        aside.write_text(json.dumps(result, indent=1))
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
     return result
 
 

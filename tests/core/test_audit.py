@@ -20,7 +20,7 @@ from support.problems import (
     MLP_UPSTREAM,
     draw,
     mlp,
-    outside_every_bracket,
+    outside_every_forward,
     patched_copy,
     random_feedback,
     redrawn,
@@ -338,7 +338,7 @@ def test_an_audit_on_request_finds_each_layer_of_a_plain_graph():
     ]
     assert [finding.name for finding in patch.audit(model(x.detach()))] == ["2", "4"]
     patch.enabled = True
-    assert [f.name for f in patch.audit(outside_every_bracket(model, x))] == ["0", "2"]
+    assert [f.name for f in patch.audit(outside_every_forward(model, x))] == ["0", "2"]
 
 
 @pytest.mark.parametrize("output", ["no grad", "detached", "no tensor"])

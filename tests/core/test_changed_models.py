@@ -192,7 +192,7 @@ def test_adapters_that_came_after_the_patch_are_told_of(options, added, warm):
     of_added = [message for message in said if "added after patching" in message]
     assert len(of_added) == 1
     assert [f"{name!r}" in of_added[0] for name in added] == [True] * len(added)
-    copied = [message for message in said if "copies a part ('4') of a patched model" in message]
+    copied = [message for message in said if "copy of a part ('4') of a patched model" in message]
     assert len(copied) == len(said) - 1 == ("modules_to_save" in options)
     assert str(patch).splitlines()[-1] == f"exact: {', '.join(added)}"
 

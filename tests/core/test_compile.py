@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import bounds
-from support.model_coverage import prepared
+from support.coverage.models import prepared
 from support.oracle import (
     Gradients,
     assert_matches_oracle,
@@ -30,7 +30,7 @@ from support.problems import (
     draw,
     layer_names,
     mlp,
-    outside_every_bracket,
+    outside_every_forward,
     patched_copy,
     random_feedback,
     redrawn,
@@ -205,7 +205,7 @@ def test_compiled_with_graph_breaks(when):
 @pytest.mark.parametrize("when", ["compiled, then patched", "patched, then compiled"])
 def test_a_compiled_function_that_calls_no_module_raises_by_name(when):
     model, x = mlp(), draw(3, 4)
-    run = torch.compile(outside_every_bracket, backend="aot_eager", fullgraph=True)
+    run = torch.compile(outside_every_forward, backend="aot_eager", fullgraph=True)
     if when == "compiled, then patched":
         gradients(model, x, run)
     feedbackhook.patch(model, "sign")
@@ -245,7 +245,7 @@ def test_the_guard_still_watches_after_a_compiled_step():
     model, x = mlp(), draw(3, 4)
     feedbackhook.patch(model, "sign")
     gradients(model, x, compiled_step(model, "aot_eager"))
-    loss = probe(outside_every_bracket(model, x))
+    loss = probe(outside_every_forward(model, x))
     with pytest.raises(RuntimeError, match=r"'[02]'"):
         loss.backward()
 

@@ -71,7 +71,7 @@ def test_each_member_of_an_ensemble_learns_as_it_does_alone(build, shape, rule, 
 
 
 def assert_parts_belong_to_no_transform(patch: feedbackhook.Patch) -> None:
-    for layer in patch._bracket.layers:
+    for layer in patch.state.layers:
         parts = layer.feedback.parts(layer.weight())
         assert not any(torch_internals.is_wrapped(part) for part in parts.values())
 
@@ -91,7 +91,7 @@ def test_parts_that_are_drawn_under_vmap_are_of_use_outside(rule, options):
     members, x = [redrawn(small(), seed) for seed in range(2)], draw(3, 4)
     base = copy.deepcopy(members[0])
     patch = feedbackhook.patch(base, rule, **options)
-    for layer in patch._bracket.layers:
+    for layer in patch.state.layers:
         layer.feedback.redraw()  # without the draw that `patch.redraw()` does at once
     parameters, buffers = stack_module_state(members)
     outputs = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)

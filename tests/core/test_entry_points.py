@@ -37,7 +37,7 @@ from support.problems import (
     Net,
     draw,
     mlp,
-    outside_every_bracket,
+    outside_every_forward,
     patched_copy,
     random_feedback,
     redrawn,
@@ -219,7 +219,7 @@ PARTS_CALLED_BY_THEMSELVES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("step", PARTS_CALLED_BY_THEMSELVES.values(), ids=PARTS_CALLED_BY_THEMSELVES)
 def test_a_part_that_uses_a_weight_without_its_module_and_is_called_by_itself(step):
-    """Neither the root nor the layer is called: only what lies between them can open the bracket."""
+    """Neither the root nor the layer is called: only what lies between them can open the mode."""
 
     class Root(nn.Module):
         def __init__(self) -> None:
@@ -367,7 +367,7 @@ def test_a_copy_of_a_part_is_not_patched_and_says_so(duplicate):
     plain, x = redrawn(Net()), draw(2, 3, 5, 5)
     model, feedback = patched_copy(plain)
     part = duplicate(model.blocks)
-    with pytest.warns(UserWarning, match=r"copies a part \('blocks'\) of a patched model"):
+    with pytest.warns(UserWarning, match=r"copy of a part \('blocks'\) of a patched model"):
         assert_bit_equal(gradients(part, x), by_backprop(plain.blocks, x))
     assert not any(name.startswith("_feedbackhook") for module in part.modules() for name in vars(module))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in part.modules())
@@ -482,7 +482,7 @@ def test_gradients_enabled_inside_a_forward_without():
 
 
 def test_gradients_enabled_inside_a_forward_without_and_a_weight_used_without_its_module():
-    """Such a forward opens no bracket, so the guard must speak."""
+    """Such a forward opens no mode, so the guard must raise."""
     model, x = redrawn(Enabling(functional=True)), draw(3, 4)
     feedbackhook.patch(model, "sign")
     with pytest.raises(feedbackhook.ExactGradientError, match="'fc2'"):
@@ -583,8 +583,8 @@ def test_a_full_backward_hook_of_the_users_sees_the_error_signal_through_v():
     got = gradients(model, x)
     assert_matches_oracle(got, plain, feedback, x, unlike=MLP_UPSTREAM)
     for name, layer in (("2", model[2]), ("4", model[4])):
-        error_in, error_out = seen[layer]
-        torch.testing.assert_close(error_in, error_out @ feedback[name], rtol=1e-12, atol=1e-12)
+        grad_input, grad_output = seen[layer]
+        torch.testing.assert_close(grad_input, grad_output @ feedback[name], rtol=1e-12, atol=1e-12)
 
 
 def test_hooks_of_the_users_run_and_survive_removal():
@@ -609,12 +609,12 @@ def test_hooks_of_the_users_run_and_survive_removal():
 
 
 @pytest.mark.parametrize("warmed_up", [False, True], ids=["never called", "after a proper step"])
-def test_a_weight_used_outside_every_bracket_raises_by_name(warmed_up):
+def test_a_weight_used_outside_every_forward_raises_by_name(warmed_up):
     model, x = mlp(), draw(3, 4)
     feedbackhook.patch(model, "sign")
     if warmed_up:
         gradients(model, x)
-    loss = probe(outside_every_bracket(model, x))
+    loss = probe(outside_every_forward(model, x))
     with pytest.raises(RuntimeError, match=r"'[02]'"):
         loss.backward()
 
@@ -623,7 +623,7 @@ def test_the_guards_error_is_one_of_ours_and_the_next_step_is_right():
     plain, x = mlp(), draw(3, 4)
     model, feedback = patched_copy(plain)
     with pytest.raises(RuntimeError) as caught:
-        probe(outside_every_bracket(model, x)).backward()
+        probe(outside_every_forward(model, x)).backward()
     assert type(caught.value).__module__.startswith("feedbackhook")
     assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=MLP_UPSTREAM)
 
@@ -635,11 +635,11 @@ def test_the_guard_rests_when_the_patch_does(ending):
     patch = feedbackhook.get_patch(model)
     if ending == "exact":
         with patch.exact():
-            got = gradients(model, x, outside_every_bracket)
+            got = gradients(model, x, outside_every_forward)
     else:
         patch.remove() if ending == "removed" else setattr(patch, "enabled", False)
-        got = gradients(model, x, outside_every_bracket)
-    assert_bit_equal(got, by_backprop(plain, x, outside_every_bracket))
+        got = gradients(model, x, outside_every_forward)
+    assert_bit_equal(got, by_backprop(plain, x, outside_every_forward))
 
 
 USES_THAT_NO_BRACKET_UNDERSTANDS = {
@@ -713,11 +713,11 @@ def test_a_penalty_on_the_weights_adds_its_own_gradient():
     assert_matches_oracle(read_gradients(model, leaf, output), plain, feedback, x, unlike=MLP_UPSTREAM)
 
 
-def bracketed_and_not(model: nn.Sequential, x: Tensor) -> Tensor:
-    return model(x)[:, :3] + outside_every_bracket(model, x)[:, :3]
+def inside_and_outside(model: nn.Sequential, x: Tensor) -> Tensor:
+    return model(x)[:, :3] + outside_every_forward(model, x)[:, :3]
 
 
-@pytest.mark.parametrize("step", [bracketed_and_not], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", [inside_and_outside], ids=lambda step: step.__name__)
 def test_a_use_outside_beside_one_that_was_seen(step):
     model, x = mlp(), draw(3, 4)
     feedbackhook.patch(model, "sign")

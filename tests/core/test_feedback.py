@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import feedbackhook
 from feedbackhook.rng import CounterRNG
-from feedbackhook.selection import LayerInfo
+from feedbackhook import LayerInfo
 
 RULES = ["uSF", "NuSF", "frSF", "brSF", "RndF", "sign", "random"]
 LAYER = LayerInfo("fc", "Linear", (2, 3), 3)

@@ -286,7 +286,7 @@ def test_the_first_layer_has_no_upstream_and_raises_no_error():
     )
     assert got.input is None
     rows = {row.name: row for row in patch.layers}
-    assert [bool(rows[name].upstream) for name in ("0", "2", "4")] == [False, True, True]
+    assert [bool(rows[name].input_requires_grad) for name in ("0", "2", "4")] == [False, True, True]
     assert [rows[name].calls for name in ("0", "2", "4")] == [1, 1, 1]
     assert [rows[name].rerouted for name in ("0", "2", "4")] == [0, 1, 1]
 

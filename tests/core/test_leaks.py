@@ -14,7 +14,7 @@ import feedbackhook
 def cycle(model):
     with feedbackhook.patch(model, "brSF", concordance=0.8) as patch:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        patch.on_error_signal("2", lambda error_in, error_out: None)
+        patch.on_error_signal("2", lambda grad_input, grad_output: None)
         for _ in range(2):
             optimizer.zero_grad()
             model(draw(3, 4)).sum().backward()

@@ -75,12 +75,12 @@ def test_state_keeps_each_layers_rule():
 
 REFUSED = [
     ({}, ValueError, "the mapping of modes is empty"),
-    ({"nothing": "uSF"}, ValueError, "mode: 'nothing' matches no layer; near names: "),
+    ({"nothing": "uSF"}, ValueError, "mode: 'nothing' matches no layer; similar names: "),
     ({"0": "sgn"}, ValueError, "unknown mode 'sgn'; known: symmetric"),
     ({"0": {"concordance": 1}}, TypeError, r"mode\['0'\] lacks the key 'mode'"),
     ({"0": {"mode": "uSF", "concordance": 1}}, TypeError, "mode 'uSF' has no option 'concordance'"),
     ({"0": 3}, TypeError, r"mode\['0'\] must be a mode or a dict of mode and options, not 3"),
-    ({"(": "uSF"}, ValueError, r"mode='\(' is no regular expression"),
+    ({"(": "uSF"}, ValueError, r"mode='\(' is not a regular expression"),
 ]
 
 
@@ -95,7 +95,7 @@ def test_bad_mappings_are_refused_and_leave_the_model_alone(mode, error, message
 
 def test_options_beside_a_mapping_are_refused():
     with pytest.raises(
-        TypeError, match=r"options beside a mapping of modes \(concordance\) would belong to no rule"
+        TypeError, match=r"options next to a mapping of modes \(concordance\) belong to no rule"
     ):
         feedbackhook.patch(mlp(), {"0": "sign"}, concordance=0.5)
 

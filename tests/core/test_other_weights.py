@@ -90,7 +90,7 @@ def test_before_the_first_forward_integers_are_no_weight(ask):
     model = with_middle(Quantized(4, 4))
     patch = feedbackhook.patch(model, "frSF")
     patch.redraw()
-    with pytest.raises(RuntimeError, match=r"weight of '2' is kept as torch\.int8.*run a forward"):
+    with pytest.raises(RuntimeError, match=r"weight of '2' is stored as torch\.int8.*run a forward"):
         patch.feedback("2") if ask == "feedback" else feedbackhook.measure(patch)
 
 
@@ -98,7 +98,7 @@ def test_integers_in_a_kernel_are_refused_after_the_forward_unless_excluded():
     model, x = with_middle(InAKernel(4, 4)), torch.randn(3, 4, requires_grad=True)
     patch = feedbackhook.patch(model)
     for _ in range(2):
-        with pytest.raises(feedbackhook.ExactGradientError, match=r"'2' has run without.*exclude=\['2'\]"):
+        with pytest.raises(feedbackhook.ExactGradientError, match=r"'2' ran without.*exclude=\['2'\]"):
             model(x)
         assert torch._C._len_torch_function_stack() == 0
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_packed_and_sparse_weights_are_refused_with_the_way_out(layer, message, 
     if later:
         feedbackhook.patch(model)
     model[2].weight = nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(TypeError, match=message + r".*exclude=\['2'\] in feedbackhook\.patch"):
+    with pytest.raises(TypeError, match=message + r".*exclude=\['2'\] to feedbackhook\.patch"):
         model(torch.randn(2, 4)) if later else feedbackhook.patch(model)
     assert torch._C._len_torch_function_stack() == 0
 
@@ -148,7 +148,7 @@ def test_nested_tensors_of_the_jagged_layout(upstream):
     parts = [draw(2, 4), draw(3, 4, seed=1)]
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=upstream)
     told = []
-    feedbackhook.get_patch(model).on_error_signal("0", lambda error_in, error_out: told.append(error_in))
+    feedbackhook.get_patch(model).on_error_signal("0", lambda grad_input, grad_output: told.append(grad_input))
     probe(model(jagged).values()).backward()
     want = by_saved_tensors(plain, feedback, torch.cat(parts), input_requires_grad=upstream)
     for name, parameter in model.named_parameters():

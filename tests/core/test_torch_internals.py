@@ -221,6 +221,91 @@ def test_forget_compiled_code_lets_the_compiler_see_hooks():
     torch.compiler.reset()
 
 
+# --- modules and tensors ----------------------------------------------------------------------------------
+
+
+def test_own_parameter_and_own_child_are_those_that_a_module_registers_itself():
+    model = nn.Sequential(nn.Linear(3, 3))
+    assert torch_internals.own_parameter(model[0], "weight") is model[0].weight
+    assert torch_internals.own_parameter(model, "0.weight") is None
+    assert torch_internals.own_child(model, "0") is model[0]
+    assert torch_internals.own_child(model, "1") is None
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert torch_internals.own_parameter(model[0], "weight") is None  # derived from two others now
+    assert torch_internals.own_child(model[0], "parametrizations") is not None
+
+
+def test_is_replica_knows_what_data_parallel_makes():
+    model = nn.Linear(3, 3)
+    replica = model._replicate_for_data_parallel()
+    assert torch_internals.is_replica(replica)
+    assert not torch_internals.is_replica(model)
+
+
+def test_base_of_is_what_a_view_is_a_view_of():
+    w = nn.Parameter(torch.ones(4, 4))
+    assert torch_internals.base_of(w) is None
+    assert torch_internals.base_of(w.t()) is w
+    assert torch_internals.base_of(w[1:].view(-1)) is w
+    assert torch_internals.base_of(w.clone()) is None
+
+
+def test_version_of_grows_with_changes_in_place_alone():
+    x = torch.ones(3)
+    before = torch_internals.version_of(x)
+    _ = x + 1
+    assert torch_internals.version_of(x) == before
+    x.add_(1)
+    assert torch_internals.version_of(x) > before
+
+
+def test_foreach_functions_work_on_each_tensor_of_a_list():
+    def tensors() -> list[Tensor]:
+        return [torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0, -4.0])]
+
+    def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    found = tensors()
+    torch_internals.foreach_mul_(found, 3)
+    assert_equal(found, [3 * x for x in tensors()])
+    torch_internals.foreach_sub_(found, tensors())
+    assert_equal(found, [2 * x for x in tensors()])
+    torch_internals.foreach_add_(found, tensors(), alpha=-1)
+    assert_equal(found, tensors())
+    assert_equal(list(torch_internals.foreach_sign(found)), [x.sign() for x in tensors()])
+    assert_equal(found, tensors())
+    torch_internals.foreach_sign_(found)
+    assert_equal(found, [x.sign() for x in tensors()])
+
+
+# --- DistributedDataParallel ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static graph", "dynamic graph"])
+def test_awaits_first_backward_before_the_first_backward_of_a_static_graph(tmp_path, static):
+    def awaits() -> bool:
+        nodes, seen = [loss.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [earlier for earlier, _ in node.next_functions]
+        return any(torch_internals.awaits_first_backward(node) for node in seen)
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 3), static_graph=static)
+        for first in (True, False):
+            loss = model(torch.ones(2, 3)).sum()
+            assert awaits() is (static and first)
+            loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # --- function modes --------------------------------------------------------------------------------------
 
 
@@ -276,6 +361,14 @@ def test_caller_and_is_running_tell_which_calls_led_here():
 
     assert not torch_internals.is_running(ended(), sys._getframe())
     assert torch_internals.is_running(None, sys._getframe())
+
+
+def test_stacklevel_outside_is_that_of_the_first_frame_outside():
+    inside: dict[str, object] = {"__name__": "inside.a", "look": torch_internals.stacklevel_outside}
+    exec("def warn(): return look('inside.')\ndef call(): return warn()", inside)
+    assert inside["warn"]() == 2
+    assert inside["call"]() == 3
+    assert torch_internals.stacklevel_outside("inside.") == 1
 
 
 def test_attention_shows_a_mode_its_projections():

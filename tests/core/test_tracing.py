@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.oracle import assert_matches_oracle, gradients, probe
-from support.problems import MLP_UPSTREAM, draw, mlp, outside_every_bracket
+from support.problems import MLP_UPSTREAM, draw, mlp, outside_every_forward
 from torch import Tensor, nn
 
 import feedbackhook
@@ -63,7 +63,7 @@ def assert_as_before(model: nn.Sequential, patch: feedbackhook.Patch) -> None:
     assert {row.layer for row in rows} >= {"0", "2", "4"}
 
     with pytest.raises(feedbackhook.ExactGradientError, match=r"weight of '[02]'"):
-        outside_every_bracket(model, x.clone().requires_grad_()).sum().backward()
+        outside_every_forward(model, x.clone().requires_grad_()).sum().backward()
 
 
 @ENABLED

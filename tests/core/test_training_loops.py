@@ -334,13 +334,13 @@ def test_a_copy_that_was_changed_in_place_is_a_weight_of_its_own(frozen):
     model[2].weight.requires_grad_(not frozen)
     sent = []
     patch = feedbackhook.patch(model, "uSF")
-    patch.on_error_signal("2", lambda error_in, error_out: sent.append((error_in, error_out)))
+    patch.on_error_signal("2", lambda grad_input, grad_output: sent.append((grad_input, grad_output)))
     gradients(model, draw(3, 4))
-    ((error_in, error_out),) = sent
+    ((grad_input, grad_output),) = sent
     v = model[2].weight.detach().sign()
     v[:, 0] = 0
-    torch.testing.assert_close(error_in, error_out @ v)
-    assert not error_in[:, 0].any()
+    torch.testing.assert_close(grad_input, grad_output @ v)
+    assert not grad_input[:, 0].any()
 
 
 class Inner(nn.Module):

@@ -97,7 +97,7 @@ def test_a_weight_that_no_layer_holds_is_named_once(function, shape, frozen):
     model[2].requires_grad_(not frozen)
     patch = feedbackhook.patch(model, "sign")
     (said,) = warnings_of(model, x)
-    assert "belongs to no layer that can be patched" in said
+    assert "belong to no layer that can be patched" in said
     assert "'2.w'" in said
     findings = patch.audit(model(x))  # on request it is found each time
     assert {(finding.name, finding.patched, finding.shape) for finding in findings} == {("2.w", False, shape)}

@@ -54,7 +54,7 @@ class Case(NamedTuple):
         layers: how many can be patched.
         loss: of the model's step.
         exact: weights that no layer holds.
-        first: the layers that have nothing upstream.
+        first: the layers that have no error signal to send on.
     """
 
     build: Callable[[], nn.Module]
@@ -115,4 +115,4 @@ def test_every_layer_is_rerouted(case):
         assert len(patch.layers) == case.layers
     assert len(patch.layers) == len(layers)
     assert {row.name for row in patch.layers if not row.rerouted} == set(case.first)
-    assert {row.name for row in patch.layers if row.upstream is False} == set(case.first)
+    assert {row.name for row in patch.layers if row.input_requires_grad is False} == set(case.first)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import timm
+import torch
 import yaml
 from safetensors.torch import load_file
 from support.recipes import RECIPES, load_recipe
@@ -177,6 +178,7 @@ def test_every_network_from_scratch_takes_images_of_both_sizes(recipe: ModuleTyp
             config = ModelConfig(options["model.name"], options=yaml.safe_load(given))
             model = build(config, 10, 3, (size, size))
             feedbackhook.patch(model, "sign", concordance=0.75)
+            assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("recipe", ["normalize"], indirect=True)

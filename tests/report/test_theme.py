@@ -28,7 +28,7 @@ def contrast(first: str, second: str) -> float:
 
 
 def test_every_rule_has_a_look() -> None:
-    assert set(rules._RULES) <= set(theme.RULES)
+    assert set(rules.RULES) <= set(theme.RULES)
     assert theme.look("of one's own") == theme.look("tensor")
 
 

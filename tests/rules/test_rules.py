@@ -185,7 +185,7 @@ REFUSED = [
     ("tensor", {"feedback": 3}, TypeError, r"feedback must map layer names to tensors, not int"),
     ("tensor", {"feedback": {"fc": 3}}, TypeError, r"feedback\['fc'\] must be a tensor, not int"),
     ("SGD", {}, ValueError, r"unknown mode 'SGD'; known: symmetric, sign, random, tensor, uSF, NuSF"),
-    (None, {}, TypeError, r"mode is the name of a rule, not None; known: symmetric, sign"),
+    (None, {}, TypeError, r"mode must be the name of a rule, not None; known: symmetric, sign"),
 ]
 
 
@@ -234,7 +234,7 @@ def test_what_is_no_rule_is_refused():
         feedbackhook.register_rule("thawed")(Thawed)
     with pytest.raises(TypeError, match="Halved lacks feedback"):
         feedbackhook.register_rule("halved")(Halved)
-    with pytest.raises(ValueError, match=r"'sign' is taken by feedbackhook.rules.Sign"):
+    with pytest.raises(ValueError, match=r"'sign' is taken by feedbackhook.rules.sign.Sign"):
         feedbackhook.register_rule("sign")(Second)
 
 

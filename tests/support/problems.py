@@ -274,5 +274,5 @@ def patched_copy(plain: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, feedback
 
 
-def outside_every_bracket(model: nn.Sequential, x: Tensor) -> Tensor:
+def outside_every_forward(model: nn.Sequential, x: Tensor) -> Tensor:
     return F.linear(torch.tanh(F.linear(x, model[0].weight)), model[2].weight)

@@ -80,7 +80,7 @@ def oracle_gradients(model: nn.Module, patch: feedbackhook.Patch, loss_of: Loss,
     Each layer whose input requires a gradient must be found.
     """
     twin = unpatched(model)
-    feedback = {row.name: patch.feedback(row.name) for row in patch.layers if row.upstream}
+    feedback = {row.name: patch.feedback(row.name) for row in patch.layers if row.input_requires_grad}
     assert feedback, "no layer's input requires a gradient"
     twin.zero_grad()
     with swapped_saved_tensors(twin, feedback) as swaps:

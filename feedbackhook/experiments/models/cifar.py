@@ -1,4 +1,4 @@
-"""Networks for images of 32 pixels.
+"""Networks for images of 32x32 pixels, such as CIFAR's: (N, C, 32, 32) to logits (N, K).
 
 Shapes: N images, C channels, K classes.
 """
@@ -6,37 +6,24 @@ Shapes: N images, C channels, K classes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from feedbackhook.experiments.config import ConfigError
+from feedbackhook.experiments.models.registry import register_network
 
-SIZE = 32
-
+_INPUT = (3, 32, 32)
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # maps, and convolutions before each pool
 
 
-def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    """The network of `NETWORKS` by its name, (N, C, 32, 32) to logits (N, K); the weights of convolutions
-    start as He et al. 2015 have it.
-
-    Raises:
-        ConfigError: it has no such options.
-    """
-    try:
-        return NETWORKS[name](classes, channels, **options)
-    except TypeError as error:
-        raise ConfigError(f"{name} with model.options {options}: {error}") from error
-
-
-def _resnet20(classes: int, channels: int) -> nn.Module:
+@register_network("cifar/resnet20", _INPUT)
+def resnet20(classes: int, channels: int) -> nn.Module:
     """Three stages of three blocks, 16 to 64 maps (He et al. 2016, section 4.2)."""
     return _resnet((3, 3, 3), (16, 32, 64), classes, channels)
 
 
-def _resnet18(classes: int, channels: int) -> nn.Module:
+@register_network("cifar/resnet18", _INPUT)
+def resnet18(classes: int, channels: int) -> nn.Module:
     """ResNet-18 with a stem of one 3x3 convolution and no pool, as is usual on CIFAR."""
     return _resnet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels)
 
@@ -61,7 +48,8 @@ def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channe
     return _drawn(nn.Sequential(layers))
 
 
-def _vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
+@register_network("cifar/vgg16", _INPUT)
+def vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
     """The thirteen convolutions of VGG-16 (Simonyan and Zisserman 2015, configuration D) and one fully
     connected layer, without normalisation and dropout; ``width`` is a factor of the maps."""
     if not isinstance(width, (int, float)) or not 1 / 64 <= width <= 4:
@@ -79,10 +67,11 @@ def _vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
     return _drawn(nn.Sequential(layers))
 
 
-def _mixer(
+@register_network("cifar/mixer", _INPUT)
+def mixer(
     classes: int,
     channels: int,
-    img_size: int = SIZE,
+    img_size: int = 32,
     patch_size: int = 4,
     num_blocks: int = 8,
     embed_dim: int = 128,
@@ -109,12 +98,3 @@ def _drawn(model: nn.Module) -> nn.Module:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "cifar/resnet20": _resnet20,
-    "cifar/resnet18": _resnet18,
-    "cifar/vgg16": _vgg16,
-    "cifar/mixer": _mixer,
-}
-"""By the names that `model.name` takes."""

@@ -44,7 +44,8 @@ class InspectedLayer(NamedTuple):
         shape: that of the weight.
         weights: how many.
         rule: the rule that it would follow, or None where it would stay exact.
-        upstream: whether there is an error signal to send on; None where the forward does not use it.
+        input_requires_grad: whether its input requires a gradient, so that there is an error signal to send
+            on; None if the forward does not use it.
         weight_angle: between V and W, in degrees; NaN where W is all zero, None where it would stay exact.
         norm_ratio: norm(V) / norm(W), likewise.
     """
@@ -55,7 +56,7 @@ class InspectedLayer(NamedTuple):
     shape: tuple[int, ...]
     weights: int
     rule: str | None
-    upstream: bool | None
+    input_requires_grad: bool | None
     weight_angle: float | None
     norm_ratio: float | None
 
@@ -112,7 +113,7 @@ def inspect(config: InspectConfig) -> Inspection:
             row.shape,
             math.prod(row.shape),
             rules.get(row.name),
-            row.upstream,
+            row.input_requires_grad,
             measured.get((row.name, "weight_angle")),
             measured.get((row.name, "norm_ratio")),
         )

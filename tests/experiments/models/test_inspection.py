@@ -17,7 +17,7 @@ def test_layers_of_the_papers_network():
         (2, "fc1", "Linear", 400_000),
         (3, "fc2", "Linear", 5_000),
     ]
-    assert [layer.upstream for layer in found.layers] == [False, True, True, True]
+    assert [layer.input_requires_grad for layer in found.layers] == [False, True, True, True]
     assert found.parameters == 431_080
     assert found.patched_weights == 430_500
     # uniform initial weights: 30 degrees in large layers
@@ -44,9 +44,9 @@ def test_excluded_layers_are_shown_as_exact():
 def test_the_table(capsys):
     assert main(["inspect", "liao2016/mnist", "--mode", "frSF", "--options.concordance", "0.75"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert " ".join(lines[1].split()) == "depth layer kind shape weights rule upstream angle V, W norm V / W"
+    assert " ".join(lines[1].split()) == "depth layer kind shape weights rule input grad angle V, W norm V / W"
     assert " ".join(lines[3].split()).startswith("0 conv1 Conv2d 20x1x5x5 500 frSF(concordance=0.75) no ")
-    assert lines[-2].startswith("liao2016/mnist on an image of 1x28x28: 4 layers, 4 patched, 3 of these with")
+    assert lines[-2].startswith("liao2016/mnist on an image of 1x28x28: 4 layers, 4 patched, 3 of these send")
     assert lines[-1] == "431,080 parameters, 430,500 of them (99.9%) patched weights"
 
 
@@ -56,8 +56,8 @@ def test_json(capsys):
     assert content["model"] == "timm/vit_tiny_patch16_224"
     assert content["image"] == [3, 224, 224]
     first, last = content["layers"][0], content["layers"][-1]
-    assert (first["name"], first["kind"], first["upstream"]) == ("patch_embed.proj", "Conv2d", False)
-    assert (last["name"], last["rule"], last["upstream"]) == ("head", "sign", True)
+    assert (first["name"], first["kind"], first["input_requires_grad"]) == ("patch_embed.proj", "Conv2d", False)
+    assert (last["name"], last["rule"], last["input_requires_grad"]) == ("head", "sign", True)
 
 
 REFUSED = [
@@ -67,7 +67,7 @@ REFUSED = [
     (["resnet10t", "--options.std", "1"], "mode 'sign' has no option 'std'; it has concordance"),
     (
         ["resnet10t", "--size", "32", "--exclude", "nothing"],
-        "exclude: 'nothing' matches no layer; near names",
+        "exclude: 'nothing' matches no layer; similar names",
     ),
     (["vit_tiny_patch16_224", "--size", "100"], "cannot take images of 100x100"),
     ([], "inspect.model"),

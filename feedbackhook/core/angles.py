@@ -1,0 +1,116 @@
+"""Angles, norms and signs of pairs of tensors, summed in blocks so that large tensors need little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 17  # float64 numbers compared at a time on a CPU: three buffers of 1 MiB stay in cache
+_GPU_BLOCK = 1 << 24  # the same on a GPU, where they take a few hundred MiB at most
+
+
+class Sums(NamedTuple):
+    """The sums that give the angle, norms and sign agreement of two tensors a and b. Sums of parts add up:
+    of the calls of one layer, and of the layers of one network.
+
+    Args:
+        ab: sum over a o b.
+        aa: sum over a o a.
+        bb: sum over b o b.
+        agreeing: number of entries with the same nonzero sign.
+        nonzero: number of entries that are nonzero in both.
+    """
+
+    ab: float = 0.0
+    aa: float = 0.0
+    bb: float = 0.0
+    agreeing: float = 0.0
+    nonzero: float = 0.0
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> Sums:
+        """Return the sums of two tensors of one shape."""
+        return cls(*sums_of(gathered(a.detach()), gathered(b.detach())).tolist())
+
+    @classmethod
+    def total(cls, parts: Iterable[Sums]) -> Sums:
+        """Return the sums of all parts together."""
+        return cls(*map(sum, zip(*parts, strict=True)))
+
+    @property
+    def angle(self) -> float:
+        """The angle between a and b in degrees, 0 to 180, to about 1e-6; NaN if either is all zero."""
+        return _angles(torch.tensor([self[:3]], dtype=torch.float64)).item()
+
+    @property
+    def sign_agreement(self) -> float:
+        """The fraction, 0 to 1, of the entries nonzero in both whose signs agree; NaN if there are none."""
+        return self.agreeing / self.nonzero if self.nonzero else float("nan")
+
+    @property
+    def norm_ratio(self) -> float:
+        """norm(a) / norm(b); NaN if b is all zero."""
+        return (self.aa / self.bb) ** 0.5 if self.bb else float("nan")
+
+
+def sums_of(a: Tensor, b: Tensor, signs: bool = True) -> Tensor:
+    """Return the numbers of `Sums` as a tensor, shape (5,), on the device of two tensors of one shape.
+
+    Without `signs`, the last two are zero.
+    """
+    a, b = _flat(a, b)
+    total = torch.zeros(5, dtype=_wide(a), device=a.device)
+    block = _block(a)
+    for start in range(0, a.numel(), block):
+        x, y = (part[start : start + block].to(total.dtype) for part in (a, b))
+        total[:3] += torch.stack([x.dot(y), x.dot(x), y.dot(y)])
+        if signs:
+            agreed = (x * y).sign_()  # 1, -1, or 0 if one is zero: faster than comparing
+            nonzero = agreed.dot(agreed)
+            total[3:] += torch.stack([(agreed.sum() + nonzero) / 2, nonzero])
+    return total
+
+
+def angles_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Return the angle in degrees, shape (N,), between each row of a and the same row of b, shape (N, D);
+    NaN if either is all zero."""
+    sums = []
+    rows = max(1, _block(a) // max(1, a.shape[1]))
+    for start in range(0, len(a), rows):
+        x, y = (part[start : start + rows].to(_wide(a)) for part in (a, b))
+        sums.append(torch.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], dim=1))
+    return _angles(torch.cat(sums)) if sums else a.new_empty(0, dtype=_wide(a))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor (a DTensor of torch.distributed) as a whole; every rank must call this."""
+    gather = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if gather is None else gather()
+    return whole.to_dense() if whole.is_sparse else whole
+
+
+def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Flatten both in the same order: that of memory if both have the same, which saves a copy."""
+    if a.stride() == b.stride() and not a.is_contiguous():
+        order = sorted(range(a.dim()), key=a.stride, reverse=True)
+        a, b = a.permute(order), b.permute(order)
+    return a.reshape(-1), b.reshape(-1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype for sums: float64, except on Apple's GPUs, which lack it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _block(x: Tensor) -> int:
+    return _BLOCK if x.device.type == "cpu" else _GPU_BLOCK
+
+
+def _angles(sums: Tensor) -> Tensor:
+    """Return degrees, shape (N,), from a.b, a.a and b.b, shape (N, 3); NaN if a or b is all zero."""
+    ab, aa, bb = sums.unbind(1)
+    across = (aa * bb - ab * ab).clamp(min=0).sqrt()
+    return torch.where(aa * bb > 0, torch.rad2deg(torch.atan2(across, ab)), torch.nan)

@@ -1,0 +1,198 @@
+"""What happens to one call of a watched function: it is rerouted, followed, refused, or left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feedbackhook.core.audit import mark_as_layer
+from feedbackhook.core.coverage import Coverage
+from feedbackhook.core.edge import join
+from feedbackhook.core.errors import exact_use
+from feedbackhook.core.layer import Layer
+from feedbackhook.core.mode import Mode
+from feedbackhook.core.operations import COPYING, LAYER_FUNCTIONS, OPERATIONS, Call
+from feedbackhook.core.state import PatchState
+from feedbackhook.core.torch_internals import (
+    base_of,
+    multi_head_attention,
+    requires_grad,
+    saves_through_hooks,
+)
+from feedbackhook.core.weights import Use, Weights, alias, note_copy
+
+
+class Calls:
+    """The handler of a patch's function modes.
+
+    A call that uses a patched weight runs on the detached input, so that PyTorch's own backward computes only
+    the weight and bias gradients. The feedback edge then joins its output to the input.
+
+    Args:
+        state: the patch's.
+        weights: finds the layer that a tensor belongs to.
+        coverage: reports what is not rerouted.
+        follow_checkpoint: makes a running checkpoint recompute under a mode like the given one.
+    """
+
+    def __init__(
+        self,
+        state: PatchState,
+        weights: Weights,
+        coverage: Coverage,
+        follow_checkpoint: Callable[[Mode], None],
+    ) -> None:
+        self._state = state
+        self._weights = weights
+        self._coverage = coverage
+        self._follow_checkpoint = follow_checkpoint
+
+    def handle(self, mode: Mode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of a watched function."""
+        eager = not torch.compiler.is_compiling()
+        read = OPERATIONS.get(func)
+        if read is None or not torch.is_grad_enabled():
+            return self._other_call(mode, func, args, kwargs, eager)
+        call = read(*args, **kwargs)
+        use = self._use_of(call.weight, mode, eager)
+        if use is not None:
+            return self._reroute(mode, use, call, func, args, kwargs, eager)
+        if eager and func not in LAYER_FUNCTIONS:
+            self._refuse_product(mode, func, (*args, *kwargs.values()))
+        input_requires_grad = requires_grad(call.input)
+        if eager and input_requires_grad:
+            self._coverage.warn_of_unknown_weight(func.__name__, call.weight)
+        output = func(*args, **kwargs)
+        if eager and not input_requires_grad:
+            mark_as_layer(output)
+        return output
+
+    def _other_call(
+        self, mode: Mode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], eager: bool
+    ) -> Any:
+        """Run a call that is not rerouted: it copies, multiplies matrices, contains other calls, or builds no
+        graph."""
+        if func in COPYING:
+            copy = func(*args, **kwargs)
+            if eager and args and isinstance(args[0], Tensor):
+                use = self._weights.find(args[0], mode.copies)
+                if use is None and not args[0].requires_grad:
+                    use = self._alias(args[0], mode)
+                if use is not None:
+                    note_copy(use, copy, mode.copies, func, args, kwargs)
+            return copy
+        if not torch.is_grad_enabled():
+            if eager:
+                self._follow_checkpoint(mode)
+        elif func is F.multi_head_attention_forward:
+            with mode:
+                return multi_head_attention(*args, **kwargs)
+        elif eager:
+            self._refuse_product(mode, func, (*args, *kwargs.values()))
+        return func(*args, **kwargs)
+
+    def _use_of(self, weight: Tensor, mode: Mode, eager: bool) -> Use | None:
+        """Return the patched layer that a weight in a call belongs to.
+
+        A parameter belongs to its layer wherever it is used, and so do its views (attention uses a third of
+        its projection at a time), its copies and its aliases. A weight derived from parameters (standardized,
+        normalized, parametrized) belongs to the module whose forward is running.
+        """
+        if (use := self._weights.find(weight, mode.copies)) is not None:
+            return use
+        layer = self._state.own.get(mode.running[-1].mark.path)
+        if layer is not None and layer.may_derive(weight):
+            if eager:
+                layer.use(weight)
+            return Use(layer, weight)
+        return self._alias(weight, mode) if eager else None
+
+    def _alias(self, tensor: Tensor, mode: Mode) -> Use | None:
+        """Return the weight that a tensor shares memory with, if there is one."""
+        if mode.storages is None:
+            mode.storages = self._weights.storages()
+        return alias(tensor, mode.storages)
+
+    def _reroute(
+        self,
+        mode: Mode,
+        use: Use,
+        call: Call,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        eager: bool,
+    ) -> Tensor:
+        layer = use.layer
+        input_requires_grad = requires_grad(call.input)
+        if not eager:
+            layer.compiled = True
+            layer.feedback.parts(use.weight)  # draw them here, since a traced backward can keep nothing
+        else:
+            _refuse_kind(layer, call)
+            if saves_through_hooks():
+                self._follow_checkpoint(mode)
+            if layer.depth is None:
+                layer.depth = sum(other.depth is not None for other in self._state.layers)
+            layer.calls += 1
+            layer.input_requires_grad = layer.input_requires_grad or input_requires_grad
+        if not input_requires_grad or not self._state.enabled:
+            output: Tensor = func(*args, **kwargs)
+            if eager and output.requires_grad:
+                self._note_arrival(layer, output, exact=input_requires_grad)
+            return output
+        output = call.run(func, args, kwargs, call.input.detach())
+        return join(output, call.input, use.weight.detach(), use.part, self._state, layer, call)
+
+    def _note_arrival(self, layer: Layer, output: Tensor, exact: bool) -> None:
+        """Record an error signal that arrives at an output that is not rerouted, because the input requires
+        no gradient or because the patch is disabled (`exact`)."""
+        shape = None if output.is_nested else output.shape
+
+        def arrived(error: Tensor) -> None:
+            self._state.arrivals.note(layer)
+            if layer.probes and not exact:
+                layer.probe(None, error if shape is None else error.reshape(shape))
+
+        if not exact:
+            mark_as_layer(output)
+        # An in-place activation gives a view a new node, which would leave the hook behind.
+        base = base_of(output)
+        (output if base is None else base).register_hook(arrived)
+
+    def _refuse_product(self, mode: Mode, func: Any, args: tuple[Any, ...]) -> None:
+        """Raise if a function that is not rerouted multiplies a patched weight by a tensor that requires a
+        gradient."""
+        tensors = [arg for arg in _flatten(args) if isinstance(arg, Tensor)]
+        uses = [self._weights.find(tensor, mode.copies) for tensor in tensors]
+        use = next((use for use in uses if use is not None), None)
+        others = (tensor for tensor, own in zip(tensors, uses, strict=True) if own is None)
+        if self._state.enabled and use is not None and any(other.requires_grad for other in others):
+            raise exact_use(use.layer.info.name, str(getattr(func, "__name__", func)))
+
+
+def _refuse_kind(layer: Layer, call: Call) -> None:
+    """Raise if the edge cannot handle a call's kind of tensor."""
+    if type(call.weight) is not nn.Parameter and hasattr(call.weight, "device_mesh"):
+        raise RuntimeError(
+            f"the weight of {layer.info.name!r} is sharded while it is used (a DTensor, as in tensor "
+            f"parallelism), but V is not; pass exclude={[layer.info.name]} to feedbackhook.patch"
+        )
+    if call.input.is_nested and call.input.layout is torch.strided:
+        raise RuntimeError(
+            f"the input of {layer.info.name!r} is a nested tensor with strided layout, which "
+            "torch.autograd.Function does not support; create it with layout=torch.jagged, or pass "
+            f"exclude={[layer.info.name]} to feedbackhook.patch"
+        )
+
+
+def _flatten(args: Iterable[Any]) -> Iterable[Any]:
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            yield from _flatten(arg)
+        else:
+            yield arg

@@ -1,0 +1,177 @@
+"""One patched weight: the modules that hold it, its feedback weight, and what has happened to it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from feedbackhook.core.discovery import LayerInfo, Target, full_shape, weight_of
+from feedbackhook.core.feedback import Feedback
+
+Probe = Callable[[Tensor | None, Tensor], None]
+"""Called with `(grad_input, grad_output)`; `grad_input` is None if the input requires no gradient."""
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Layer:
+    """A patched weight.
+
+    Args:
+        targets: where the weight is. A tied weight has several targets; the first names the layer.
+        feedback: its V.
+
+    Attributes:
+        calls: number of forward calls with gradients enabled.
+        rerouted: number of error signals sent through V.
+        input_requires_grad: whether the input of any call required a gradient; None before the first call.
+        depth: position in the order of the forward's calls, from 0; None before the first call.
+        probes: called with each error signal that passes the layer.
+        derived: W as the last forward used it, if it differs from the module's own weight.
+        compiled: whether `torch.compile` has traced a call; then no Python runs in its backward.
+        last_backward: id of the last backward that reached a call; -1 before the first.
+    """
+
+    def __init__(self, targets: list[Target], feedback: Feedback) -> None:
+        self.targets = targets
+        self.feedback = feedback
+        self.calls = 0
+        self.rerouted = 0
+        self.input_requires_grad: bool | None = None
+        self.depth: int | None = None
+        self.probes: OrderedDict[int, Probe] = OrderedDict()
+        self.derived: Tensor | None = None
+        self.compiled = False
+        self.last_backward = -1
+
+    @property
+    def info(self) -> LayerInfo:
+        """What a rule may know about the layer."""
+        return self.targets[0].info
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds the weight; for a tied weight, the first one."""
+        return self.targets[0].place.module
+
+    @property
+    def names(self) -> list[str]:
+        """The full names of the layer."""
+        return [target.info.name for target in self.targets]
+
+    def weight(self) -> Tensor:
+        """Return the current W as the module's forward uses it.
+
+        If the forward derives W from the module's weight (by standardizing it, say), this is W as the last
+        forward used it. A sharded weight is gathered, so every rank must call this.
+
+        Raises:
+            RuntimeError: the module stores integers, and no forward has turned them into a weight yet.
+        """
+        place = self.targets[0].place
+        weight = weight_of(place.module, place.attribute) if self.derived is None else self.derived
+        if not weight.is_floating_point():
+            raise RuntimeError(
+                f"the weight of {self.info.name!r} is stored as {weight.dtype}, and V follows the weight "
+                "that the forward makes of it; run a forward with gradients enabled first"
+            )
+        gather = getattr(weight, "full_tensor", None)  # a DTensor of torch.distributed has it
+        return weight if gather is None else gather()
+
+    def check(self) -> None:
+        """Check that V can be made from such a weight.
+
+        Raises:
+            TypeError: the weight is sparse, complex or packed; the error names the layer.
+        """
+        name, plain = self.info.name, self.targets[0].place.parameter()
+        hint = f"pass exclude={[name]} to feedbackhook.patch to leave it with exact backprop"
+        if plain is None:
+            return
+        if plain.layout is not torch.strided:
+            raise TypeError(f"the weight of {name!r} is sparse ({plain.layout}), but V is dense; {hint}")
+        if plain.is_complex():
+            raise TypeError(f"the weight of {name!r} is complex; feedback is defined only for real weights")
+        if not plain.is_floating_point() and tuple(plain.shape) != full_shape(self.module):
+            raise TypeError(
+                f"{name!r} keeps its weight packed, as {plain.dtype} of shape {tuple(plain.shape)}, and its "
+                f"forward unpacks it where the patch cannot see it; {hint}"
+            )
+
+    def try_feedback(self) -> None:
+        """Compute V once, so that a weight from which no V can be made is refused before patching.
+
+        Raises:
+            TypeError: no V can be made from such a weight; the error names the layer.
+        """
+        self.check()
+        if not self.has_weight():
+            return  # the forward makes a weight of it, and V will follow that
+        if not self.is_opaque():
+            self.feedback(self.weight())
+            return
+        try:
+            self.feedback(self.weight())
+        except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+            raise TypeError(
+                f"the weight of {self.info.name!r} is a {self.weight_type()}, from which no V can be made; "
+                f"pass exclude={[self.info.name]} to leave it with exact backprop"
+            ) from error
+
+    def draw(self) -> None:
+        """Draw the random parts now, so that compiled code finds them where it found the previous ones."""
+        if self.has_weight():
+            self.feedback.parts(self.weight())
+
+    def has_weight(self) -> bool:
+        """Whether `weight` can be called already."""
+        plain = self.targets[0].place.parameter()
+        return self.derived is not None or plain is None or plain.is_floating_point()
+
+    def use(self, weight: Tensor) -> None:
+        """Record what the forward uses as W, if `weight_of` would not find it."""
+        plain = self.targets[0].place.parameter()
+        self.derived = None if plain is None or plain is weight else weight.detach()
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the weight, or the parameters from which the module derives it."""
+        if (weight := self.targets[0].place.parameter()) is not None:
+            yield weight
+            return
+        for name, parameter in self.module.named_parameters():
+            if "bias" not in name.split("."):
+                yield parameter
+
+    def is_opaque(self) -> bool:
+        """Whether the weight is not a plain dense tensor, so that its module may compute out of sight."""
+        weight = self.targets[0].place.parameter()
+        return weight is not None and (not weight.is_floating_point() or type(weight) not in _PLAIN)
+
+    def weight_type(self) -> str:
+        """Describe how the module stores its weight."""
+        weight = self.targets[0].place.parameter()
+        return f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
+
+    def may_derive(self, weight: Tensor) -> bool:
+        """Whether a weight used in the module's forward is its parameter, or derived from its parameters."""
+        own = not isinstance(weight, nn.Parameter) or self.targets[0].place.parameter() is weight
+        return own and weight.shape == self.info.shape
+
+    def probe(self, grad_input: Tensor | None, grad_output: Tensor) -> None:
+        """Call the probes with an error signal; `grad_input` is None if the input requires no gradient."""
+        for probe in list(self.probes.values()):
+            probe(grad_input, grad_output)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within this context, call no probe; afterwards, restore all counts."""
+        before = vars(self).copy()
+        self.probes = OrderedDict()
+        try:
+            yield
+        finally:
+            vars(self).update(before)

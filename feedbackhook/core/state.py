@@ -1,0 +1,183 @@
+"""The state of a patch: its layers, its switches, and who listens to it.
+
+This file knows `Layer` alone. Whoever wants to follow error signals or optimizer steps subscribes here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from feedbackhook.core.layer import Layer
+from feedbackhook.core.torch_internals import current_backward
+
+ErrorListener = Callable[[Layer, Tensor, Tensor], None]
+"""Called with the layer, V's product with the error signal, and W's product with the same error signal."""
+
+_BACKWARDS = 64  # how many backwards are remembered: reentrant checkpoints run one inside the other
+
+
+class StepListener(Protocol):
+    """Told about every step of every optimizer; `PatchState.held_by` tells whether it concerns the patch."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called before the optimizer steps."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after it has stepped. For an optimizer that steps another inside its own step, only the
+        inner step counts."""
+
+
+class PatchState:
+    """The layers of a patch, its switches and its listeners.
+
+    Args:
+        layers: the patched weights.
+
+    Attributes:
+        layers: the patched weights. Their number changes if weights are tied or untied later.
+        enabled: if False, forwards build plain graphs and the guards accept any gradient.
+        exact: if True, backwards use W instead of V.
+        error_listeners: called with each error signal that V sends on.
+        step_listeners: called before and after optimizer steps.
+        arrivals: which layers each running backward has reached.
+        own: the layer whose `weight` a module holds, by the module's full name.
+        inside: the layers inside a module, by the module's full name.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.layers = list(layers)
+        self.enabled = True
+        self.exact = False
+        self.error_listeners: OrderedDict[int, ErrorListener] = OrderedDict()
+        self.step_listeners: OrderedDict[int, StepListener] = OrderedDict()
+        self.arrivals = Arrivals()
+        self.own: dict[str, Layer] = {}
+        self.inside: dict[str, list[Layer]] = {}
+        self.index_layers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have no listeners."""
+        return {**self.__dict__, "error_listeners": OrderedDict(), "step_listeners": OrderedDict()}
+
+    def index_layers(self) -> None:
+        """Find which layer each module holds, and which layers are inside it."""
+        self.own, self.inside = {}, {}
+        for layer in self.layers:
+            for target in layer.targets:
+                place = target.place
+                if place.attribute == "weight":
+                    self.own[place.path] = layer
+                for ancestor in _ancestors(place.path):
+                    inside = self.inside.setdefault(ancestor, [])
+                    if layer not in inside:
+                        inside.append(layer)
+
+    def listen_to_errors(self, listener: ErrorListener) -> RemovableHandle:
+        """Call `listener` with each error signal that V sends on, until the handle's `remove()` is called.
+
+        While anyone listens, each error signal takes one more product, with W.
+        """
+        handle = RemovableHandle(self.error_listeners)
+        self.error_listeners[handle.id] = listener
+        return handle
+
+    def listen_to_steps(self, listener: StepListener) -> RemovableHandle:
+        """Tell `listener` about optimizer steps, until the handle's `remove()` is called."""
+        handle = RemovableHandle(self.step_listeners)
+        self.step_listeners[handle.id] = listener
+        return handle
+
+    def drop_listeners(self) -> None:
+        """Remove all listeners."""
+        self.error_listeners.clear()
+        self.step_listeners.clear()
+
+    def held_by(self, optimizer: Optimizer) -> list[Layer]:
+        """Return the layers whose weight the optimizer holds."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [layer for layer in self.layers if any(id(p) in held for p in layer.parameters())]
+
+    @contextmanager
+    def exact_backward(self) -> Iterator[None]:
+        """Within this context, backwards use W instead of V.
+
+        Raises:
+            RuntimeError: the model was compiled, which fixes what its backward does.
+        """
+        if any(layer.compiled for layer in self.layers):
+            raise RuntimeError(
+                "exact() cannot change the backward of a compiled model; set patch.enabled = False before "
+                "the forward, or run the model uncompiled"
+            )
+        before = self.exact
+        self.exact = True
+        try:
+            yield
+        finally:
+            self.exact = before
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within this context, call none of the current error listeners and probes; afterwards, restore them
+        and all counts."""
+        listeners, self.error_listeners = self.error_listeners, OrderedDict()
+        try:
+            with ExitStack() as stack:
+                for layer in self.layers:
+                    stack.enter_context(layer.undisturbed())
+                yield
+        finally:
+            self.error_listeners = listeners
+
+
+class PatchHandle(Protocol):
+    """What listeners need from a patch; `feedbackhook.Patch` has it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+
+    @property
+    def state(self) -> PatchState:
+        """The state to subscribe to."""
+
+
+class Arrivals:
+    """Which layers each running backward has reached. Backwards are told apart by their id, so that several
+    threads may run them at once."""
+
+    def __init__(self) -> None:
+        self._reached: OrderedDict[int, set[Layer]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Backwards belong to one process."""
+        return {"_reached": OrderedDict()}
+
+    def note(self, layer: Layer) -> None:
+        """Record that the running backward has reached a call of a layer that was rerouted, or whose input
+        requires no gradient."""
+        layer.last_backward = running = current_backward()
+        if (reached := self._reached.get(running)) is None:
+            reached = self._reached[running] = set()
+            if len(self._reached) > _BACKWARDS:
+                self._reached.popitem(last=False)
+        reached.add(layer)
+
+    def has_reached(self, layer: Layer) -> bool:
+        """Whether the running backward has reached the layer."""
+        return layer in self._reached.get(current_backward(), ())
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the full names of a module's ancestors, the root ("") first, and its own name last."""
+    yield ""
+    parts = name.split(".") if name else []
+    for end in range(1, len(parts) + 1):
+        yield ".".join(parts[:end])

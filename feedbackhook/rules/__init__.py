@@ -1,0 +1,64 @@
+"""Feedback rules: pure functions from a feedforward weight W and random parts to a feedback weight V.
+
+Letters: W feedforward weight, V feedback weight, M magnitudes, S signs (+1 or -1), `o` the elementwise
+product, sign(0) = 0. W and V have PyTorch's layout for the layer.
+
+`registry.py` registers and looks up rules; each other file holds a family of rules. To add a rule, write a
+frozen dataclass with the methods of `Rule` in a file here, decorate it with `register_rule`, and import it
+below.
+"""
+
+from feedbackhook.core.feedback import Rule, redrawn_by_updates
+from feedbackhook.rules.options import Magnitude, Redraw
+from feedbackhook.rules.registry import (
+    RULES,
+    changed,
+    check_layers,
+    describe,
+    expected_angle,
+    make_rule,
+    register_rule,
+    rule_name,
+    rule_values,
+)
+
+# Messages list the rules in this order.
+# isort: off
+from feedbackhook.rules.symmetric import Symmetric
+from feedbackhook.rules.sign import Sign
+from feedbackhook.rules.random import Random
+from feedbackhook.rules.tensor import Given
+from feedbackhook.rules.liao2016 import (
+    BatchwiseRandomSign,
+    FixedRandomSign,
+    NormalizedUniformSign,
+    RandomFeedback,
+    UniformSign,
+)
+
+# isort: on
+
+__all__ = [
+    "RULES",
+    "BatchwiseRandomSign",
+    "FixedRandomSign",
+    "Given",
+    "Magnitude",
+    "NormalizedUniformSign",
+    "Random",
+    "RandomFeedback",
+    "Redraw",
+    "Rule",
+    "Sign",
+    "Symmetric",
+    "UniformSign",
+    "changed",
+    "check_layers",
+    "describe",
+    "expected_angle",
+    "make_rule",
+    "redrawn_by_updates",
+    "register_rule",
+    "rule_name",
+    "rule_values",
+]

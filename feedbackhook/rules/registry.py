@@ -1,0 +1,126 @@
+"""The registry of feedback rules: register, look up, describe and change them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from feedbackhook.core.discovery import LayerInfo
+from feedbackhook.core.feedback import Rule
+from feedbackhook.names import nearest
+
+RuleClass = TypeVar("RuleClass", bound=type)
+
+RULES: dict[str, type] = {}
+"""The class of each registered rule, by mode."""
+
+
+def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
+    """Register the decorated class as the rule for `feedbackhook.patch(model, mode=name)`.
+
+    Raises:
+        TypeError: the class is not a frozen dataclass, or lacks `draw` or `feedback`.
+        ValueError: another rule has this name.
+    """
+
+    def register(cls: RuleClass) -> RuleClass:
+        if not (dataclasses.is_dataclass(cls) and getattr(cls, "__dataclass_params__").frozen):  # noqa: B009
+            raise TypeError(f"rule {name!r}: {cls.__name__} must be a @dataclass(frozen=True) of its options")
+        missing = [method for method in ("draw", "feedback") if not callable(getattr(cls, method, None))]
+        if missing:
+            raise TypeError(f"rule {name!r}: {cls.__name__} lacks {' and '.join(missing)}")
+        known = RULES.get(name)
+        if known is not None and not _same_class(known, cls):
+            raise ValueError(f"rule {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        RULES[name] = cls
+        return cls
+
+    return register
+
+
+def make_rule(mode: str, options: Mapping[str, Any]) -> Rule:
+    """Return the rule named `mode` with these options.
+
+    Raises:
+        ValueError: the mode is unknown, or an option is out of range.
+        TypeError: the rule has no such option, or an option has the wrong type.
+    """
+    if not isinstance(mode, str):
+        raise TypeError(f"mode must be the name of a rule, not {mode!r}; known: {', '.join(RULES)}")
+    if mode not in RULES:
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(RULES)}{nearest(mode, RULES)}")
+    cls = RULES[mode]
+    return cast(Rule, cls(**_as_fields(mode, cls, options)))
+
+
+def rule_name(rule: Rule) -> str:
+    """Return the mode under which the rule's class is registered."""
+    return next(name for name, cls in RULES.items() if _same_class(cls, type(rule)))
+
+
+def rule_values(rule: Rule) -> dict[str, Any]:
+    """Return the rule's options: `make_rule(rule_name(rule), rule_values(rule))` equals the rule."""
+    return {option: getattr(rule, f.name) for option, f in _options(type(rule)).items()}
+
+
+def describe(rule: Rule) -> str:
+    """Return the rule as a user would write it, with the options that differ from their defaults."""
+    fields = _options(type(rule))
+    shown = [
+        f"{option}=..." if isinstance(value, Mapping) else f"{option}={value!r}"
+        for option, value in rule_values(rule).items()
+        if fields[option].default is dataclasses.MISSING or value != fields[option].default
+    ]
+    return rule_name(rule) + (f"({', '.join(shown)})" if shown else "")
+
+
+def changed(rule: Rule, options: Mapping[str, Any]) -> Rule:
+    """Return a copy of the rule with some options changed; raises the errors of `make_rule`."""
+    return make_rule(rule_name(rule), {**rule_values(rule), **options})
+
+
+def check_layers(rules: Iterable[tuple[LayerInfo, Rule]]) -> None:
+    """Let each rule that has a `check` method check the layers that follow it.
+
+    Raises:
+        ValueError: a rule does not fit its layers.
+    """
+    followers: dict[int, tuple[Rule, list[LayerInfo]]] = {}
+    for info, rule in rules:
+        followers.setdefault(id(rule), (rule, []))[1].append(info)
+    for rule, infos in followers.values():
+        if callable(check := getattr(rule, "check", None)):
+            check(infos)
+
+
+def expected_angle(rule: Rule, weight: Tensor) -> float | None:
+    """Return the angle between V and W, in degrees, that follows from the rule's definition, or None if the
+    rule does not define one."""
+    of = getattr(rule, "expected_angle", None)
+    return None if of is None else float(of(weight))
+
+
+def _same_class(a: type, b: type) -> bool:
+    """Whether two classes come from one definition, which a notebook may have run twice."""
+    return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+
+
+def _options(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """Return a rule's fields, by the names that they have as options."""
+    return {f.metadata.get("option", f.name): f for f in dataclasses.fields(cls) if f.init}
+
+
+def _as_fields(mode: str, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _options(cls)
+    unknown = [name for name in options if name not in fields]
+    if unknown:
+        has = f"it has {', '.join(fields)}{nearest(unknown[0], fields)}" if fields else "it has none"
+        raise TypeError(f"mode {mode!r} has no option {', '.join(map(repr, unknown))}; {has}")
+    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in options]
+    if missing:
+        raise TypeError(f"mode {mode!r} needs the option {', '.join(map(repr, missing))}")
+    return {fields[name].name: value for name, value in options.items()}

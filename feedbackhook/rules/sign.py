@@ -1,0 +1,96 @@
+"""Rules that take the sign of V from W."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feedbackhook.rng import CounterRNG
+from feedbackhook.rules.options import Magnitude, Redraw, Scale, check_choice, check_number
+from feedbackhook.rules.registry import register_rule
+
+
+@register_rule("sign")
+@dataclass(frozen=True)
+class Sign:
+    """V = scale * (M o sign(W) o S), with the sign of the current W (after Liao, Leibo and Poggio 2016).
+
+    Args:
+        concordance: probability, 0 to 1, that an entry of S is +1. The paper's p is 1 - concordance.
+        magnitude: how M is chosen: "random" from U[0, 1], "uniform" 1, "weight" abs(W).
+        redraw: whether M and S are drawn once ("never") or again after each update of W ("update").
+        scale: "norm" gives V the Frobenius norm that W has when V is used (Moskovitz et al. 2018, for
+            magnitude "uniform"; an all-zero W has V = 0), "fan_in" divides by the number of weights that
+            feed one output unit, None is 1, and a number is used as it is.
+    """
+
+    concordance: float = 1.0
+    magnitude: Magnitude = "random"
+    redraw: Redraw = "never"
+    scale: Scale | float | None = "norm"
+
+    def __post_init__(self) -> None:
+        check_number("concordance", self.concordance, 0, 1)
+        check_choice("magnitude", self.magnitude, Magnitude)
+        check_choice("redraw", self.redraw, Redraw)
+        if isinstance(self.scale, str):
+            check_choice("scale", self.scale, Scale)
+        elif self.scale is not None:
+            check_number("scale", self.scale, 0)
+
+    def draw(self, weight: Tensor, rng: CounterRNG) -> dict[str, Tensor]:
+        """Draw the product of M and S, unless it is 1 or |W|, and the scale if it depends on the layer."""
+        parts: dict[str, Tensor] = {}
+        if self.magnitude == "random":
+            parts["M o S"] = rng.uniform(weight, "magnitude").to(weight.dtype)
+        if self.concordance < 1:
+            opposed = rng.uniform(weight, "sign") >= self.concordance
+            magnitude = parts.get("M o S")
+            if magnitude is None:
+                magnitude = torch.ones_like(weight)
+            parts["M o S"] = torch.where(opposed, -magnitude, magnitude)
+        if self.scale == "fan_in":
+            parts["scale"] = torch.tensor(1 / rng.layer.fan_in, dtype=weight.dtype, device=weight.device)
+        return parts
+
+    def feedback(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Compute V from the current W."""
+        # Each step in place: for large weights, most of the time would go into allocating memory.
+        v = weight.clone() if self.magnitude == "weight" else torch.sign(weight)
+        if "M o S" in parts:
+            v.mul_(parts["M o S"])
+        if self.scale == "norm":
+            norm = _norm(v)
+            v.mul_(torch.where(norm > 0, _norm(weight) / norm, norm).to(v.dtype))
+        elif self.scale is not None:
+            v.mul_(parts["scale"] if self.scale == "fan_in" else self.scale)
+        return v
+
+    def expected_angle(self, weight: Tensor) -> float:
+        """Return the angle between V and W in degrees, from the means over the random parts and over the
+        nonzero entries of W; NaN if V is all zero.
+
+        With c the concordance, the cosine is (2c - 1) times E(M) / sqrt(E(M^2)) = sqrt(3)/2 for random
+        magnitudes, times mean(|W|) / sqrt(mean(W^2)) unless M is |W|.
+        """
+        w = weight.detach().cpu().abs().double()
+        w = w[w != 0]
+        if not w.numel() or self.scale == 0:
+            return math.nan
+        cosine = 2 * self.concordance - 1
+        if self.magnitude != "weight":
+            cosine *= float(w.mean() / w.square().mean().sqrt())
+        if self.magnitude == "random":
+            cosine *= math.sqrt(3) / 2
+        return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Return the Frobenius norm, summed in float32 or better."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=dtype)
+    return norm
