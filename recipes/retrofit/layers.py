@@ -25,12 +25,12 @@ import sweep_recipes
 import yaml
 from matplotlib.figure import Figure
 
+import feedbackhook
 from feedbackhook.experiments.config import ModelConfig
 from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
-from feedbackhook.core.discovery import layers_in
 
 YAML = Path(__file__).with_suffix(".yaml")
 CONCORDANCES = (1.0, 0.75, 0.5)
@@ -46,8 +46,8 @@ def parts(model: str) -> list[str]:
 
     The first layer is left out, because it sends no error signal back.
     """
-    network = build(ModelConfig(model), 10, 3, (32, 32))
-    return list(dict.fromkeys(name.partition(".")[0] for name in list(layers_in(network))[1:]))
+    layers = feedbackhook.patch(build(ModelConfig(model), 10, 3, (32, 32)), "sign").layers
+    return list(dict.fromkeys(layer.name.partition(".")[0] for layer in layers[1:]))
 
 
 def conditions(model: str) -> dict[str, dict[str, Any]]:
