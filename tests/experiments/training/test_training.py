@@ -29,8 +29,9 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.data.load import Split, load
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.load import load
+from feedbackhook.experiments.data.registry import DATASETS
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.training import optimizers
 from feedbackhook.experiments.training import run as train_module
@@ -712,9 +713,9 @@ def test_a_resolved_configuration_with_a_cosine_resolves_to_itself(config: RunCo
     assert resolve(resolve(config)) == resolve(config)
 
 
-@pytest.mark.parametrize("name", [*PAPER, "digits"])
+@pytest.mark.parametrize("name", [*DATASETS, "digits"])
 def test_the_network_is_the_papers_for_the_dataset(name: str) -> None:
-    network = "liao2016/mnist" if name == "digits" else PAPER[name].network
+    network = "liao2016/mnist" if name == "digits" else DATASETS[name].network
     config = resolve(RunConfig(data=DataConfig(name)))
     assert config.model.name == network
     assert config.data.size == (NETWORKS[network].input[-1] if NETWORKS[network].convolutions else None)
