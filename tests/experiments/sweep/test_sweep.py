@@ -180,7 +180,7 @@ def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_pa
     ("given", "message"),
     [
         ({"conditions": []}, "one of them is empty"),
-        ({"conditions": ["uSF+BX"]}, "'BX' is no part of a condition"),
+        ({"conditions": ["uSF+BX"]}, "'BX' is not a term of a condition"),
         ({"conditions": ["uSF+BN", "uSF+BN"]}, "2 runs of the sweep have the name digits-uSF"),
         ({"datasets": ["Omniglot"], "model": SweepModelConfig()}, "no network for Omniglot: set model.name"),
         ({"data": DataConfig("MNIST")}, "data.name has no effect in a sweep"),
@@ -537,7 +537,7 @@ def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["table", f"{tmp_path}/sweep"]) == 0
     assert "| SGD |" in capsys.readouterr().out
     assert main(["sweep", str(path), "--conditions", "[nothing]"]) == 2
-    assert "'nothing' is no part of a condition" in capsys.readouterr().err
+    assert "'nothing' is not a term of a condition" in capsys.readouterr().err
 
 
 # what follows runs the command in a process of its own, and kills
