@@ -1,8 +1,6 @@
-"""The recipes run, on little."""
+"""The recipes for the paper run, on very little data."""
 
-import importlib.util
 from dataclasses import fields
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -10,6 +8,7 @@ import pandas as pd
 import pytest
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from support.recipes import RECIPES, load_recipe
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import SweepConfig
@@ -17,20 +16,11 @@ from feedbackhook.experiments.data.registry import PAPER
 from feedbackhook.experiments.sweep.grid import plan
 from feedbackhook.report.tables import paper_errors
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
 def demo():
     with mpl.rc_context():
-        yield load(RECIPES / "liao2016" / "demo.py")
+        yield load_recipe("liao2016/demo")
         plt.close("all")
 
 
@@ -103,7 +93,7 @@ def test_the_example_configuration_is_valid(tmp_path):
 
 
 def test_alignment_trains_and_tells_when_the_angle_falls(tmp_path, capsys):
-    alignment = load(RECIPES / "liao2016" / "alignment.py")
+    alignment = load_recipe("liao2016/alignment")
     alignment.main(data="digits", epochs=2, seeds=2, threads=1, bound=120.0, output=tmp_path)
     out = capsys.readouterr().out
     assert "step 0, epoch 1" in out
@@ -113,9 +103,9 @@ def test_alignment_trains_and_tells_when_the_angle_falls(tmp_path, capsys):
     assert set(pd.read_csv(tmp_path / "angles.csv")["metric"]) == {"error_angle", "weight_angle"}
     assert plt.imread(tmp_path / "error_angle.png").std() > 0.01
 
-    never = alignment.summarise(alignment.read(tmp_path), bound=1.0)
+    never = alignment.summarize(alignment.read(tmp_path), bound=1.0)
     assert never["step_below"].isna().all()
-    assert "never" in capture_table(alignment._shown(never, 1.0))
+    assert "never" in capture_table(alignment.shown(never, 1.0))
 
 
 def capture_table(table):

@@ -256,7 +256,9 @@ def test_a_process_that_was_forked_off_does_not_keep_the_folder(tmp_path: Path) 
             signal.pause()
             os._exit(0)
     try:
-        Recorder(tmp_path).close()
+        with Recorder(tmp_path) as again:
+            again.add(1, 0, "loss", 0.5)
+        assert read(tmp_path)["value"].tolist() == [1.0, 0.5]
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -459,7 +459,7 @@ def test_an_interrupted_sweep_stops_its_runs_and_goes_on(
     process.send_signal(signal.SIGINT)
     out = process.communicate()[0].decode()
     assert process.returncode == 130, out
-    assert "interrupted; the same command goes on" in out
+    assert "interrupted; rerun the same command to resume" in out
     wait_until(lambda: how_many(folder, "interrupted") == 1)
     assert how_many(folder, "running") == 0  # nor has the second begun
     again = started(path)

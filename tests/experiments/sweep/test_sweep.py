@@ -22,7 +22,6 @@ import pytest
 from safetensors.torch import load_file
 from support.sweeps import children, how_many, runs, tiny, written
 
-from feedbackhook import console
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import (
     ConfigError,
@@ -34,7 +33,6 @@ from feedbackhook.experiments.config import (
     SweepProtocolConfig,
 )
 from feedbackhook.experiments.stored import write_config
-from feedbackhook.experiments.sweep import estimate as estimates
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep import run as sweep_module
 from feedbackhook.experiments.sweep import worker
@@ -499,42 +497,6 @@ def _poisoned(name: str, config: Any, sweeper: int) -> str:
 def test_an_estimate_does_not_depend_on_whether_a_run_would_diverge(tmp_path: Path) -> None:
     config = tiny(tmp_path, conditions=["uSF"], optimizer=OptimizerConfig(lr=1e9))
     assert estimate(plan(config))["digits-uSF-rate1-seed0"].seconds > 0
-
-
-def test_the_time_left_goes_by_what_this_sweep_has_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = plan(
-        tiny(
-            tmp_path, conditions=["SGD", "uSF"], protocol=SweepProtocolConfig(epochs=4, lr_factors=[1.0, 0.1])
-        )
-    )
-    now = iter([100.0, 110.0, 130.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    clock = console._SweepClock(runs)
-    states: dict[str, Any] = dict.fromkeys(names(runs))
-    finished, failed = RunResult(tmp_path, "finished", epoch=4), RunResult(tmp_path, "failed", epoch=0)
-    states |= {runs[0].name: finished, runs[1].name: failed}  # by an earlier sweep
-    assert clock.left(states) is None
-    states |= {runs[1].name: RunResult(tmp_path, "running", epoch=2)}
-    assert clock.left(states) == pytest.approx(10 / 0.5 * 2.5)  # half a run in ten seconds, 2.5 are left
-    states |= {runs[1].name: finished, runs[2].name: failed}
-    assert clock.left(states) == pytest.approx(30 / 2 * 1)
-
-
-def test_epochs_weigh_what_a_rehearsal_took_where_datasets_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = plan(tiny(tmp_path, conditions=["SGD"], datasets=["digits", "MNIST"]))
-    seconds = {run.name: 9.0 if run.dataset == "MNIST" else 1.0 for run in runs}
-    monkeypatch.setattr(
-        estimates,
-        "estimate",
-        lambda left: {r.name: estimates.Estimate(seconds[r.name], 0) for r in left},
-    )
-    clock = console._SweepClock(runs)
-    clock.left(dict.fromkeys(names(runs)))
-    assert clock._weight == seconds
 
 
 def test_an_estimate_is_near_what_a_run_takes_on_disk(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
-"""What does a deep network that lacks normalisation need, before feedback weights can train it?
+"""What does a deep network without normalization need, so that feedback weights can train it?
 
-Trains the thirteen convolutions of VGG-16, which have no normalisation of their own, on digits. Under uSF the
-error signal grows from layer to layer. The paper's two remedies are given to it one by one and together:
-Batch Normalization (BN) behind each convolution, and Batch Manhattan (BM), which takes the signs of the
-gradients alone. Beside them stands sign feedback whose V has the norm of W. Backprop is given the same.
+Trains the thirteen convolutions of VGG-16, which has no normalization, on digits. Under uSF the error signal
+grows from layer to layer. Tries the paper's two remedies, one at a time and together: Batch Normalization
+(BN) after each convolution, and Batch Manhattan (BM), which uses only the signs of the gradients. For
+comparison, also trains sign feedback whose V has the norm of W, and backprop with the same remedies.
 
-    python recipes/retrofit/normalise.py
-    python recipes/retrofit/normalise.py --datasets '[CIFAR10]' --data.root data --data.train_images 5000
-    python recipes/retrofit/normalise.py --smoke                                            # seconds
+    python recipes/retrofit/normalize.py
+    python recipes/retrofit/normalize.py --datasets '[CIFAR10]' --data.root data --data.train_images 5000
+    python recipes/retrofit/normalize.py --smoke                                            # seconds
 
-normalise.yaml holds conditions and protocol, a sweep; any option of `feedbackhook sweep` may stand behind the
-command. The same command goes on where it stopped, and what has ended is not repeated.
+normalize.yaml holds the conditions and protocol, a sweep. You may add any option of `feedbackhook sweep` to
+the command. Rerun the same command to resume; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import sweep_recipes
 from matplotlib.figure import Figure
 
 from feedbackhook.experiments.sweep.grid import stored
@@ -31,15 +31,17 @@ from feedbackhook.report.tables import sweep_table
 
 YAML = Path(__file__).with_suffix(".yaml")
 SMOKE = {
-    **common.SMOKE,
+    **sweep_recipes.SMOKE,
     "protocol.lr_factors": "1",
     "record.every": "2",
 }
 
 
 def gradients(folder: Path) -> pd.DataFrame:
-    """Norm of each layer's weight gradient in the first step, by condition and depth: what the error signal
-    that arrives there makes of it. The learning rate has not acted yet, so one run tells for all."""
+    """Return the norm of each layer's weight gradient in the first step, by condition and depth.
+
+    The learning rate has had no effect yet, so one run per condition is enough.
+    """
     runs = collect(folder)
     rows = runs.rows(of_layers=["gradient_norm"])
     rows = rows[rows["step"] == 0].assign(condition=rows["run"].map(runs.runs.set_index("run")["condition"]))
@@ -47,7 +49,7 @@ def gradients(folder: Path) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> Figure:
-    """Best errors by condition, and the first gradients by depth."""
+    """Draw the best errors by condition, and the first gradients by depth."""
     cells = sweep_table(folder).cells
     conditions = list(stored(folder).conditions)
     first = gradients(folder)
@@ -85,7 +87,7 @@ def draw(folder: Path) -> Figure:
             yscale="log",
             xlabel="depth of the layer, 0 at the input",
             ylabel="norm of the weight gradient",
-            title="in the first step (under BM as without it)",
+            title="in the first step (the same with and without BM)",
         )
         by_depth.legend(title=None, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
@@ -93,13 +95,13 @@ def draw(folder: Path) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print and draw."""
-    parser = common.parser(__doc__, "runs/normalise")
+    parser = sweep_recipes.parser(__doc__, "runs/normalize")
     given, others = parser.parse_known_args(arguments)
     if given.smoke:
-        others += common.options(SMOKE)
-    common.sweep(YAML, given.output, others)
-    draw(given.output).savefig(given.output / "normalise.png", dpi=150)
-    print(given.output / "normalise.png")
+        others += sweep_recipes.options(SMOKE)
+    sweep_recipes.sweep(YAML, given.output, others)
+    draw(given.output).savefig(given.output / "normalize.png", dpi=150)
+    print(given.output / "normalize.png")
 
 
 if __name__ == "__main__":

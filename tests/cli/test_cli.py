@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it leaves, and one clear line for what cannot run."""
+"""The command line: what it prints, which files it leaves, and one clear line for each error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = ["--model.name", "timm/test_resnet", "--data.size", "16", "--optimizer.l
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture
     agreement = table[(table.metric == "sign_agreement") & (table.step == 0)]["value"]
     assert agreement.iloc[-1] == pytest.approx(0.5, abs=0.1)
 
-    # what a run leaves is a configuration, too
+    # the config.yaml of a run is itself a configuration file
     assert main(["train", "here/config.yaml", "--output", "there", "--feedback.mode", "null"]) == 0
     assert yaml.safe_load(Path("there/config.yaml").read_text())["feedback"]["mode"] is None
     assert set(read("there")["layer"].dropna()) == set()
