@@ -1,5 +1,6 @@
 """Uses of a weight that cannot be rerouted are refused by name, and changes after patching are noticed."""
 
+import copy
 import gc
 import warnings
 import weakref
@@ -54,9 +55,14 @@ def test_products_of_weights_alone_are_no_error():
     def penalty(x, w):
         return (w @ w.T).sum() + torch.mv(w, torch.ones(4)).sum()
 
-    model = Mixed(penalty)
-    with feedbackhook.patch(model):
-        model(torch.randn(3, 4)).sum().backward()
+    model, x = Mixed(penalty), torch.randn(3, 4)
+    plain = copy.deepcopy(model)
+    plain(x).sum().backward()
+    with feedbackhook.patch(model) as patch:
+        model(x).sum().backward()
+        assert [row.rerouted for row in patch.layers] == [0, 1]
+    assert torch.equal(model.layer.weight.grad, plain.layer.weight.grad)
+    assert not torch.allclose(model.first.weight.grad, plain.first.weight.grad)
 
 
 def test_todays_derived_weight_is_shown_after_a_step():
@@ -134,9 +140,10 @@ def test_a_weight_that_no_layer_holds_is_warned_of_once():
 
 def test_a_layer_that_was_excluded_is_not_warned_of():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    with feedbackhook.patch(model, exclude=["1"]), warnings.catch_warnings():
+    with feedbackhook.patch(model, exclude=["1"]) as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(2, 4)).sum().backward()
+        assert [(row.name, row.rerouted) for row in patch.layers] == [("0", 0), ("2", 1)]
 
 
 def test_another_model_inside_the_forward_is_not_warned_of():
@@ -153,3 +160,6 @@ def test_another_model_inside_the_forward_is_not_warned_of():
     with feedbackhook.patch(Outer()) as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
         patch.model(torch.randn(2, 4)).sum().backward()
+        assert [(row.name, row.calls) for row in patch.layers] == [("layer", 1)]
+    assert inner.weight.grad.any()
+    assert layer.weight.grad.any()
