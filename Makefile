@@ -1,17 +1,18 @@
-# make demo      train the paper's network on digits under every kind of feedback, and draw the result
-# make test      the tests that every change must pass, and the notebooks
-# make test-all  all tests, and the checks of style and types
-# make lint      style and types alone
+# make demo          train the paper's network on digits with every kind of feedback, and plot the result
+# make test          the tests that every change must pass, and the notebooks
+# make test-all      all tests, lint included
+# make test-nightly  the property tests with many fresh random examples
+# make lint          style and types
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two test processes on two cores: more threads in each would only wait for one another.
+# Two test processes on two cores: with more threads each, they would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 NOTEBOOKS := $(PYTEST) --nbmake analysis/notebooks
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all test-nightly lint install clean
 
 demo: install
 	$(BIN)/python recipes/liao2016/demo.py
@@ -24,6 +25,9 @@ test-all: install lint
 	$(PYTEST)
 	$(NOTEBOOKS)
 
+test-nightly: install
+	$(PYTEST) -m hypothesis --hypothesis-profile=nightly
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +36,7 @@ lint: install
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	@echo "Installing feedbackhook and PyTorch into $(VENV): some gigabytes and minutes, this once."
+	@echo "Installing feedbackhook and PyTorch into $(VENV). This takes minutes and gigabytes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@

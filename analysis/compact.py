@@ -1,10 +1,9 @@
-"""Keeps of a sweep what its tables and figures are made from, so that it can be committed.
+"""Copy the parts of a sweep that its tables and figures need, so that they can be committed.
 
     python analysis/compact.py runs/mnist analysis/runs/mnist
 
-Copies sweep.yaml and of each run its configuration, status and table, the parts of the table joined into one
-and rounded to single precision; weights and checkpoints are left out, and so is what tells of the machine's
-folders.
+Copies sweep.yaml, and the configuration, status and metrics of each run. The metrics are merged into one file
+and rounded to single precision. Weights, checkpoints and the paths of the machine are left out.
 """
 
 from __future__ import annotations
@@ -22,18 +21,20 @@ from feedbackhook.store.recorder import parts_of, schema
 
 
 def main(sweep: Path, output: Path) -> None:
-    """Copies.
+    """Copy.
 
     Args:
-        sweep: the folder of a sweep.
-        output: where it goes; what is there is replaced.
+        sweep: Folder of a sweep.
+        output: Folder to write; its content is replaced.
     """
     if not (sweep / "sweep.yaml").is_file():
-        raise SystemExit(f"{sweep} holds no sweep: there is no sweep.yaml")
+        raise SystemExit(f"{sweep} is not the folder of a sweep: it has no sweep.yaml")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     config = yaml.safe_load((sweep / "sweep.yaml").read_text())
-    _write(output / "sweep.yaml", {**config, "data": _placed(config["data"]), "output": output.name})
+    _write(
+        output / "sweep.yaml", {**config, "data": _with_relative_root(config["data"]), "output": output.name}
+    )
     for status in sorted(sweep.glob("*/status.json")):
         _compact(status.parent, output / status.parent.name)
 
@@ -43,7 +44,9 @@ def _compact(run: Path, output: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["provenance"]["command"] = "feedbackhook sweep sweep.yaml"
     config["provenance"]["machine"]["platform"] = config["provenance"]["machine"]["platform"].split("-")[0]
-    _write(output / "config.yaml", {**config, "data": _placed(config["data"]), "output": output.name})
+    _write(
+        output / "config.yaml", {**config, "data": _with_relative_root(config["data"]), "output": output.name}
+    )
     (output / "status.json").write_text(
         json.dumps(json.loads((run / "status.json").read_text()), indent=2) + "\n"
     )
@@ -55,7 +58,7 @@ def _compact(run: Path, output: Path) -> None:
     )
 
 
-def _placed(data: dict[str, object]) -> dict[str, object]:
+def _with_relative_root(data: dict[str, object]) -> dict[str, object]:
     return {**data, "root": "data"}
 
 

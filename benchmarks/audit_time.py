@@ -1,4 +1,4 @@
-"""How long one walk of the audit takes: the median of several, on one thread, for some of timm's models.
+"""How long does one audit take? The median of several, on one thread, for some timm models.
 
 python benchmarks/audit_time.py
 """
@@ -21,10 +21,11 @@ MODELS = (
     "efficientnet_b0",
     "swin_tiny_patch4_window7_224",
 )
-WALKS = 9
+AUDITS = 9
 
 
 def main() -> None:
+    """Measure and print."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, timm {timm.__version__}: forward at 224 pixels, batch of 1")
     for name in MODELS:
@@ -32,11 +33,11 @@ def main() -> None:
         patch = feedbackhook.patch(model, "sign")
         output = model(torch.randn(1, 3, 224, 224))
         times = []
-        for _ in range(WALKS):
+        for _ in range(AUDITS):
             start = time.perf_counter()
             assert not patch.audit(output)
             times.append(time.perf_counter() - start)
-        print(f"{name:30} {len(patch.layers):4} layers {1000 * statistics.median(times):7.1f} ms a walk")
+        print(f"{name:30} {len(patch.layers):4} layers {1000 * statistics.median(times):7.1f} ms per audit")
 
 
 if __name__ == "__main__":

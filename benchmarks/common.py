@@ -1,4 +1,4 @@
-"""What the benchmarks share: the case that is measured, its model, and where its result lies."""
+"""Shared by the benchmarks: the measured case, its model, and the files of the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import feedbackhook
 from feedbackhook.experiments.config import ModelConfig
 from feedbackhook.experiments.models.build import build, default_size
-from feedbackhook.store.run_folder import provenance
+from feedbackhook.experiments.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,14 +33,14 @@ RULES: dict[str, dict[str, Any]] = {
     "sign": {"mode": "sign"},
     "random": {"mode": "random"},
 }
-"""The arguments of feedbackhook.patch by the contestant's name."""
+"""Keyword arguments of `feedbackhook.patch` by the contestant's name."""
 
 Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One case: a model, its input, and how it runs."""
+    """A model, its input, and how it runs."""
 
     model: str
     batch: int
@@ -52,19 +52,19 @@ class Setting:
 
 
 def build_model(setting: Setting, classes: int = 10) -> tuple[nn.Module, int]:
-    """The model, with the same weights each time, and the size of its images in pixels."""
+    """Build the model, with the same weights each time; return it and the size of its images in pixels."""
     torch.manual_seed(0)
     channels, height, _ = default_size(setting.model)
     size = setting.size or height
     options: dict[str, Any] = {}
     if setting.size and "vit_" in setting.model:
-        options["img_size"] = size  # a vision transformer's positions depend on it
+        options["img_size"] = size  # a vision transformer's position embedding depends on it
     model = build(ModelConfig(setting.model, options=options), classes, channels, (size, size))
     return model.to(setting.device), size
 
 
 def images(setting: Setting, size: int) -> tuple[Tensor, Tensor]:
-    """A batch of random images and classes."""
+    """Return a batch of random images and classes."""
     torch.manual_seed(0)
     channels = 1 if setting.model.startswith("liao2016/") else 3
     x = torch.randn(setting.batch, channels, size, size, device=setting.device)
@@ -72,7 +72,7 @@ def images(setting: Setting, size: int) -> tuple[Tensor, Tensor]:
 
 
 def fresh(start: nn.Module, setting: Setting, rule: str | None = None) -> tuple[nn.Module, nn.Module]:
-    """A copy of the model, patched if a rule is named, and what is called: itself, or its compiled form."""
+    """Copy the model, patch it if a rule is given; return it, and it or its compiled form to call."""
     model = copy.deepcopy(start)
     if rule is not None:
         feedbackhook.patch(model, **RULES[rule])
@@ -93,7 +93,7 @@ def train_step(
     setting: Setting,
     look: Callable[[Tensor], object] | None = None,
 ) -> None:
-    """A step of training; `look` is shown the loss before its backward."""
+    """Run a training step; `look` is called with the loss before the backward pass."""
     optimizer.zero_grad()
     with autocast(setting):
         loss = F.cross_entropy(model(x), y)
@@ -104,7 +104,7 @@ def train_step(
 
 
 def case_name(setting: Setting) -> str:
-    """A file's name for the case."""
+    """Return the name of the case's file."""
     parts = [setting.model.removeprefix("timm/").replace("/", "-"), f"batch{setting.batch}"]
     if setting.size:
         parts.insert(1, f"{setting.size}px")
@@ -115,13 +115,13 @@ def case_name(setting: Setting) -> str:
 
 
 def write_result(kind: str, name: str, setting: Setting, figures: dict[str, Any]) -> None:
-    """Writes RESULTS/kind/name.json: the case, machine, versions and command, and the figures."""
+    """Write the case, the machine, versions, command and figures to RESULTS/kind/name.json."""
     path = RESULTS / kind / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"setting": asdict(setting), **provenance(), **figures}, indent=1) + "\n")
 
 
 def read_results(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The name and the content of each result of a kind."""
+    """Yield the name and the content of each result of a kind."""
     for path in sorted((RESULTS / kind).glob("*.json")):
         yield path.stem, json.loads(path.read_text())

@@ -1,12 +1,12 @@
-"""What do the paper's experiments A to C2 take? Runs, hours and disk, from a rehearsal for each dataset.
+"""What do the paper's experiments A to C2 cost? Estimates runs, hours and disk space.
 
-The rehearsal is that of `feedbackhook sweep --dry-run`: some steps of the dataset's network, with random
-images of its size, on the device that is here. No data are needed.
+The estimates are those of `feedbackhook sweep --dry-run`: for each dataset, some steps of its network on
+random images of the same size, on this machine. No data are needed.
 
     python benchmarks/cost.py
 
 Floating-point operations are counted on one image, forward and backward, by torch.utils.flop_counter.
-Writes benchmarks/results/cost.csv, a row for each experiment and dataset. Nothing else should be at work.
+Writes benchmarks/results/cost.csv, a row for each experiment and dataset. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from jsonargparse import ArgumentParser, auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 
 from feedbackhook.experiments.config import ModelConfig, SweepConfig
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.models import build as models
+from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.estimate import estimate
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan
-from feedbackhook.experiments.training.run import resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "liao2016"
 
 
 def main(experiments: list[str] = ["a", "b", "c1", "c2"]) -> None:  # noqa: B006 - never changed
-    """Rehearses, writes and prints.
+    """Measure, write and print.
 
     Args:
-        experiments: of recipes/liao2016/experiment_NAME.yaml.
+        experiments: Names in recipes/liao2016/experiment_NAME.yaml.
     """
     parser = ArgumentParser()
     parser.add_class_arguments(SweepConfig)
@@ -64,18 +64,20 @@ def main(experiments: list[str] = ["a", "b", "c1", "c2"]) -> None:  # noqa: B006
                 )
             )
     table = pd.DataFrame(rows)
-    table.insert(3, "device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, a thread")
+    table.insert(
+        3, "device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, one thread"
+    )
     table.to_csv(RESULTS / "cost.csv", index=False, float_format="%.4g")
     print(table.groupby("experiment")[["runs", "hours", "petaflop", "gigabytes"]].sum().to_string())
 
 
 def _flops(run: PlannedRun) -> float:
-    """Of the whole run: each image forward and backward, those evaluated forward, a third of that."""
-    config, known = resolve(run.config), PAPER[run.dataset]
-    channels, height, width = models.default_size(config.model.network)
-    held_out = round(known.train * config.data.val_fraction)
-    images = known.train - held_out + (known.test + held_out) / 3
-    of_image = _of_image(config.model.network, channels, height, width, known.classes)
+    """Return the operations of a run; evaluating an image takes a third of training on it."""
+    config, known = resolve(run.config), DATASETS[run.dataset]
+    channels, height, width = models.default_size(config.model.name)
+    validation = round(known.train * config.data.val_fraction)
+    images = known.train - validation + (known.test + validation) / 3
+    of_image = _of_image(config.model.name, channels, height, width, known.classes)
     return of_image * images * config.protocol.epochs
 
 

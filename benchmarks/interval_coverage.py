@@ -1,10 +1,10 @@
-"""How often does a 95% interval over seeds hold the true mean error? A simulation, not a measurement.
+"""How often does a 95% interval over seeds contain the true mean error? A simulation, not a measurement.
 
     python benchmarks/interval_coverage.py
 
 Draws errors of 2, 3, 5 and 10 seeds from known distributions, 100,000 times each, and prints as Markdown the
-share of the intervals that hold the true mean: Student's, the percentile bootstrap's (1,000 resamples, of the
-first 4,000 draws) and the one that the tables show, `feedbackhook.report.statistics.percent_interval`.
+share of intervals that contain the true mean: Student's, the percentile bootstrap's (1,000 resamples, only
+for the first 4,000 draws) and that of the tables, `feedbackhook.report.statistics.percent_interval`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DISTRIBUTIONS: dict[str, tuple[float, Callable[[int], Errors]]] = {
         lambda n: np.where(RNG.uniform(size=(DRAWS, n)) < 0.1, 0.9, RNG.normal(0.02, 0.002, (DRAWS, n))),
     ),
 }
-"""The true mean, and draws of n errors, both as shares."""
+"""By name: the true mean, and a function that draws n errors, both as shares."""
 
 
 def students(errors: Errors) -> tuple[Errors, Errors]:

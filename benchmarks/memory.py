@@ -1,13 +1,13 @@
-"""How much memory a patched model keeps, and how much a training step takes at its peak, beside plain ones.
+"""How much memory does a patched model need, between training steps and at their peak?
 
-"lasting" is what the tensors of model, optimizer and patch occupy between two steps, gradients set to None.
-"peak" is the most that a step has allocated beyond that at any moment. On a CPU both come from PyTorch's own
-bookkeeping of tensors, on a GPU from its caching allocator. V is made while an error signal passes and let go
-after it, so it shows in the peak alone.
+"lasting" is the size of the tensors of model, optimizer and patch between two steps, with gradients set to
+None. "peak" is the most that a step allocates beyond that. On a CPU both come from PyTorch's tensors and
+profiler, on a GPU from its caching allocator. V is computed when an error signal passes and freed afterwards,
+so it only appears in the peak.
 
     python benchmarks/memory.py --model timm/resnet18 --size 64 --batch 32
 
-Writes benchmarks/results/memory/NAME.json, and draws the tables of all that lie there anew.
+Writes benchmarks/results/memory/NAME.json, and the tables of all results in that folder.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def main(
     rules: Sequence[str] = tuple(RULES),
     name: str | None = None,
 ) -> None:
-    """Measures one case and draws the tables of all.
+    """Measure one case, and draw the tables of all cases.
 
     Args:
-        model: liao2016/mnist, or timm/NAME.
-        batch: images in a batch.
-        size: height and width in pixels; None is what the model was made for.
+        model: liao2016/mnist or timm/NAME.
+        batch: Images per batch.
+        size: Height and width in pixels (default: the model's own).
         device: cpu, cuda or cuda:N.
-        dtype: bfloat16 is by autocast.
-        rules: names among those of RULES.
-        name: of the result; None makes one from the case.
+        dtype: Data type; bfloat16 uses autocast.
+        rules: Names from `RULES` in common.py.
+        name: Name of the result (default: made from the case).
     """
     setting = Setting(model, batch, size, device, dtype)
     figures = {label: _measured(setting, None if label == "plain" else label) for label in ("plain", *rules)}
@@ -61,7 +61,7 @@ def main(
 
 
 def _measured(setting: Setting, rule: str | None) -> dict[str, int]:
-    """Bytes between two steps, and at the peak of a step beyond these."""
+    """Return the bytes between two steps, and the additional bytes at the peak of a step."""
     before = _alive(setting.device)
     start, size = build_model(setting)
     model, called = fresh(start, setting, rule)
@@ -82,18 +82,18 @@ def _measured(setting: Setting, rule: str | None) -> dict[str, int]:
 
 
 def _alive(device: str) -> int:
-    """Bytes in the storages of all tensors that are alive on the device."""
+    """Return the bytes in the storages of all tensors on the device."""
     gc.collect()
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
-    # By their very type: isinstance would ask lazy modules for their class, and the compiler's hold nothing.
+    # exact types: isinstance would load lazy modules, and the compiler's tensors hold no memory
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def _peak(step: Step, device: str) -> int:
-    """The most bytes that a step has allocated at one moment."""
+    """Return the most bytes that a step has allocated at one time."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -106,7 +106,7 @@ def _peak(step: Step, device: str) -> int:
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     changes = [event["args"] for event in events if event.get("name") == "[memory]"]
-    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # what earlier profiles have seen allocated
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # allocated in earlier profiles
     return max(change["Total Allocated"] for change in changes) - before
 
 

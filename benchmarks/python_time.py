@@ -1,7 +1,7 @@
-"""What a patch costs in Python alone: a vision transformer with tensors so small that nothing else counts.
+"""What does a patch cost in Python alone? Times a vision transformer whose tensors are very small.
 
-Twelve blocks as ViT-tiny has them, 12 features wide, one image of 32x32 pixels, one thread. Contestants take
-turns; a figure is the difference of the medians to the plain model's.
+It has the twelve blocks of ViT-tiny with a width of 12 features, one image of 32x32 pixels, one thread. The
+contestants take turns. Prints the difference of their medians to the plain model's.
 
     python benchmarks/python_time.py
 
@@ -31,12 +31,12 @@ PHASES = ("forward", "backward", "forward under no_grad")
 def main(
     rules: Sequence[str] = ("symmetric", "uSF", "frSF", "RndF"), steps: int = 100, warmup: int = 5
 ) -> None:
-    """Measures and prints.
+    """Measure and print.
 
     Args:
-        rules: names among those of RULES.
-        steps: rounds that count.
-        warmup: rounds before them.
+        rules: Names from `RULES` in common.py.
+        steps: Measured rounds.
+        warmup: Rounds before them.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def main(
 
 
 def _phases(model: nn.Module) -> tuple[float, ...]:
-    """The microseconds of each of `PHASES`."""
+    """Return the microseconds of each of `PHASES`."""
     x, y = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)
     model.zero_grad()
     times = [time.perf_counter()]

@@ -1,14 +1,13 @@
-"""How do `feedbackhook table` and `report` bear a sweep of ten thousand runs? Seconds and memory.
+"""How long do `feedbackhook table` and `report` take for ten thousand runs, and how much memory?
 
-Makes run folders as a sweep of the paper's conditions leaves them, with curves of 65 epochs that are drawn
-and not trained, and runs both commands on them, each in a process of its own.
+Makes the run folders of a sweep of the paper's conditions, with random curves of 65 epochs instead of
+training, and runs both commands on them, each in a separate process.
 
     python benchmarks/scale.py
     python benchmarks/scale.py --runs 500
 
-Also times what `feedbackhook sweep` does before its first run: plan it, ask which runs have ended, compare
-configurations. Adds to benchmarks/results/scale.csv, a row a command. The folders stay, and are not made
-twice.
+Also times what `feedbackhook sweep` does before its first run: plan it, find the finished runs, compare
+configurations. Adds a row per command to benchmarks/results/scale.csv. The folders are kept and reused.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ from jsonargparse import auto_cli
 
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.stored import as_mapping, write_config
 from feedbackhook.experiments.sweep.grid import check, ended, plan
-from feedbackhook.experiments.training.run import resolve
-from feedbackhook.report.tables import paper_errors
-from feedbackhook.store.run_folder import RunFolder, RunResult, as_yaml
+from feedbackhook.liao2016.published import error_rates
+from feedbackhook.store.run_folder import RunFolder, RunResult
 
-EPOCHS, STEPS_AN_EPOCH = 65, 500
+EPOCHS, STEPS_PER_EPOCH = 65, 500
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
 ANGLES = ("weight_angle", "error_angle", "sign_agreement", "norm_ratio")
 ERRORS = (
@@ -47,21 +47,21 @@ ERRORS = (
 
 
 def main(runs: int = 10_000, folder: Path = Path("runs/scale")) -> None:
-    """Makes, measures and prints.
+    """Make the run folders, measure and print.
 
     Args:
-        runs: run folders, at least as many; a multiple of conditions and learning rates.
-        folder: where they are made, in one for each number of runs.
+        runs: Number of run folders, rounded up to a multiple of conditions and learning rates.
+        folder: Folder in which to make them, with a subfolder for each number of runs.
     """
-    conditions = list(paper_errors().index)
+    conditions = list(error_rates().index)
     seeds = -(-runs // (len(conditions) * 5))
     config = SweepConfig(
         conditions, ["digits"], protocol=SweepProtocolConfig(seeds=seeds), output=str(folder / f"{runs}")
     )
     planned = plan(config)
     made = joblib.Parallel(n_jobs=-1)(joblib.delayed(_leave)(run.config, i) for i, run in enumerate(planned))
-    (Path(config.output) / "sweep.yaml").write_text(yaml.safe_dump(as_yaml(config), sort_keys=False))  # type: ignore[arg-type]
-    print(f"{len(planned)} runs in {config.output}, {sum(made)} of them made now")
+    (Path(config.output) / "sweep.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+    print(f"{len(planned)} runs in {config.output}, {sum(made)} of them new")
     rows = []
     for command in ("table", "report"):
         seconds, peak = _measured([sys.executable, "-m", "feedbackhook", command, config.output])
@@ -88,7 +88,7 @@ def main(runs: int = 10_000, folder: Path = Path("runs/scale")) -> None:
 
 
 def _leave(config: RunConfig, number: int) -> bool:
-    """A run folder with drawn curves; False where it is there."""
+    """Make a run folder with random curves; return False if it exists."""
     folder = RunFolder(str(config.output))
     if folder.result() is not None:
         return False
@@ -96,22 +96,22 @@ def _leave(config: RunConfig, number: int) -> bool:
     final = rng.uniform(1, 30)
     with Recorder(folder.path) as recorder:
         for epoch in range(EPOCHS + 1):
-            step = epoch * STEPS_AN_EPOCH
+            step = epoch * STEPS_PER_EPOCH
             error = final + (90 - final) * np.exp(-epoch / 8) + rng.normal(0, 0.1)
             for name in ERRORS:
                 recorder.add(step, epoch, name, 100 - error if name == "test_accuracy" else error)
             for depth, layer in enumerate(LAYERS):
                 for name in ANGLES:
                     recorder.add(step, epoch, name, 45 + rng.normal(), layer, depth)
-    folder.write_config(resolve(config))
+    write_config(folder, resolve(config))
     folder.write_result(
-        RunResult(folder.path, "finished", None, EPOCHS, EPOCHS * STEPS_AN_EPOCH, error, error, EPOCHS)
+        RunResult(folder.path, "finished", None, EPOCHS, EPOCHS * STEPS_PER_EPOCH, error, error, EPOCHS)
     )
     return True
 
 
 def _measured(command: list[str]) -> tuple[float, float]:
-    """Seconds, and the most memory at a time in megabytes, of a command."""
+    """Return the seconds and the peak memory in megabytes of a command."""
     began = time.perf_counter()
     process = os.posix_spawn(
         command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]

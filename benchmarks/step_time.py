@@ -1,16 +1,16 @@
-"""How long a patched training step takes beside a plain one.
+"""How long does a patched training step take, compared with a plain one?
 
-Every contestant has its own copy of the model and its own optimizer. They take turns in one process, a step
-each, in an order drawn anew for each round, so that what disturbs the machine disturbs them alike, and none
-finds the caches as the same other one has left them. A
-contestant's figure is the median over the rounds of its time divided by the plain model's in the same round.
-"plain again" is a second plain model: how far its ratios spread is what such a measurement cannot tell apart.
-On Linux freed memory stays with the process, since else page faults hit some contestants and not others.
+Each contestant has its own copy of the model and its own optimizer. They take turns in one process, one step
+each, in a random order that changes with each round. So other load on the machine affects all alike, and the
+state of the caches does not depend on the order. A contestant's figure is the median over the rounds of its
+time divided by the plain model's time in the same round. "plain again" is a second plain model; the spread of
+its ratios is the resolution of the measurement. On Linux, the process keeps freed memory, so that page faults
+do not affect some contestants more than others.
 
     python benchmarks/step_time.py --model timm/resnet18 --size 64 --batch 32 --threads 2
     python benchmarks/step_time.py --model timm/resnet50 --size 224 --batch 256 --device cuda --dtype bfloat16
 
-Writes benchmarks/results/step_time/NAME.json, and draws the tables and the figure of all that lie there anew.
+Writes benchmarks/results/step_time/NAME.json, and the tables and figure of all results in that folder.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 import feedbackhook
 
 MEASURED = "uSF"
-"""The rule under which measuring is timed."""
+"""The rule for the steps that are measured or watched."""
 PEERS = ("usf", "frsf", "brsf", "fa")
 
 
@@ -67,22 +67,22 @@ def main(
     measures: bool = True,
     name: str | None = None,
 ) -> None:
-    """Measures one case and draws the tables of all.
+    """Measure one case, and draw the tables of all cases.
 
     Args:
-        model: liao2016/mnist, or timm/NAME.
-        batch: images in a batch.
-        size: height and width in pixels; None is what the model was made for.
+        model: liao2016/mnist or timm/NAME.
+        batch: Images per batch.
+        size: Height and width in pixels (default: the model's own).
         device: cpu, cuda or cuda:N.
-        dtype: bfloat16 is by autocast.
-        compile: the mode of torch.compile, or "no".
-        threads: of torch, on the CPU.
-        steps: rounds that count.
-        warmup: rounds before them.
-        rules: names among those of RULES.
-        peers: modes of biotorch, in eager mode alone; none where it is not installed.
-        measures: also time steps that are measured or watched, in eager mode alone.
-        name: of the result; None makes one from the case.
+        dtype: Data type; bfloat16 uses autocast.
+        compile: Mode of torch.compile, or "no".
+        threads: CPU threads.
+        steps: Measured rounds.
+        warmup: Rounds before them.
+        rules: Names from `RULES` in common.py.
+        peers: Modes of biotorch, only without torch.compile and if biotorch is installed.
+        measures: Also time steps that are measured or watched, only without torch.compile.
+        name: Name of the result (default: made from the case).
     """
     torch.set_num_threads(threads)
     _keep_freed_memory()
@@ -102,7 +102,7 @@ def main(
 def _take_turns(
     contestants: dict[str, Step], setting: Setting, warmup: int, steps: int, console: Console
 ) -> dict[str, list[float]]:
-    """The milliseconds of each contestant's steps."""
+    """Return the milliseconds of each contestant's steps."""
     times: dict[str, list[float]] = {label: [] for label in contestants}
     order = random.Random(0)
     for round_number in track(range(warmup + steps), case_name(setting), console=console, transient=True):
@@ -114,7 +114,7 @@ def _take_turns(
 
 
 def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -> dict[str, Step]:
-    """A step of each, by its name."""
+    """Return the step of each contestant by name."""
     start, size = build_model(setting)
     x, y = images(setting, size)
 
@@ -139,7 +139,7 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
 
 
 def _measuring(setting: Setting, folder: Path) -> dict[str, Step]:
-    """Steps under `MEASURED` that are watched, watched each 50th time, and measured on their graph."""
+    """Return steps under `MEASURED`: watched, watched every 50 steps, and measured on their graph."""
     start, size = build_model(setting)
 
     def step(every: int | None) -> Step:
@@ -157,7 +157,7 @@ def _measuring(setting: Setting, folder: Path) -> dict[str, Step]:
 
 
 def _keep_freed_memory() -> None:
-    """glibc's mallopt: M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) as high as they go."""
+    """Set M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) of glibc's mallopt to the maximum."""
     if sys.platform == "linux":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)
@@ -170,7 +170,7 @@ def _available(peers: Sequence[str], setting: Setting, console: Console) -> Sequ
     try:
         import biotorch  # noqa: F401
     except ModuleNotFoundError:
-        console.print('biotorch is not installed (pip install -e ".[bench]"), so it is not compared')
+        console.print('biotorch is not installed (pip install -e ".[bench]"), so it is left out')
         return ()
     return peers
 
@@ -182,7 +182,7 @@ def _look(model: nn.Module, x: Tensor, setting: Setting) -> None:
 
 
 def _timed(step: Step, device: torch.device) -> float:
-    """The milliseconds of one step."""
+    """Return the milliseconds of one step."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The benchmarks' tables and figure, from all results that lie in benchmarks/results.
+"""Draw the benchmarks' tables and figure from all results in benchmarks/results.
 
 python benchmarks/tables.py
 """
@@ -15,8 +15,10 @@ from rich.table import Table
 
 
 def ratios() -> pd.DataFrame:
-    """A row for each contestant and round: case, contestant, milliseconds, ratio to plain in that round, and
-    that of all rounds' time to plain's."""
+    """Return a row per contestant and round: case, milliseconds, and the ratio to plain in that round.
+
+    `total` is the ratio of the total time of all rounds to that of plain.
+    """
     frames = []
     for case, result in read_results("step_time"):
         times = pd.DataFrame(result["milliseconds"])
@@ -31,8 +33,10 @@ def ratios() -> pd.DataFrame:
 
 
 def step_time() -> pd.DataFrame:
-    """A row for each case and contestant: rounds, the median of the milliseconds, of the ratios the median
-    and the quartiles, and all its rounds' time divided by all of plain's."""
+    """Return a row per case and contestant: rounds, median milliseconds, median and quartiles of the ratios.
+
+    `total` is the ratio of the total time of all rounds to that of plain.
+    """
     grouped = ratios().groupby(["case", "contestant"], sort=False)
     table = pd.DataFrame(
         {
@@ -48,6 +52,7 @@ def step_time() -> pd.DataFrame:
 
 
 def print_step_time(console: Console, case: str) -> None:
+    """Print the step times of a case."""
     rows = step_time()
     headings = ("contestant", "median ms", "times plain", "middle half", "in total")
     table = Table(*headings, title=case, box=box.SIMPLE)
@@ -59,8 +64,10 @@ def print_step_time(console: Console, case: str) -> None:
 
 
 def memory() -> pd.DataFrame:
-    """A row for each case and contestant: bytes between steps and at a step's peak beyond these, both also as
-    what they exceed plain's by, in copies of the patched weights."""
+    """Return a row per case and contestant: bytes between steps, and additional bytes at a step's peak.
+
+    "beyond plain" is the difference to plain, in copies of the patched weights.
+    """
     frames = []
     for case, result in read_results("memory"):
         table = pd.DataFrame(result["bytes"]).T.rename_axis("contestant").reset_index()
@@ -73,6 +80,7 @@ def memory() -> pd.DataFrame:
 
 
 def print_memory(console: Console, case: str) -> None:
+    """Print the memory of a case."""
     rows = memory()
     headings = ("contestant", "lasting MB", "peak MB", "lasting beyond plain", "peak beyond plain")
     table = Table(*headings, title=case, caption="beyond plain: in copies of the weights", box=box.SIMPLE)
@@ -84,8 +92,7 @@ def print_memory(console: Console, case: str) -> None:
 
 
 def draw() -> None:
-    """Writes results/step_time.csv, results/step_time.png and results/memory.csv, as far as there are
-    results."""
+    """Write results/step_time.csv, results/step_time.png and results/memory.csv, if there are results."""
     if (RESULTS / "step_time").exists():
         step_time().round(4).to_csv(RESULTS / "step_time.csv", index=False)
         _figure(ratios()).savefig(RESULTS / "step_time.png", dpi=120)
@@ -94,7 +101,7 @@ def draw() -> None:
 
 
 def _figure(rounds: pd.DataFrame) -> Figure:
-    """A panel a case: each contestant's ratios to plain, median and middle half, on the second plain's."""
+    """Draw a panel per case: the median and middle half of each contestant's ratios to plain."""
     rounds = rounds[~rounds["contestant"].isin(["plain", "no_grad plain"])].copy()
     rounds["kind"] = rounds["contestant"].map(_kind)
     with sns.axes_style("whitegrid"):

@@ -1,13 +1,13 @@
-"""Is a small network starved by the training around it? Images a second, beside a bare loop.
+"""How much slower is `feedbackhook train` than a bare loop, for a small network?
 
-`feedbackhook train` and a bare loop over normalised tensors in memory take turns in one process, an epoch
-each: the paper's MNIST network, mini-batches of 100, SGD, on random images. The bare loop shuffles, takes a
-step, and nothing else; the run also records losses, errors and, each 50th step, what `patch.watch` sees, and
-writes its checkpoint. Evaluations are not in the time.
+The run and a bare loop over normalized tensors in memory take turns in one process, one epoch each: the
+paper's MNIST network, batches of 100, SGD, on random images. The bare loop only shuffles and takes steps. The
+run also records losses and errors, the measurements of `patch.watch` every 50 steps, and a checkpoint. The
+time of evaluations is not included.
 
     python benchmarks/throughput.py
 
-Writes benchmarks/results/throughput.csv, a row an epoch.
+Writes benchmarks/results/throughput.csv, a row per epoch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.data.load import ImageData, Split
+from feedbackhook.experiments.data.load import ImageData
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.build import build
-from feedbackhook.experiments.training.run import Progress, train
+from feedbackhook.experiments.training.progress import Progress
+from feedbackhook.experiments.training.run import train
 
 BATCH = 100
 
@@ -41,12 +43,12 @@ def main(
     epochs: int = 5,
     threads: int = 1,
 ) -> None:
-    """Measures and prints.
+    """Measure and print.
 
     Args:
-        conditions: of the run; the bare loop is always plain backprop, with the same normalisation.
-        images: in the training set.
-        epochs: of each, after one that does not count.
+        conditions: Conditions of the run; the bare loop uses backprop with the same normalization.
+        images: Number of training images.
+        epochs: Measured epochs; one more before them is not measured.
         threads: CPU threads.
     """
     rows = [row for condition in conditions for row in _compare(condition, images, epochs, threads)]
@@ -94,7 +96,7 @@ def _compare(condition: str, count: int, epochs: int, threads: int) -> list[dict
 
 
 class _BareLoop:
-    """Nothing but training, on images that are normalised beforehand."""
+    """Only training, on images that are normalized beforehand."""
 
     def __init__(self, condition: str, data: ImageData) -> None:
         norm = "affine" if condition == "BN" else "paper" if "BN" in condition else "none"

@@ -1,4 +1,4 @@
-"""A picture of each plot, into docs/figures: of two short runs, and of the sweeps in analysis/runs.
+"""Draw an example of each plot into docs/figures, from two short runs and from the sweeps in analysis/runs.
 
     for seed in 0 1; do
         feedbackhook train --condition "frSF+BN+BM concordance=0.75" --protocol.epochs 6 --record.every 6 \\

@@ -1,9 +1,9 @@
-"""Pictures of the table and the charts of a sweep's page: two widths, light and dark, into this folder.
+"""Take screenshots of the table and charts of a sweep's page: two widths, light and dark, into this folder.
 
     feedbackhook report runs/mnist -o report.html
     python docs/screenshots.py report.html
 
-It takes selenium, chromium and chromedriver, which draw without a display.
+It needs selenium, chromium and chromedriver, but no display.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The code blocks of the README run without changes."""
 
 import re
 from pathlib import Path

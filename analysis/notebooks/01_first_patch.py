@@ -11,8 +11,9 @@
 # %% [markdown]
 # # 1. A first patch
 #
-# Backprop sends errors back through the forward weights W. `feedbackhook.patch` sends them through other weights
-# V instead, in any network as it is. Here: a small network on scikit-learn's digits, half a minute in all.
+# Backprop sends error signals back through the forward weights W. `feedbackhook.patch` sends them through feedback
+# weights V instead, in any network, without changing its code. This notebook trains a small network on scikit-learn's
+# digits and takes half a minute.
 
 # %%
 # %matplotlib inline
@@ -46,7 +47,8 @@ def network():
 
 
 # %% [markdown]
-# `patch` works in place. Eight of ten feedback signs agree with W's, the magnitudes are random:
+# `patch` modifies the model in place. With `concordance=0.8`, eight of ten feedback signs match those of W. The
+# magnitudes are random:
 
 # %%
 model = network()
@@ -55,8 +57,8 @@ F.cross_entropy(model(x[:64]), y[:64]).backward()
 print(patch)
 
 # %% [markdown]
-# The first layer has nothing before it to send an error to: it counts as patched, and nothing is rerouted there. How
-# far are V and the delivered gradients from W and from backprop's?
+# The input of the first layer requires no gradient: the layer is patched, but no error signal is rerouted there. How
+# far is V from W, and how far are the gradients from backprop's?
 
 # %%
 import pandas as pd
@@ -65,10 +67,10 @@ rows = pd.DataFrame(feedbackhook.measure(patch, F.cross_entropy(model(x[:64]), y
 display(rows.pivot_table("value", ["depth", "layer"], "metric").round(2))
 
 # %% [markdown]
-# 90° would be unrelated. The further an error has travelled from the output, the further is the gradient that it
-# makes from backprop's (`gradient_angle`), since the angles of all layers above add up.
+# 90° means unrelated. The further a layer is from the output, the further its gradient is from backprop's
+# (`gradient_angle`), because the angles of all layers above accumulate.
 #
-# Does it learn? The loop stays as it was; a recorder watches each 20th step.
+# Does the network learn? The training loop stays the same; a recorder records every 20th step.
 
 # %%
 import tempfile
@@ -105,13 +107,13 @@ for concordance in (1.0, 0.8, 0.5):
         table = feedbackhook.read(folder)
 
 # %% [markdown]
-# What the recorder saw at concordance 0.8: how the angle between V's error signal and W's developed, layer by layer.
+# The recording at concordance 0.8 shows the angle between the error signals computed with V and with W, by layer:
 
 # %%
 display(layers_against_epoch(table, "error_angle"))
 
 # %% [markdown]
-# `patch.remove()` puts the model back as it was:
+# `patch.remove()` restores the model:
 
 # %%
 patch.remove()

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 3. Alignment over training
 #
-# Where V does not change, W can come to align with it. These are the runs of
-# [the previous notebook](02_concordance.ipynb); each 13th step was watched.
+# If V does not change, W can align with it. These are the runs of [the previous notebook](02_concordance.ipynb); every
+# 13th step was recorded.
 
 # %%
 # %matplotlib inline
@@ -34,31 +34,31 @@ def table(condition):
 
 
 # %% [markdown]
-# Random feedback has nothing to do with W at first: 90° in each layer. In a band of one standard deviation over
-# seeds:
+# At first, random feedback is unrelated to W: 90° in each layer. The band is one standard deviation over seeds:
 
 # %%
 display(layers_against_epoch(table("RndF+BN+BM"), "weight_angle"))
 display(layers_against_epoch(table("RndF+BN+BM"), "error_angle"))
 
 # %% [markdown]
-# The weight angle is between all of V and W; the error angle is between the two error signals that they send for the
-# errors that really arrive, and falls further. The layers near the output align first.
+# The weight angle is the angle between V and W. The error angle is the angle between the two error signals that V and W
+# send back for the same incoming signal; it falls further. The layers near the output align first.
 #
-# At concordance 0.5 the weight angle is 90° at first as well. Drawn once (above) and redrawn after each update (below):
+# At concordance 0.5 the weight angle is also 90° at first. The first figure is for V drawn once, the second for V
+# redrawn after each update:
 
 # %%
 display(layers_against_epoch(table("frSF+BN+BM concordance=0.5"), "error_angle"))
 display(layers_against_epoch(table("brSF+BN+BM concordance=0.5"), "error_angle"))
 
 # %% [markdown]
-# To what is redrawn nothing can align. The same over all layers at once, for the fixed one:
+# W cannot align with redrawn feedback. The heat map shows all layers for fixed feedback:
 
 # %%
 display(layer_heat_map(table("frSF+BN+BM concordance=0.5"), "error_angle"))
 
 # %% [markdown]
-# The mean error angle of the layers in the last epoch beside the error:
+# The mean error angle of the layers in the last epoch, and the test error:
 
 # %%
 last = angles[(angles["metric"] == "error_angle") & (angles["epoch"] == angles["epoch"].max())]

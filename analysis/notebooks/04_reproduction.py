@@ -9,31 +9,32 @@
 # ---
 
 # %% [markdown]
-# # 4. Our tables beside the paper's
+# # 4. Our tables and the paper's
 #
-# `feedbackhook sweep recipes/liao2016/mnist.yaml` runs sixteen of the paper's conditions on MNIST by a short protocol:
-# eight epochs in the place of 65, three learning rates in the place of five, one seed, and a tenth of the training set
-# held out. `feedbackhook table` is what this notebook shows piece by piece.
+# `feedbackhook sweep recipes/liao2016/mnist.yaml` runs sixteen of the paper's conditions on MNIST with a short protocol:
+# eight epochs instead of 65, three learning rates instead of five, one seed, and a tenth of the training set for
+# validation. This notebook shows the output of `feedbackhook table` step by step.
 
 # %%
 # %matplotlib inline
 from IPython.display import Markdown, display
 
+from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report import theme
-from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table
+from feedbackhook.report.tables import as_markdown, draw, sweep_table
 
 table = sweep_table("../runs/mnist")
 display(draw(table))
 
 # %% [markdown]
-# Blue is three points of error or more better than SGD, orange three or more worse, as the paper colours its tables.
+# As in the paper's tables, blue means at least three points of error better than SGD, orange at least three points worse.
 
 # %%
 display(Markdown(as_markdown(table)))
 
 # %% [markdown]
-# **Best and chosen.** The paper reports the smallest test error over all epochs and rates. "Chosen" does not look at the
-# test set for that, but at a held-out tenth of the training set. How much does the choice on the test set flatter?
+# **Best and chosen.** The paper reports the smallest test error over all epochs and learning rates. "Chosen" uses the
+# validation tenth of the training set for this choice, not the test set. How optimistic is the choice by the test set?
 
 # %%
 cells = table.cells
@@ -41,7 +42,7 @@ flattery = (cells["chosen_error"] - cells["best_error"]).describe()[["mean", "50
 print(flattery.round(2).rename({"50%": "median"}).to_string())
 
 # %% [markdown]
-# Ours against the paper's, on logarithmic axes; on the diagonal they are equal.
+# Our errors against the paper's, on logarithmic axes. On the diagonal they are equal.
 
 # %%
 from matplotlib.figure import Figure
@@ -66,8 +67,8 @@ with theme.style():
 display(figure)
 
 # %% [markdown]
-# The paper has 39 conditions on 15 datasets. The means of those that it ran on all fifteen, in percent:
+# The paper has 39 conditions on 15 datasets. The mean errors of the conditions that it ran on all fifteen, in percent:
 
 # %%
-means = paper_errors().dropna().mean(axis=1).sort_values().round(2)
+means = error_rates().dropna().mean(axis=1).sort_values().round(2)
 print(means.to_string())

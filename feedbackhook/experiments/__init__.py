@@ -1,1 +1,5 @@
-"""What the recipes and the command line run: data, models and training, on public names alone."""
+"""What the recipes and the command line run: data, models, training and sweeps, on public names alone."""
+
+# imported for the datasets, networks and conditions that they register
+import feedbackhook.experiments.models.cifar
+import feedbackhook.liao2016  # noqa: F401

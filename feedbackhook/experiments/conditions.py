@@ -1,24 +1,25 @@
-"""The paper's conditions as names: feedback, concordance, normalisation, update and frozen part.
+"""Conditions: short names for feedback, concordance, normalization, update and frozen part of a run.
 
     NAME   = TERM ("+" TERM)* [" concordance=" NUMBER] [" Top" | " Bottom"]
     TERM   = "SGD" | FEEDBACK | "BN" | "BM" [SETTING]
 
-`SGD` is backprop and plain SGD; FEEDBACK is one of uSF, NuSF, brSF, frSF, RndF; SETTING is that of Batch
-Manhattan, 0 to 3, and 1 where it is not given. Every combination is a condition, whether or not the paper has
-it. Concordance is the probability of the same sign: 1 minus the paper's p.
+`SGD` is backprop with plain SGD; FEEDBACK is a rule made known by :func:`register_feedback`; SETTING is the
+variant of Batch Manhattan, 0 to 3, by default 1. Every combination is a condition. Concordance is the
+probability that feedback and feedforward weights have the same sign.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from feedbackhook.experiments.config import ConfigError, Frozen, RunConfig
+from feedbackhook.experiments.config import ConfigError, Frozen, ProtocolConfig, RunConfig
 from feedbackhook.names import nearest
 
-Feedback = Literal["uSF", "NuSF", "brSF", "frSF", "RndF"]
-_WITH_CONCORDANCE = ("brSF", "frSF")
+_FEEDBACK: dict[str, bool] = {}  # whether each takes a concordance
+_PROCEDURES: dict[Condition, list[Procedure]] = {}
 _DECIDED = (
     ("feedback", "mode"),
     ("feedback", "options"),
@@ -35,27 +36,27 @@ class Condition:
 
     Args:
         feedback: the rule; None is backprop.
-        concordance: the probability, 0 to 1, of the same sign, of brSF and frSF; None is 1, unspoken.
-        batch_norm: Batch Normalization. With backprop it has the learnable scale and shift of the paper's
-            columns "BN" and "BN+BM", with feedback weights it has none.
+        concordance: probability, 0 to 1, of the same sign, for rules that take one; None: not in the name.
+        batch_norm: Batch Normalization, with a learnable scale and shift for backprop, without for feedback
+            weights.
         manhattan: the setting of Batch Manhattan, 0 to 3; None is SGD.
-        spoken: whether the name gives the setting though it is the default.
-        frozen: "Bottom" trains all but the last layer, which stays as it was drawn; "Top" the last alone.
+        setting_explicit: whether the name gives the setting although it is the default.
+        frozen: `Bottom` trains all layers except the last, `Top` only the last.
     """
 
-    feedback: Feedback | None = None
+    feedback: str | None = None
     concordance: float | None = None
     batch_norm: bool = False
     manhattan: int | None = None
-    spoken: bool = False
+    setting_explicit: bool = False
     frozen: Frozen | None = None
 
     @classmethod
     def parse(cls, name: str) -> Condition:
-        """The condition of a name.
+        """Return the condition with this name.
 
         Raises:
-            ConfigError: the name is none; the message says what is wrong with it.
+            ConfigError: the name is not one of a condition; the message says what is wrong with it.
         """
         terms, *rest = name.split() or [""]
         fields: dict[str, object] = {}
@@ -72,10 +73,10 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """The name, in the order of the paper's columns."""
+        """The name, its terms in the order feedback, BN, BM."""
         update = None
         if self.manhattan is not None:
-            update = f"BM{self.manhattan if self.spoken or self.manhattan != 1 else ''}"
+            update = f"BM{self.manhattan if self.setting_explicit or self.manhattan != 1 else ''}"
         terms = [term for term in (self.feedback, "BN" if self.batch_norm else None, update) if term]
         words = ["+".join(terms) or "SGD"]
         if self.concordance is not None:
@@ -83,10 +84,10 @@ class Condition:
         return " ".join([*words, self.frozen] if self.frozen else words)
 
     def configure(self, config: RunConfig) -> RunConfig:
-        """The configuration with feedback, normalisation, optimizer and frozen part of this condition.
+        """Return ``config`` with this condition's feedback, normalization, optimizer and frozen part.
 
         Raises:
-            ConfigError: the configuration says itself, and otherwise, what the condition decides.
+            ConfigError: ``config`` itself sets something that the condition sets, to another value.
         """
         norm: Literal["none", "paper", "affine"] = "none"
         if self.batch_norm:
@@ -107,10 +108,67 @@ class Condition:
             )
             if given not in (decided, default):
                 raise ConfigError(
-                    f"condition {self.name!r} makes {section}.{key} {decided!r}, and it is given as "
-                    f"{given!r}: leave one of them out"
+                    f"condition {self.name!r} sets {section}.{key} to {decided!r}, but the configuration "
+                    f"sets it to {given!r}: remove one of them"
                 )
         return configured
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """One way to train the runs of a condition.
+
+    Args:
+        name: part of the names of the runs that it trains; empty for the protocol as given.
+        batch_sizes: replaces `protocol.batch_sizes`, unless it is empty.
+    """
+
+    name: str = ""
+    batch_sizes: Mapping[int, int] = field(default_factory=dict)
+
+    def configure(self, protocol: ProtocolConfig) -> ProtocolConfig:
+        """Return ``protocol`` with the settings of this procedure."""
+        return replace(protocol, batch_sizes=dict(self.batch_sizes)) if self.batch_sizes else protocol
+
+    def has_effect(self, protocol: ProtocolConfig) -> bool:
+        """Whether it changes how ``protocol`` trains: it sets no batch sizes itself, and is long enough."""
+        return not protocol.batch_sizes and all(epoch < protocol.epochs for epoch in self.batch_sizes)
+
+
+def register_feedback(rule: str, concordance: bool = False) -> None:
+    """Make a rule known as a term of the names of conditions.
+
+    Args:
+        rule: a mode of :func:`feedbackhook.patch`.
+        concordance: whether the name of a condition may give its option `concordance`.
+    """
+    _FEEDBACK[rule] = concordance
+
+
+def register_procedure(condition: str, procedure: Procedure) -> None:
+    """Train the runs of ``condition`` in sweeps by ``procedure`` as well as by the protocol as given.
+
+    Raises:
+        ConfigError: there is no such condition.
+    """
+    registered = _PROCEDURES.setdefault(_plain(condition), [])
+    if procedure not in registered:
+        registered.append(procedure)
+
+
+def procedures(condition: str | None, protocol: ProtocolConfig) -> list[Procedure]:
+    """Return the ways in which a sweep trains the runs of ``condition``, the protocol as given first.
+
+    Raises:
+        ConfigError: there is no such condition.
+    """
+    more = [] if condition is None else _PROCEDURES.get(_plain(condition), [])
+    return [Procedure(), *(procedure for procedure in more if procedure.has_effect(protocol))]
+
+
+def _plain(name: str) -> Condition:
+    """The condition, whether or not its name gives the default setting of Batch Manhattan."""
+    return replace(Condition.parse(name), setting_explicit=False)
 
 
 def _term(name: str, term: str) -> dict[str, object]:
@@ -120,14 +178,14 @@ def _term(name: str, term: str) -> dict[str, object]:
         return {"batch_norm": True}
     if match := re.fullmatch(r"BM([0-3]?)", term):
         setting = match[1]
-        return {"manhattan": int(setting or 1), **({"spoken": True} if setting == "1" else {})}
-    if term in get_args(Feedback):
+        return {"manhattan": int(setting or 1), **({"setting_explicit": True} if setting == "1" else {})}
+    if term in _FEEDBACK:
         return {"feedback": term}
-    known = ("SGD", *get_args(Feedback), "BN", "BM")
+    known = ("SGD", *_FEEDBACK, "BN", "BM")
     near = nearest(term, (*known, "BM0", "BM1", "BM2", "BM3")) or "."
     raise ConfigError(
-        f"condition {name!r}: {term!r} is no part of a condition{near} One is made of {', '.join(known)} and "
-        "BM0 to BM3, joined by +"
+        f"condition {name!r}: {term!r} is not a term of a condition{near} The terms are {', '.join(known)} "
+        "and BM0 to BM3, joined by +"
     )
 
 
@@ -137,11 +195,10 @@ def _word(name: str, word: str, fields: dict[str, object]) -> dict[str, object]:
     key, _, value = word.partition("=")
     if key != "concordance":
         near = nearest(key, ("concordance=", *get_args(Frozen)))
-        raise ConfigError(
-            f"condition {name!r}: {word!r} is neither concordance=NUMBER nor Top nor Bottom{near}"
-        )
-    if fields.get("feedback") not in _WITH_CONCORDANCE:
-        raise ConfigError(f"condition {name!r}: concordance belongs to {' and '.join(_WITH_CONCORDANCE)}")
+        raise ConfigError(f"condition {name!r}: {word!r} is not concordance=NUMBER, Top or Bottom{near}")
+    if not _FEEDBACK.get(str(fields.get("feedback"))):
+        rules = [rule for rule, has_concordance in _FEEDBACK.items() if has_concordance]
+        raise ConfigError(f"condition {name!r}: only {' and '.join(rules)} have a concordance: remove it")
     try:
         number = float(value)
     except ValueError:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 Frozen = Literal["Top", "Bottom"]
 
@@ -15,41 +15,25 @@ class ConfigError(ValueError):
 
 
 class FolderInUse(ConfigError):
-    """Another process is writing to the run's folder."""
+    """Another process is writing to the run folder."""
+
+
+def check_at_least(key: str, value: int | None, least: int) -> None:
+    """Raise a `ConfigError` if `value` is given and is less than `least`."""
+    if value is not None and value < least:
+        raise ConfigError(f"{key} must be {least} or more, not {value}")
+
+
+def check_choice(section: Any, prefix: str, name: str) -> None:
+    """Raise a `ConfigError` if the field `name` of `section` is not one of the values that its type lists."""
+    value, choices = getattr(section, name), get_args(get_type_hints(type(section))[name])
+    if value not in choices:
+        raise ConfigError(f"{prefix}.{name} must be {' or '.join(choices)}, not {value!r}")
 
 
 def one_line(error: Exception) -> str:
     """The text of an error on one line, for use inside another message."""
     return " ".join(str(error).split())
-
-
-_TYPES = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "text",
-    "<class 'list'>": "a list ([A, B])",
-    "<class 'dict'>": "a mapping ({NAME: VALUE})",
-    "<class 'NoneType'>": "null",
-}
-
-
-def plain_words(error: Exception) -> str:
-    """Rewrite jsonargparse's message about a value of the wrong type without Python's types: the key, what it
-    accepts, and the value given. Other messages are only put on one line."""
-    message = one_line(error)
-    match = re.fullmatch(r'(.*?)Parser key "([^"]*)": (.*?)(?:\. Got| Given) value: (.*)', message)
-    if match is not None:
-        before, key, expected, given = match.groups()
-        kinds = re.findall(r"Expected a (<class '\w+'>|typing\.Literal\[[^]]*\])", expected)
-        words = [_TYPES.get(kind, kind.removeprefix("typing.Literal").strip("[]")) for kind in kinds]
-        if words:
-            words = list(dict.fromkeys(word.replace(", '", " or '") for word in words))
-            return f"{before}{key} must be {' or '.join(words)}, not {given}"
-    match = re.search(r'Parser key "([^"]*)": Unable to load config \'(.*?)\'', message)
-    if match is not None:
-        return f"{match[1]} must be a mapping of settings ({{NAME: VALUE}}), not {match[2]}"
-    return message
 
 
 @dataclass
@@ -87,6 +71,10 @@ class DataConfig:
     test_images: int | None = None
     augmentation: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        check_at_least("data.train_images", self.train_images, 1)
+        check_at_least("data.test_images", self.test_images, 1)
+
 
 @dataclass
 class ModelConfig:
@@ -118,11 +106,6 @@ class ModelConfig:
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def network(self) -> str:
-        """The name, or that of the paper's MNIST network where there is none."""
-        return self.name or "liao2016/mnist"
-
 
 @dataclass
 class FeedbackConfig:
@@ -149,6 +132,12 @@ class FeedbackConfig:
     seed: int | None = None
     recompute: bool = False
     fused: bool = False
+
+    def __post_init__(self) -> None:
+        for epoch in self.schedule:
+            check_at_least("an epoch in feedback.schedule", epoch, 1)
+        if self.schedule and self.mode is None:
+            raise ConfigError("feedback.schedule has no effect without feedback.mode")
 
 
 def rule_name(mode: str | Mapping[str, Any] | None) -> str | None:
@@ -218,6 +207,26 @@ class ProtocolConfig:
     gradient_accumulation_steps: int = 1
     strategy: Literal["ddp", "fsdp2"] = "ddp"
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "threads", "gradient_accumulation_steps"):
+            check_at_least(f"protocol.{name}", getattr(self, name), 1)
+        check_at_least("protocol.seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"protocol.seed must be less than 2**63, not {self.seed}")
+        for milestone in self.milestones or ():
+            check_at_least("protocol.milestones", milestone, 1)
+        for epoch, size in self.batch_sizes.items():
+            check_at_least("an epoch in protocol.batch_sizes", epoch, 1)
+            check_at_least("a size in protocol.batch_sizes", size, 1)
+        for name in ("lr_schedule", "precision", "strategy"):
+            check_choice(self, "protocol", name)
+        if self.lr_schedule == "cosine" and self.milestones is not None:
+            raise ConfigError(
+                "protocol.milestones have no effect with protocol.lr_schedule cosine, only with steps"
+            )
+        if not 0 < self.lr_factor < math.inf:
+            raise ConfigError(f"protocol.lr_factor must be positive and finite, not {self.lr_factor}")
+
 
 @dataclass
 class RecordConfig:
@@ -241,6 +250,11 @@ class RecordConfig:
     tensorboard: bool = False
     figures: bool = True
     weights: Literal["all", "best", "none"] = "all"
+
+    def __post_init__(self) -> None:
+        check_at_least("record.every", self.every, 1)
+        check_at_least("record.gradient_angle_every", self.gradient_angle_every, 0)
+        check_choice(self, "record", "weights")
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from feedbackhook.experiments.config import SweepConfig
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan, stored
 from feedbackhook.report import theme
+from feedbackhook.report.published import PUBLICATIONS, published, reference_condition
 from feedbackhook.report.runs import Runs, describe
 from feedbackhook.report.statistics import percent_interval
 
@@ -68,13 +68,6 @@ class SweepTable:
     def reference(self) -> str:
         """The condition that the others are set beside: SGD; of conditions of one's own the first."""
         return _reference(self.config)
-
-
-def paper_errors() -> pd.DataFrame:
-    """The error rates in percent of the paper's Tables 2 to 6: a row a condition, a column a dataset, missing
-    where the paper has none."""
-    with (files("feedbackhook.liao2016") / "error_rates.csv").open() as file:
-        return pd.read_csv(file, index_col="condition")
 
 
 def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -> SweepTable:
@@ -147,8 +140,11 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     later = "".join(f", of {size} after epoch {epoch}" for epoch, size in sorted(p.batch_sizes.items()))
     yield f"{p.epochs} epochs, mini-batches of {p.batch_size}{later},"
     yield f"learning rates: {base_rate(runs)} times {rates}."
-    if any(run.large_batch for run in runs):
-        yield "uSF+BM also with mini-batches of 500 after epoch 3, of which the better counts."
+    for condition, procedure in dict.fromkeys((r.condition, r.procedure.name) for r in runs):
+        if procedure:
+            sizes = next(r.procedure.batch_sizes for r in runs if r.procedure.name == procedure)
+            words = " and ".join(f"{size} after epoch {epoch}" for epoch, size in sorted(sizes.items()))
+            yield f"{condition} also with mini-batches of {words}, of which the better counts."
     yield "Best: the smallest test error over epochs and rates, as the paper reports it."
     if config.data.val_fraction:
         yield "Chosen: that at the rate and epoch that are best on the held-out"
@@ -160,7 +156,7 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     if (table.cells["ended"] < table.cells["runs"]).any():
         yield "* not all of its runs are in it."
     if table.cells["paper_error"].notna().any():
-        yield "Paper: Liao, Leibo and Poggio 2016."
+        yield f"Paper: {', '.join(each.citation for each in PUBLICATIONS.values())}."
 
 
 def draw(table: SweepTable) -> Figure:
@@ -173,7 +169,7 @@ def draw(table: SweepTable) -> Figure:
     datasets, conditions = list(cells["dataset"].unique()), list(cells["condition"].unique())
     panels = [("best_error", "class_of_best", "measured")]
     if cells["paper_error"].notna().any():
-        panels.append(("paper_error", "class_of_paper", "Liao et al. 2016"))
+        panels.append(("paper_error", "class_of_paper", ", ".join(PUBLICATIONS)))
     width = 2.8 + len(panels) * max(1.6, 0.4 + 0.95 * len(datasets))
     size = (max(5.0, width), 1.7 + 0.3 * len(conditions))
     words = {
@@ -233,15 +229,12 @@ def run_errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    paper = paper_errors()
     for (dataset, condition), part in runs.groupby(["dataset", "condition"], sort=False):
         ended = part[part["status"] != "missing"]
         by_seed = ended.groupby("seed")
         best = ended.loc[by_seed["best_error"].idxmin()]
         held_out = ended.dropna(subset=["val_error"])
         chosen = held_out.loc[held_out.groupby("seed")["val_error"].idxmin()]
-        name = PAPER[dataset].paper_name if dataset in PAPER else None
-        known = name in paper and condition in paper.index
         yield {
             "dataset": dataset,
             "condition": condition,
@@ -253,8 +246,13 @@ def _cells(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
             "runs": len(part),
             "ended": len(ended),
             "diverged": int((part["status"] == "diverged").sum()),
-            "paper_error": paper.loc[condition, name] if known else np.nan,
+            "paper_error": _paper_error(dataset, condition),
         }
+
+
+def _paper_error(dataset: str, condition: str | None) -> float:
+    error = None if condition is None else published(dataset, condition)
+    return np.nan if error is None else error
 
 
 def _interval(name: str, values: pd.Series) -> dict[str, float]:
@@ -271,11 +269,10 @@ def _compared(cells: pd.DataFrame, name: str) -> pd.DataFrame:
     and of the paper's beside SGD's."""
     cells = cells.assign(difference=cells["best_error"] - cells["paper_error"])
     reference = cells[cells["condition"] == name].set_index("dataset")["best_error"]
-    paper = paper_errors().loc[REFERENCE]
-    names = {name: dataset.paper_name for name, dataset in PAPER.items()}
+    paper = {data: _paper_error(data, reference_condition(data)) for data in cells["dataset"].unique()}
     return cells.assign(
         class_of_best=_classes(cells["best_error"] - cells["dataset"].map(reference)),
-        class_of_paper=_classes(cells["paper_error"] - cells["dataset"].map(names).map(paper)),
+        class_of_paper=_classes(cells["paper_error"] - cells["dataset"].map(paper)),
     )
 
 
@@ -295,8 +292,8 @@ def _rank_correlations(cells: pd.DataFrame) -> Iterator[tuple[str, tuple[float, 
 def _notes(datasets: list[str]) -> Iterator[str]:
     """A line for each dataset of which something is ours, or is not known to be as in the paper."""
     for dataset in datasets:
-        if dataset in PAPER and PAPER[dataset].note:
-            yield from (f"{dataset}: {PAPER[dataset].note}", "")
+        if dataset in DATASETS and DATASETS[dataset].note:
+            yield from (f"{dataset}: {DATASETS[dataset].note}", "")
 
 
 def _overview(cells: pd.DataFrame, datasets: list[str]) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Under fixed random feedback the forward weights come to align with it: when, and how far?
+"""Under fixed random feedback, when do the forward weights align with the feedback weights, and how far?
 
-Trains the MNIST network of Liao, Leibo and Poggio (2016) under RndF by plain SGD, watches its layers, and
-tells for each seed when the error angle of the hidden fully connected layer falls below a bound. Finished
-runs are not repeated, interrupted ones go on; remove the output folder to begin anew.
+Trains the MNIST network of Liao, Leibo and Poggio (2016) under RndF by plain SGD, and records the angles of
+its layers. For each seed, prints when the error angle of the hidden fully connected layer falls below a
+bound. Finished runs are not repeated and interrupted ones resume; remove the output folder to start over.
 
     python recipes/liao2016/alignment.py --root data --download true
     python recipes/liao2016/alignment.py --data digits --epochs 15 --seeds 1
@@ -35,14 +35,17 @@ from feedbackhook.store.recorder import read
 LAYER = "fc1"
 
 
-def summarise(table: pd.DataFrame, bound: float) -> pd.DataFrame:
-    """A row a run: the error angle of `LAYER` at the start and at the end, in degrees, the first step and the
-    epoch in which it is below the bound (missing if it never is), and the last test error in percent."""
+def summarize(table: pd.DataFrame, bound: float) -> pd.DataFrame:
+    """Return a row per run: angles of `LAYER` in degrees, and the last test error in percent.
+
+    `step_below` and `epoch_below` are the first in which the angle is below the bound, missing if it never
+    is.
+    """
     rows = []
-    for run, of_run in table.groupby("run"):
-        angles = of_run[(of_run["metric"] == "error_angle") & (of_run["layer"] == LAYER)].sort_values("step")
+    for run, part in table.groupby("run"):
+        angles = part[(part["metric"] == "error_angle") & (part["layer"] == LAYER)].sort_values("step")
         below = angles[angles["value"] < bound]
-        errors = of_run[of_run["metric"] == "test_error"].sort_values("step")
+        errors = part[part["metric"] == "test_error"].sort_values("step")
         rows.append(
             {
                 "run": run,
@@ -70,15 +73,15 @@ def main(
     """Train, print and draw.
 
     Args:
-        data: a dataset, as of `feedbackhook train --data.name`.
-        root: the folder in which torchvision keeps its datasets.
-        download: let torchvision download it.
-        epochs: passes over the training set.
-        seeds: runs.
-        lr: SGD's learning rate in the first epochs; momentum is 0.9, weight decay 5e-4.
-        bound: degrees.
-        threads: CPU threads of a run; null: torch's own number.
-        output: the folder of the run folders, the tables and the figure.
+        data: Name of a dataset, as in `feedbackhook train --data.name`.
+        root: Folder of torchvision's datasets.
+        download: Let torchvision download the dataset.
+        epochs: Passes over the training set.
+        seeds: Number of runs.
+        lr: SGD's initial learning rate; the momentum is 0.9, the weight decay 5e-4.
+        bound: Bound on the error angle, in degrees.
+        threads: CPU threads of a run (default: PyTorch's choice).
+        output: Folder of the run folders, the tables and the figure.
     """
     console = Console(soft_wrap=True)
     for seed in track(range(seeds), description="training", console=console):
@@ -95,8 +98,8 @@ def main(
             resume=True,
         )
     table = read(output)
-    runs = summarise(table, bound)
-    console.print(_shown(runs, bound))
+    runs = summarize(table, bound)
+    console.print(shown(runs, bound))
     runs.to_csv(output / "alignment.csv", index=False, float_format="%.3f")
     measured = table[table["metric"].isin(["error_angle", "weight_angle"]) & table["layer"].notna()]
     measured.to_csv(output / "angles.csv", index=False, float_format="%.3f")
@@ -105,8 +108,9 @@ def main(
         console.print(output / name)
 
 
-def _shown(runs: pd.DataFrame, bound: float) -> Table:
-    title = f"error angle of {LAYER} [°]: fixed random feedback, and forward weights that align with it"
+def shown(runs: pd.DataFrame, bound: float) -> Table:
+    """Show a row per run."""
+    title = f"error angle of {LAYER} [°]: forward weights align with fixed random feedback"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     for heading in ("run", "at the start", "at the end", f"below {bound:g} from", "test error [%]"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)

@@ -1,9 +1,9 @@
-"""The paper's claim in a few minutes: how many feedback signs must agree with the forward weights' signs?
+"""The paper's claim in a few minutes: how many feedback signs must match the forward weights' signs?
 
-Trains the MNIST network of Liao, Leibo and Poggio (2016) on scikit-learn's digits (resized to 28x28) under
-backprop, frSF and brSF at five concordances, and RndF, all with Batch Normalization and Batch Manhattan, and
-under uSF with neither; three seeds each. Prints a table, draws a figure, and says where they lie. Runs that
-are finished are not repeated, interrupted ones go on; remove the output folder to begin anew.
+Trains the MNIST network of Liao, Leibo and Poggio (2016) on scikit-learn's digits (resized to 28x28), with
+three seeds each: under backprop, frSF and brSF at five concordances, and RndF, all with Batch Normalization
+and Batch Manhattan; and under uSF with neither. Prints a table and draws a figure. Finished runs are not
+repeated and interrupted ones resume; remove the output folder to start over.
 
     make demo
     python recipes/liao2016/demo.py --epochs 5 --seeds 1
@@ -43,14 +43,17 @@ from feedbackhook.store.recorder import read
 from feedbackhook.store.run_folder import RunResult
 
 CONCORDANCES = (1.0, 0.75, 0.5, 0.25, 0.0)
-# Fixed beforehand, not searched for. Batch Manhattan's is a step's size in each weight; SGD's, for uSF with
-# neither normalisation nor Batch Manhattan, is the one with which the paper's schedule begins.
-MANHATTAN_RATE = 5e-5
-SGD_RATE = 5e-4
+# Chosen beforehand, without a search. With Batch Manhattan it is the size of the step of each weight. SGD's,
+# for uSF with neither Batch Normalization nor Batch Manhattan, is the initial rate of the paper's schedule.
+MANHATTAN_LR = 5e-5
+SGD_LR = 5e-4
+
+EVERY_SEED = ("pi", 100)  # error bars from the smallest to the largest value
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "frameon": False, "columnspacing": 1}
 
 
 def conditions() -> list[dict[str, Any]]:
-    """The conditions in the order of the table; concordance is None where the rule has none."""
+    """Return the conditions in the table's order; `concordance` is None if the rule has none."""
     both = [
         {"rule": rule, "mode": rule, "concordance": concordance}
         for rule in ("frSF", "brSF")
@@ -65,25 +68,25 @@ def conditions() -> list[dict[str, Any]]:
 
 
 def configuration(condition: dict[str, Any], seed: int, epochs: int, output: Path) -> RunConfig:
-    """One condition's run: uSF goes without Batch Normalization and Batch Manhattan, all others with both."""
-    alone = condition["rule"] == "uSF"
+    """Return the configuration of a run: all but uSF have Batch Normalization and Batch Manhattan."""
+    plain = condition["rule"] == "uSF"
     concordance = condition["concordance"]
     name = condition["rule"] + ("" if concordance is None else f"-{concordance:g}")
     return RunConfig(
-        model=ModelConfig("liao2016/mnist", batch_norm="none" if alone else "paper"),
+        model=ModelConfig("liao2016/mnist", batch_norm="none" if plain else "paper"),
         feedback=FeedbackConfig(
             condition["mode"], {} if concordance is None else {"concordance": concordance}
         ),
-        optimizer=OptimizerConfig("sgd", SGD_RATE)
-        if alone
-        else OptimizerConfig("batch_manhattan", MANHATTAN_RATE),
+        optimizer=OptimizerConfig("sgd", SGD_LR)
+        if plain
+        else OptimizerConfig("batch_manhattan", MANHATTAN_LR),
         protocol=ProtocolConfig(epochs=epochs, seed=seed, threads=1, device="cpu"),
         output=str(output / f"{name}-seed{seed}"),
     )
 
 
-def summarise(results: list[tuple[dict[str, Any], int, RunResult]]) -> pd.DataFrame:
-    """A row a run: condition, seed, last and best test error in percent, status."""
+def summarize(results: list[tuple[dict[str, Any], int, RunResult]]) -> pd.DataFrame:
+    """Return a row per run: condition, seed, last and best test error in percent, status."""
     return pd.DataFrame(
         {
             "rule": condition["rule"],
@@ -99,7 +102,7 @@ def summarise(results: list[tuple[dict[str, Any], int, RunResult]]) -> pd.DataFr
 
 
 def as_table(runs: pd.DataFrame) -> Table:
-    """A row a condition: the error of each seed, in the order of the seeds, and means over them."""
+    """Show a row per condition: the error of each seed, and the means."""
     seeds = sorted(runs["seed"].unique())
     title = "test error on digits [%] after the last epoch; best: mean of each seed's best"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
@@ -121,71 +124,18 @@ def as_table(runs: pd.DataFrame) -> Table:
 
 
 def curves(runs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Test error by run and epoch, each row with its run's condition."""
+    """Return the test error by run and epoch, with the condition of each run."""
     errors = table[table["metric"] == "test_error"].rename(columns={"value": "error"})
     return errors.merge(runs, on="run", validate="many_to_one")
 
 
 def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
-    """Error against epoch for fixed and for redrawn magnitudes, and last error against concordance."""
+    """Draw error against epoch for fixed and for redrawn magnitudes, and last error against concordance."""
     sns.set_theme(context="notebook", style="whitegrid")
     figure, (fixed, redrawn, last) = plt.subplots(1, 3, figsize=(15, 5.4), sharey=True, layout="constrained")
-    every_seed = ("pi", 100)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "frameon": False, "columnspacing": 1}
-    for axes, rule, title in (
-        (fixed, "frSF", "frSF: magnitudes and flips fixed"),
-        (redrawn, "brSF", "brSF: redrawn after each update"),
-    ):
-        by_concordance = errors[errors["rule"] == rule].assign(
-            concordance=lambda rows: rows["concordance"].map("{:g}".format)
-        )
-        of_backprop = errors[errors["rule"] == "backprop"].assign(concordance="backprop")
-        order = [f"{concordance:g}" for concordance in CONCORDANCES]
-        lines = {
-            "x": "epoch",
-            "y": "error",
-            "hue": "concordance",
-            "hue_order": [*order, "backprop"],
-            "palette": [*sns.color_palette("viridis_r", len(order)), theme.look("backprop").colour],
-            "ax": axes,
-        }
-        sns.lineplot(by_concordance, errorbar=every_seed, **lines)
-        sns.lineplot(of_backprop, errorbar=None, linestyle="--", legend=False, **lines)
-        axes.get_legend().legend_handles[-1].set_linestyle("--")
-        sns.move_legend(axes, ncols=3, title="concordance", **below)
-        axes.set(
-            title=title,
-            xlabel="epoch",
-            ylabel="test error [%]",
-            xticks=range(0, errors["epoch"].max() + 1, 3),
-        )
-
-    sns.lineplot(
-        runs.dropna(subset="concordance"),
-        x="concordance",
-        y="last_error",
-        hue="rule",
-        palette={rule: theme.look(rule).colour for rule in ("frSF", "brSF")},
-        style="rule",
-        markers={rule: theme.look(rule).marker for rule in ("frSF", "brSF")},
-        dashes=False,
-        markersize=9,
-        errorbar=every_seed,
-        err_style="bars",
-        err_kws={"capsize": 4},
-        ax=last,
-    )
-    for rule, label, style in (
-        ("backprop", "backprop", "--"),
-        ("RndF", "RndF", "-."),
-        ("uSF", "uSF without BN and BM", ":"),
-    ):
-        mean = runs.loc[runs["rule"] == rule, "last_error"].mean()
-        last.axhline(mean, color=theme.look(rule).colour, linestyle=style, label=label)
-    last.set(title="after the last epoch", xlabel="concordance: probability of the same sign")
-    ticks = [0.5, 1, 3, 10, 30, 100]
-    last.set(yscale="log", ylim=(0.4, 110), yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])
-    last.legend(ncols=2, title="rule", **below)
+    _draw_epochs(fixed, errors, "frSF", "frSF: magnitudes and flips fixed")
+    _draw_epochs(redrawn, errors, "brSF", "brSF: redrawn after each update")
+    _draw_last_errors(last, runs)
     figure.suptitle(
         f"How many signs must agree? The paper's MNIST network on digits: "
         f"mean and range of {runs['seed'].nunique()} seeds"
@@ -193,21 +143,73 @@ def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def _draw_epochs(axes: plt.Axes, errors: pd.DataFrame, rule: str, title: str) -> None:
+    order = [f"{concordance:g}" for concordance in CONCORDANCES]
+    lines = {
+        "x": "epoch",
+        "y": "error",
+        "hue": "concordance",
+        "hue_order": [*order, "backprop"],
+        "palette": [*sns.color_palette("viridis_r", len(order)), theme.look("backprop").colour],
+        "ax": axes,
+    }
+    by_concordance = errors[errors["rule"] == rule].assign(
+        concordance=lambda rows: rows["concordance"].map("{:g}".format)
+    )
+    backprop = errors[errors["rule"] == "backprop"].assign(concordance="backprop")
+    sns.lineplot(by_concordance, errorbar=EVERY_SEED, **lines)
+    sns.lineplot(backprop, errorbar=None, linestyle="--", legend=False, **lines)
+    axes.get_legend().legend_handles[-1].set_linestyle("--")
+    sns.move_legend(axes, ncols=3, title="concordance", **BELOW)
+    ticks = range(0, errors["epoch"].max() + 1, 3)
+    axes.set(title=title, xlabel="epoch", ylabel="test error [%]", xticks=ticks)
+
+
+def _draw_last_errors(axes: plt.Axes, runs: pd.DataFrame) -> None:
+    looks = {rule: theme.look(rule) for rule in ("frSF", "brSF")}
+    sns.lineplot(
+        runs.dropna(subset="concordance"),
+        x="concordance",
+        y="last_error",
+        hue="rule",
+        palette={rule: look.colour for rule, look in looks.items()},
+        style="rule",
+        markers={rule: look.marker for rule, look in looks.items()},
+        dashes=False,
+        markersize=9,
+        errorbar=EVERY_SEED,
+        err_style="bars",
+        err_kws={"capsize": 4},
+        ax=axes,
+    )
+    for rule, label, style in (
+        ("backprop", "backprop", "--"),
+        ("RndF", "RndF", "-."),
+        ("uSF", "uSF without BN and BM", ":"),
+    ):
+        mean = runs.loc[runs["rule"] == rule, "last_error"].mean()
+        axes.axhline(mean, color=theme.look(rule).colour, linestyle=style, label=label)
+    axes.set(title="after the last epoch", xlabel="concordance: probability of the same sign")
+    ticks = [0.5, 1, 3, 10, 30, 100]
+    axes.set(yscale="log", ylim=(0.4, 110), yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])
+    axes.legend(ncols=2, title="rule", **BELOW)
+
+
 def main(epochs: int = 15, seeds: int = 3, jobs: int | None = None, output: Path = Path("runs/demo")) -> None:
     """Train, print and draw.
 
     Args:
-        epochs: passes over the training set.
-        seeds: runs of each condition.
-        jobs: processes, each on one thread; none: one for each core.
-        output: the folder of the run folders, the table and the figure.
+        epochs: Passes over the training set.
+        seeds: Runs of each condition.
+        jobs: Number of processes; each uses one thread (default: the number of cores).
+        output: Folder of the run folders, the table and the figure.
     """
     console = Console(soft_wrap=True)
     planned = [(condition, seed) for seed in range(seeds) for condition in conditions()]
     jobs = min(jobs or os.cpu_count() or 1, len(planned))
     console.print(
-        f"{len(planned)} runs of {epochs} epochs, {jobs} at a time. Learning rates, fixed beforehand: "
-        f"Batch Manhattan {MANHATTAN_RATE:g}; SGD {SGD_RATE:g} (uSF alone). Run folders: {output}"
+        f"{len(planned)} runs of {epochs} epochs, {jobs} at a time. Learning rates: "
+        f"Batch Manhattan {MANHATTAN_LR:g}; SGD {SGD_LR:g} (uSF). Run folders: {output}"
     )
     began = time.perf_counter()
     finished = joblib.Parallel(n_jobs=jobs, return_as="generator")(
@@ -215,7 +217,7 @@ def main(epochs: int = 15, seeds: int = 3, jobs: int | None = None, output: Path
         for condition, seed in planned
     )
     bar = track(finished, description="training", total=len(planned), console=console)
-    runs = summarise([(*plan, result) for plan, result in zip(planned, bar, strict=True)])
+    runs = summarize([(*plan, result) for plan, result in zip(planned, bar, strict=True)])
     runs["run"] = [Path(configuration(*plan, epochs, output).output or "").name for plan in planned]
 
     console.print(as_table(runs))

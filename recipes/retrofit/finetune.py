@@ -1,19 +1,18 @@
-"""What happens if a pretrained network is fine-tuned through feedback weights? How many signs must agree, and
-at which depth?
+"""What happens if you fine-tune a pretrained network through feedback weights?
 
-Fine-tunes a network with ImageNet weights on a part of CIFAR-10: by backprop, by sign feedback with random
-magnitudes at four concordances, and by random feedback; its classifier alone, its last stages, or the whole
-of it. Angles between V and W, and between the gradients and backprop's, are recorded before, during and
-after.
+How many signs must match, and at which depth? Fine-tunes a network with ImageNet weights on a part of
+CIFAR-10, by backprop, by sign feedback with random magnitudes at four concordances, and by random feedback.
+Trains the classifier alone, the last stages, or the whole network. Records the angles between V and W, and
+between the gradients and backprop's, before, during and after training.
 
     python recipes/retrofit/finetune.py --data.root data --data.download true
     python recipes/retrofit/finetune.py --depth head
     python recipes/retrofit/finetune.py --depth last --protocol.seeds 1
-    python recipes/retrofit/finetune.py --model.name timm/resnet18 --model.weights hub      # or a file's name
+    python recipes/retrofit/finetune.py --model.name timm/resnet18 --model.weights hub      # or a file name
     python recipes/retrofit/finetune.py --smoke                                             # seconds
 
-Conditions, learning rates and protocol are in finetune.yaml, a sweep; any option of `feedbackhook sweep` may
-stand behind the command. The same command goes on where it stopped, and what has ended is not repeated.
+finetune.yaml holds the conditions, learning rates and protocol, a sweep. You may add any option of
+`feedbackhook sweep` to the command. Rerun the same command to resume; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
 import pandas as pd
 import seaborn as sns
+import sweep_recipes
 import timm
 from matplotlib.figure import Figure
 from timm.models import group_parameters
@@ -34,11 +33,11 @@ from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
 
 YAML = Path(__file__).with_suffix(".yaml")
-LAST_STAGES = 3  # of the groups in which timm counts a network's layers, the classifier among them
+LAST_STAGES = 3  # of the groups into which timm divides a network's layers, including the classifier
 HEAD = {"backprop": {"feedback": {"mode": None}, "optimizer": {"lr": 0.03}}}
 DEPTHS = ("head", "last", "whole")
 SMOKE = {
-    **common.SMOKE,
+    **sweep_recipes.SMOKE,
     "datasets": "[digits]",
     "data.size": "32",
     "model.weights": "null",
@@ -47,9 +46,12 @@ SMOKE = {
 }
 
 
-def trained(model: str, depth: str) -> list[str]:
-    """The options that let a model of timm's learn at this depth alone. To the classifier every rule is
-    backprop, since no error signal goes on from there."""
+def trainable(model: str, depth: str) -> list[str]:
+    """Return the options that make a timm model learn at this depth only.
+
+    For the classifier alone, backprop is the only condition: no error signal passes below it, so all rules
+    are the same.
+    """
     if depth == "whole":
         return []
     network = timm.create_model(model.removeprefix("timm/"))
@@ -62,44 +64,46 @@ def trained(model: str, depth: str) -> list[str]:
 
 
 def recorded(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """A row a run; their test errors by epoch; and the angles of each layer by step. `trained` is the depth
-    of training, `depth` that of a layer."""
+    """Return the runs, their test errors by epoch, and the angles of each layer by step.
+
+    The column `trainable` is what was trained, `depth` is the depth of a layer.
+    """
     found = collect(folder)
-    runs = found.runs.assign(trained=found.runs["folder"].map(lambda run: Path(run).parent.name))
-    what = runs.set_index("run")[["trained", "condition", "seed"]]
-    errors = found.rows(["test_error"]).join(what, on="run")
-    angles = found.rows(of_layers=["gradient_angle", "weight_angle"]).join(what, on="run")
-    columns = ["run", *what.columns, "learning_rate", "last_error", "best_error", "best_epoch"]
+    runs = found.runs.assign(trainable=found.runs["folder"].map(lambda run: Path(run).parent.name))
+    labels = runs.set_index("run")[["trainable", "condition", "seed"]]
+    errors = found.rows(["test_error"]).join(labels, on="run")
+    angles = found.rows(of_layers=["gradient_angle", "weight_angle"]).join(labels, on="run")
+    columns = ["run", *labels.columns, "learning_rate", "last_error", "best_error", "best_epoch"]
     return runs[columns], errors, angles
 
 
 def draw(folder: Path) -> Figure:
-    """Error by depth; against epoch, of the deepest; and its gradients' angles to backprop's, by layer."""
+    """Draw the errors by depth, then the errors by epoch and the gradient angles of the deepest."""
     runs, errors, angles = recorded(folder)
-    depths = [depth for depth in DEPTHS if depth in set(runs["trained"])]
+    depths = [depth for depth in DEPTHS if depth in set(runs["trainable"])]
     deepest = depths[-1]
     conditions = list(stored(folder / deepest).conditions)
-    errors = errors[errors["trained"] == deepest]
-    angles = angles[(angles["trained"] == deepest) & (angles["metric"] == "gradient_angle")].dropna(
+    errors = errors[errors["trainable"] == deepest]
+    angles = angles[(angles["trainable"] == deepest) & (angles["metric"] == "gradient_angle")].dropna(
         subset="value"
     )
-    by = {"hue": "condition", "hue_order": conditions, "palette": common.colours(conditions)}
+    by = {"hue": "condition", "hue_order": conditions, "palette": sweep_recipes.condition_colors(conditions)}
     with theme.style():
         figure = Figure(figsize=theme.figsize(12.0, 7.6), layout="constrained")
-        (by_depth, by_epoch), of_layers = figure.subplots(2, 2)
+        (by_depth, by_epoch), by_layer = figure.subplots(2, 2)
         sns.stripplot(
-            runs, x="trained", y="last_error", order=depths, dodge=True, ax=by_depth, legend=False, **by
+            runs, x="trainable", y="last_error", order=depths, dodge=True, ax=by_depth, legend=False, **by
         )
         by_depth.set(
             xlabel="what is trained",
             ylabel="test error [%]",
-            title="after the last epoch, a point a seed",
+            title="after the last epoch, a point per seed",
             ylim=(0, None),
         )
         sns.lineplot(errors, x="epoch", y="value", errorbar=("pi", 100), ax=by_epoch, legend=True, **by)
         by_epoch.set(xlabel="epoch", ylabel="test error [%]", title=f"training: {deepest}", ylim=(0, 100))
         by_epoch.legend(title=None, frameon=False, loc="lower left", fontsize="small")
-        for axes, when, title in zip(of_layers, ("min", "max"), ("before", "after"), strict=True):
+        for axes, when, title in zip(by_layer, ("min", "max"), ("before", "after"), strict=True):
             step = angles.groupby("run")["step"].transform(when)
             sns.lineplot(
                 angles[angles["step"] == step],
@@ -122,9 +126,12 @@ def draw(folder: Path) -> Figure:
 
 
 def write(folder: Path) -> list[Path]:
-    """runs.csv; angles.csv, means over seeds, of V and W at the start and the end; and the figure."""
+    """Write runs.csv, angles.csv and the figure.
+
+    angles.csv holds means over seeds: gradient angles of all steps, weight angles of the first and last step.
+    """
     runs, _, angles = recorded(folder)
-    keys = ["trained", "condition", "step", "layer", "depth", "metric"]
+    keys = ["trainable", "condition", "step", "layer", "depth", "metric"]
     means = angles.groupby(keys, sort=False)["value"].mean().reset_index()
     steps = means.groupby("metric")["step"]
     ends = (means["step"] == 0) | (means["step"] == steps.transform("max"))
@@ -138,15 +145,17 @@ def write(folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print and draw."""
-    parser = common.parser(__doc__, "runs/finetune")
-    parser.add_argument("--depth", choices=DEPTHS, default="whole", help="what is trained: its end, or all")
-    parser.add_argument("--model.name", dest="model", default="timm/tf_efficientnet_lite0", help="timm/NAME")
+    parser = sweep_recipes.parser(__doc__, "runs/finetune")
+    parser.add_argument("--depth", choices=DEPTHS, default="whole", help="what to train")
+    parser.add_argument(
+        "--model.name", dest="model", default="timm/tf_efficientnet_lite0", help="network to train, timm/NAME"
+    )
     given, others = parser.parse_known_args(arguments)
     if given.smoke:
         given.model = "timm/test_efficientnet"
-        others += common.options(SMOKE)
-    what = ["--model.name", given.model, *trained(given.model, given.depth)]
-    common.sweep(YAML, given.output / given.depth, [*what, *others])
+        others += sweep_recipes.options(SMOKE)
+    chosen = ["--model.name", given.model, *trainable(given.model, given.depth)]
+    sweep_recipes.sweep(YAML, given.output / given.depth, [*chosen, *others])
     print(*write(given.output), sep="\n")
 
 

@@ -1,16 +1,16 @@
 """Which networks learn from scratch through feedback weights?
 
-Trains networks of five kinds by backprop, by sign feedback at concordance 1 and 0.75 and by random feedback,
-with timm's augmentation, and timm's AdamW where that is usual: ResNet-20 and ResNet-18 for small images,
-ViT-tiny, ConvNeXt-atto and an MLP-Mixer.
+Trains five networks by backprop, by sign feedback at concordances 1 and 0.75, and by random feedback, with
+timm's augmentation: ResNet-20 and ResNet-18 for small images with SGD, and ViT-tiny, ConvNeXt-atto and an
+MLP-Mixer with timm's AdamW.
 
     python recipes/retrofit/scratch.py
     python recipes/retrofit/scratch.py --networks resnet20 vit --datasets '[CIFAR10]' --data.root data \\
         --data.size 32 --data.augmentation '{scale: [0.6, 1], hflip: 0.5, auto_augment: rand-m9-n2}'
     python recipes/retrofit/scratch.py --smoke                                              # seconds
 
-scratch.yaml holds conditions and protocol, a sweep; any option of `feedbackhook sweep` may stand behind the
-command. The same command goes on where it stopped, and what has ended is not repeated.
+scratch.yaml holds the conditions and protocol, a sweep. You may add any option of `feedbackhook sweep` to the
+command. Rerun the same command to resume; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
 import pandas as pd
 import seaborn as sns
+import sweep_recipes
 from matplotlib.figure import Figure
 
 from feedbackhook.report import theme
@@ -45,20 +45,20 @@ NETWORKS: dict[str, dict[str, str]] = {
     },
 }
 SMOKE = {
-    **common.SMOKE,
+    **sweep_recipes.SMOKE,
     "protocol.lr_factors": "1",
     "record.every": "100",
 }
 
 
 def errors(folder: Path, networks: Sequence[str]) -> pd.DataFrame:
-    """Best errors by network and condition."""
+    """Return the best errors by network and condition."""
     cells = pd.concat(sweep_table(folder / name).cells.assign(network=name) for name in networks)
     return cells[["network", "condition", "best_error", "best_epoch", "runs", "ended"]]
 
 
 def draw(cells: pd.DataFrame) -> Figure:
-    """The same as bars."""
+    """Draw the best errors as bars."""
     conditions = list(cells["condition"].unique())
     with theme.style():
         figure = Figure(figsize=theme.figsize(9.0, 4.4), layout="constrained")
@@ -69,7 +69,7 @@ def draw(cells: pd.DataFrame) -> Figure:
             y="best_error",
             hue="condition",
             hue_order=conditions,
-            palette=common.colours(conditions),
+            palette=sweep_recipes.condition_colors(conditions),
             ax=axes,
         )
         for container in axes.containers:
@@ -81,21 +81,21 @@ def draw(cells: pd.DataFrame) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print and draw."""
-    parser = common.parser(__doc__, "runs/scratch")
+    parser = sweep_recipes.parser(__doc__, "runs/scratch")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument(
-        "--data.size", dest="size", type=int, default=16, help="pixels of an image's side, 16 or 32"
+        "--data.size", dest="size", type=int, default=16, help="height and width of the images: 16 or 32"
     )
     given, others = parser.parse_known_args(arguments)
     if given.smoke:
-        others += common.options(SMOKE)
+        others += sweep_recipes.options(SMOKE)
     for name in given.networks:
         network = {
             key: value.format(size=given.size, patch=given.size // 16)
             for key, value in NETWORKS[name].items()
         }
-        what = common.options({**network, "data.size": str(given.size)})
-        common.sweep(YAML, given.output / name, [*what, *others])
+        chosen = sweep_recipes.options({**network, "data.size": str(given.size)})
+        sweep_recipes.sweep(YAML, given.output / name, [*chosen, *others])
     found = errors(given.output, given.networks)
     found.to_csv(given.output / "errors.csv", index=False, float_format="%.2f")
     draw(found).savefig(given.output / "scratch.png", dpi=150)

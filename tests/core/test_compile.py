@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import bounds
-from support.model_coverage import prepared
+from support.coverage.models import prepared
 from support.oracle import (
     Gradients,
     assert_matches_oracle,

@@ -1,127 +1,29 @@
 """Every family of torchvision's classifiers, segmenters and detectors, patched, against the oracles.
 
-The results of a session that has run all of them become the table in `docs/coverage.md`.
+`python docs/coverage.py` makes the same comparisons and writes them into docs/coverage.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
-import torch
-import torchvision
 from support import oracle
-from support.model_coverage import (
-    Row,
-    compare,
-    image,
-    outputs,
-    prepared,
-    recorded,
-    session_folder,
-    write_table,
-)
-from torch import Tensor, nn
+from support.coverage.comparison import Row
+from support.coverage.models import image, prepared
+from support.coverage.torchvision_models import CASES, IDS, TINY, family_of, fill, losses
 from torchvision import models
-
-
-def losses(model: nn.Module, x: Tensor) -> Tensor:
-    """A detector's losses in train mode, for one object in each image, at another place in each."""
-    targets = []
-    for number, picture in enumerate(x):
-        left, top = picture.shape[-1] * (1 + number) / 8, picture.shape[-2] / 4
-        right, bottom = left + picture.shape[-1] / 2, top + picture.shape[-2] / 2
-        mask = torch.zeros(1, *picture.shape[-2:], dtype=torch.uint8)
-        mask[:, int(top) : int(bottom), int(left) : int(right)] = 1
-        corners = [[left + 2, top + 2, 1], [right - 2, bottom - 2, 1], [right - 2, top + 2, 1]]
-        targets.append(
-            {
-                "boxes": x.new_tensor([[left, top, right, bottom]]),
-                "labels": torch.tensor([1 + number]),
-                "masks": mask,
-                "keypoints": torch.tensor([(corners * 6)[:17]]),  # no other dtype is taken
-            }
-        )
-    return torch.stack(list(model(list(x), targets).values()))
-
-
-@dataclass(frozen=True)
-class Case:
-    """The model that stands for a family.
-
-    Args:
-        model: a name for `torchvision.models.get_model`.
-        size: height and width of the input.
-        options: of the model; most make it smaller.
-        step: how the model is run, to one tensor.
-        batch: the number of images.
-    """
-
-    model: str
-    size: int
-    options: dict[str, Any] = field(default_factory=dict)
-    step: Callable[[nn.Module, Tensor], Tensor] = outputs
-    batch: int = 2
-
-
-TINY = {"num_classes": 3, "min_size": 64, "max_size": 64}
-FEW = TINY | {"box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 50}
-
-CASES = {
-    "alexnet": Case("alexnet", 64),
-    "convnext": Case("convnext_tiny", 32),
-    "densenet": Case("densenet121", 32),
-    "efficientnet": Case("efficientnet_b0", 64),
-    "googlenet": Case("googlenet", 64, {"init_weights": False}),
-    "inception": Case("inception_v3", 80, {"init_weights": False, "aux_logits": False}),
-    "maxvit": Case("maxvit_t", 224, batch=1),
-    "mnasnet": Case("mnasnet0_5", 64),
-    "mobilenetv2": Case("mobilenet_v2", 32),
-    "mobilenetv3": Case("mobilenet_v3_small", 64),
-    "regnet": Case("regnet_x_400mf", 32),
-    "resnet": Case("resnet18", 32),
-    "shufflenetv2": Case("shufflenet_v2_x0_5", 64),
-    "squeezenet": Case("squeezenet1_1", 64),
-    "swin_transformer": Case("swin_t", 64),
-    "vgg": Case("vgg11", 32),
-    "vision_transformer": Case("vit_b_32", 64, {"image_size": 64}),
-    "segmentation.deeplabv3": Case("deeplabv3_mobilenet_v3_large", 64),
-    "segmentation.fcn": Case("fcn_resnet50", 32, {"aux_loss": True}),
-    "segmentation.lraspp": Case("lraspp_mobilenet_v3_large", 64),
-    "detection.faster_rcnn": Case("fasterrcnn_mobilenet_v3_large_320_fpn", 64, FEW, losses),
-    "detection.fcos": Case("fcos_resnet50_fpn", 64, TINY, losses),
-    "detection.keypoint_rcnn": Case("keypointrcnn_resnet50_fpn", 64, FEW, losses),
-    "detection.mask_rcnn": Case("maskrcnn_resnet50_fpn", 64, FEW, losses),
-    "detection.retinanet": Case("retinanet_resnet50_fpn", 64, TINY, losses),
-    "detection.ssd": Case("ssd300_vgg16", 64, {"num_classes": 3}, losses, batch=1),
-    "detection.ssdlite": Case("ssdlite320_mobilenet_v3_large", 64, {"num_classes": 3}, losses),
-}
-"""The model of each module with builders in `torchvision.models`."""
 
 IN_SHORT = {"resnet", "shufflenetv2", "squeezenet"}
 """The families that `make test` runs."""
 
 
-def family_of(model: str) -> str:
-    """The module of a model's builder."""
-    return models.get_model_builder(model).__module__.removeprefix("torchvision.models.")
-
-
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(family, marks=() if family in IN_SHORT else pytest.mark.slow) for family in sorted(CASES)],
+    "family", [pytest.param(family, marks=() if family in IN_SHORT else pytest.mark.slow) for family in IDS]
 )
-def test_model(family, results):
-    case = CASES[family]
-    row = Row(family, family, case.model)
-    with recorded(row, results):
-        options = {"num_classes": 10, **case.options}
-        if "." in family:
-            options["weights_backbone"] = None
-        model = prepared(models.get_model(case.model, weights=None, **options))
-        compare(model, image(case.batch, 3, case.size, case.size), row, step=case.step)
+def test_model(family):
+    row = Row(family)
+    fill(row)
+    assert 0 < row.rerouted <= row.calls
+    assert row.result.startswith("ok")
 
 
 def test_every_family_has_a_case():
@@ -132,16 +34,7 @@ def test_every_family_has_a_case():
 
 
 def test_losses_see_every_parameter():
-    """The targets are such that no head of a detector goes without a gradient."""
+    """With these targets every head of a detector gets a gradient."""
     model = prepared(models.get_model("retinanet_resnet50_fpn", weights=None, weights_backbone=None, **TINY))
     grads = oracle.gradients(model, image(2, 3, 64, 64), losses, input_requires_grad=False).parameters
     assert not [name for name, grad in grads.items() if grad is None or not grad.any()]
-
-
-@pytest.fixture
-def results(tmp_path_factory):
-    """The session's folder of results, one for all of its processes; the table follows the last of them."""
-    folder = session_folder(tmp_path_factory, "torchvision")
-    yield folder
-    versions = [f"torch {torch.__version__}", f"torchvision {torchvision.__version__}"]
-    write_table("torchvision", versions, folder, sorted(CASES))

@@ -54,7 +54,7 @@ class Case(NamedTuple):
         layers: how many can be patched.
         loss: of the model's step.
         exact: weights that no layer holds.
-        first: the layers that have nothing upstream.
+        first: the layers that have no error signal to send on.
     """
 
     build: Callable[[], nn.Module]

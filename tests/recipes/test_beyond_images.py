@@ -1,10 +1,8 @@
 """The recipes on text and on tables: their networks beside the oracles, their data, and that they run."""
 
 import copy
-import importlib.util
 import inspect
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -15,27 +13,25 @@ import torch
 import yaml
 from support import oracle
 from support.problems import draw, layer_names, redrawn
+from support.recipes import RECIPES, load_recipe
 
 import feedbackhook
 
-RETROFIT = Path(__file__).parents[2] / "recipes" / "retrofit"
+RETROFIT = RECIPES / "retrofit"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, RETROFIT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run(recipe, **options):
+    recipe.main(recipe.Settings(**options))
 
 
 @pytest.fixture(scope="module")
 def characters():
-    return load("characters")
+    return load_recipe("retrofit/characters")
 
 
 @pytest.fixture(scope="module")
 def tabular():
-    return load("tabular")
+    return load_recipe("retrofit/tabular")
 
 
 def patched(model, rule):
@@ -72,9 +68,9 @@ def test_the_transformer_learns_as_both_oracles_say(characters, rule):
 
 
 @pytest.mark.parametrize("depth", [1, 4])
-@pytest.mark.parametrize("normalisation", ["none", "LayerNorm", "BatchNorm"])
-def test_the_perceptron_learns_as_both_oracles_say(tabular, depth, normalisation):
-    model = redrawn(tabular.perceptron(5, 3, 8, depth, normalisation))
+@pytest.mark.parametrize("normalization", ["none", "LayerNorm", "BatchNorm"])
+def test_the_perceptron_learns_as_both_oracles_say(tabular, depth, normalization):
+    model = redrawn(tabular.perceptron(5, 3, 8, depth, normalization))
     for norm in model:
         if hasattr(norm, "num_batches_tracked"):  # its count is no float
             norm.num_batches_tracked = torch.tensor(0)
@@ -96,14 +92,14 @@ def test_the_perceptron_learns_as_both_oracles_say(tabular, depth, normalisation
 
 def test_the_split_of_the_text_is_fixed_and_no_paragraph_is_in_two_parts(characters, monkeypatch):
     text = characters.shipped_text()
-    training, held_out, test = characters.split(text)
-    assert training + held_out + test == text
-    assert len(held_out) == len(test) == len(text) // 10
+    training, validation, test = characters.split(text)
+    assert training + validation + test == text
+    assert len(validation) == len(test) == len(text) // 10
 
     topics = sys.modules["pydoc_data.topics"].topics
     backwards = SimpleNamespace(topics=dict(reversed(topics.items())))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", backwards)
-    assert characters.split(characters.shipped_text()) == (training, held_out, test)
+    assert characters.split(characters.shipped_text()) == (training, validation, test)
 
     def paragraphs(part):
         return {" ".join(paragraph.split()) for paragraph in part.split("\n\n")}
@@ -123,13 +119,13 @@ def test_the_split_of_the_text_is_fixed_and_no_paragraph_is_in_two_parts(charact
 def test_a_python_without_the_text_is_told_so(characters, monkeypatch, tmp_path, module, words):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
     with pytest.raises(ModuleNotFoundError, match=words):
-        characters.main(smoke=True, output=tmp_path)
+        run(characters, smoke=True, output=tmp_path)
 
 
 def test_a_text_of_ones_own_may_not_be_too_short(characters, tmp_path):
     (tmp_path / "text").write_text("abc" * 100)
     with pytest.raises(ValueError, match="a text of 300 characters is too short: a tenth must hold 65"):
-        characters.main(text=tmp_path / "text", output=tmp_path)
+        run(characters, text=tmp_path / "text", output=tmp_path)
 
 
 def test_bits_by_counts_are_those_of_the_definition(characters):
@@ -177,7 +173,7 @@ def refuse(*args):
 def test_characters_trains_prints_draws_and_does_not_repeat_what_is_finished(
     characters, tmp_path, monkeypatch, capsys
 ):
-    characters.main(smoke=True, output=tmp_path)
+    run(characters, smoke=True, output=tmp_path)
     out = capsys.readouterr().out
     for expected in ("sign 0.75", "head alone", "by counts", "characters.png"):
         assert expected in out
@@ -197,7 +193,7 @@ def test_characters_trains_prints_draws_and_does_not_repeat_what_is_finished(
     assert {"error_angle", "gradient_angle", "test_bits"} <= set(watched["metric"])
 
     monkeypatch.setattr(characters, "CharacterTransformer", refuse)
-    characters.main(smoke=True, output=tmp_path)
+    run(characters, smoke=True, output=tmp_path)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "runs.csv"), runs)
 
 
@@ -205,7 +201,7 @@ SETTINGS = {
     "rule": "sign 1",
     "patch": {"mode": "sign"},
     "seed": 0,
-    "rate": 1e-3,
+    "lr": 1e-3,
     "steps": 2,
     "batch_size": 2,
     "every": 1,
@@ -217,7 +213,7 @@ SETTINGS = {
 TEXTS = ("abcdefgh" * 20, "hgfedcba" * 5, "abcdabcd" * 5)
 
 
-def test_characters_begins_a_killed_run_anew_and_refuses_other_settings(characters, tmp_path):
+def test_characters_restarts_a_killed_run_and_refuses_other_settings(characters, tmp_path):
     folder = tmp_path / "run"
     with feedbackhook.Recorder(folder) as recorder:
         recorder.add(0, 0, "test_bits", 99.0)  # left by a run that was killed
@@ -233,34 +229,34 @@ def test_a_run_that_diverges_is_told_and_its_rate_is_not_chosen(characters, tmp_
     results = [
         characters.train(
             TEXTS,
-            {**SETTINGS, "rate": rate, "steps": steps},
-            tmp_path / characters.name_of("sign 1", rate, 0),
+            {**SETTINGS, "lr": lr, "steps": steps},
+            tmp_path / characters.name_of("sign 1", lr, 0),
         )
-        for rate, steps in ((1e30, 4), (1e-3, 4))
+        for lr, steps in ((1e30, 4), (1e-3, 4))
     ]
     assert [result["status"] for result in results] == ["diverged", "finished"]
-    runs = characters.summarise(results)
+    runs = characters.summarize(results)
     assert list(runs["chosen"]) == [False, True]
 
 
-def test_the_rate_is_chosen_on_what_is_held_out_and_by_the_first_seed(characters):
+def test_the_rate_is_chosen_on_the_validation_text_and_by_the_first_seed(characters):
     runs = pd.DataFrame(
         {
             "rule": "random",
-            "rate": [0.1, 0.2, 0.2],
+            "lr": [0.1, 0.2, 0.2],
             "seed": [0, 0, 1],
             "val_bits": [2.0, 3.0, 1.0],
             "test_bits": [3.0, 2.0, 1.0],
             "status": "finished",
         }
     )
-    assert characters.best_rates(runs) == {"random": 0.1}
+    assert characters.best_lrs(runs) == {"random": 0.1}
 
 
 def test_tabular_trains_prints_draws_and_does_not_repeat_what_is_finished(
     tabular, tmp_path, monkeypatch, capsys
 ):
-    tabular.main(smoke=True, output=tmp_path)
+    run(tabular, smoke=True, output=tmp_path)
     out = capsys.readouterr().out
     for expected in ("wine: test accuracy [%]", "diabetes: test R²", "LayerNorm", "tabular.png"):
         assert expected in out
@@ -275,10 +271,10 @@ def test_tabular_trains_prints_draws_and_does_not_repeat_what_is_finished(
     assert matplotlib.image.imread(tmp_path / "tabular.png").std() > 0.01
 
     monkeypatch.setattr(tabular, "perceptron", refuse)
-    tabular.main(smoke=True, output=tmp_path)
+    run(tabular, smoke=True, output=tmp_path)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tabular.csv"), conditions)
     with pytest.raises(ValueError, match=r"other settings \(width\): remove it"):
-        tabular.main(smoke=True, width=32, output=tmp_path)
+        run(tabular, smoke=True, width=32, output=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -287,15 +283,15 @@ def test_tabular_trains_prints_draws_and_does_not_repeat_what_is_finished(
         ("characters", "rules", ["rnadom"]),
         ("tabular", "rules", ["rnadom"]),
         ("tabular", "tables", ["iris"]),
-        ("tabular", "normalisations", ["GroupNorm"]),
+        ("tabular", "normalizations", ["GroupNorm"]),
     ],
 )
 def test_an_unknown_name_is_an_error_that_tells_the_known(name, option, value, tmp_path):
     with pytest.raises(ValueError, match=rf"unknown {option} \['{value[0]}'\]; known: \w+"):
-        load(name).main(**{option: value}, output=tmp_path)
+        run(load_recipe(f"retrofit/{name}"), **{option: value}, output=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["characters", "tabular"])
 def test_the_configuration_beside_a_recipe_has_all_its_options(name):
     options = yaml.safe_load((RETROFIT / f"{name}.yaml").read_text())
-    assert list(options) == list(inspect.signature(load(name).main).parameters)
+    assert list(options) == list(inspect.signature(load_recipe(f"retrofit/{name}").Settings).parameters)

@@ -1,8 +1,6 @@
-"""The recipes run, on little."""
+"""The recipes for the paper run, on very little data."""
 
-import importlib.util
 from dataclasses import fields
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -10,27 +8,20 @@ import pandas as pd
 import pytest
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from support.recipes import RECIPES, load_recipe
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import SweepConfig
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.sweep.grid import plan
-from feedbackhook.report.tables import paper_errors
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from feedbackhook.liao2016.published import error_rates
+from feedbackhook.report.published import published
 
 
 @pytest.fixture
 def demo():
     with mpl.rc_context():
-        yield load(RECIPES / "liao2016" / "demo.py")
+        yield load_recipe("liao2016/demo")
         plt.close("all")
 
 
@@ -103,7 +94,7 @@ def test_the_example_configuration_is_valid(tmp_path):
 
 
 def test_alignment_trains_and_tells_when_the_angle_falls(tmp_path, capsys):
-    alignment = load(RECIPES / "liao2016" / "alignment.py")
+    alignment = load_recipe("liao2016/alignment")
     alignment.main(data="digits", epochs=2, seeds=2, threads=1, bound=120.0, output=tmp_path)
     out = capsys.readouterr().out
     assert "step 0, epoch 1" in out
@@ -113,9 +104,9 @@ def test_alignment_trains_and_tells_when_the_angle_falls(tmp_path, capsys):
     assert set(pd.read_csv(tmp_path / "angles.csv")["metric"]) == {"error_angle", "weight_angle"}
     assert plt.imread(tmp_path / "error_angle.png").std() > 0.01
 
-    never = alignment.summarise(alignment.read(tmp_path), bound=1.0)
+    never = alignment.summarize(alignment.read(tmp_path), bound=1.0)
     assert never["step_below"].isna().all()
-    assert "never" in capture_table(alignment._shown(never, 1.0))
+    assert "never" in capture_table(alignment.shown(never, 1.0))
 
 
 def capture_table(table):
@@ -140,19 +131,18 @@ def sweep_of(name, *options):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment):
-    paper = paper_errors()
     config = sweep_of(f"experiment_{experiment}")
     runs = plan(config)
     conditions = {run.condition for run in runs}
     assert len(conditions) == EXPERIMENTS[experiment]
-    assert conditions <= set(paper.index)
+    assert conditions <= set(error_rates().index)
     for run in runs:  # the paper has a figure for each cell
-        assert paper.loc[run.condition, PAPER[run.dataset].paper_name] > 0
+        assert published(run.dataset, run.condition) > 0
         assert run.config.protocol.epochs == 65
     assert {run.rate for run in runs} == {100, 10, 1, 0.1, 0.01}
     assert config.data.val_fraction == 0.1
     datasets = {run.dataset for run in runs}
-    assert datasets == set(list(PAPER)[:6]) if experiment == "misc" else datasets == set(PAPER)
+    assert datasets == set(list(DATASETS)[:6]) if experiment == "misc" else datasets == set(DATASETS)
     small = plan(sweep_of(f"experiment_{experiment}", "--small", "digits"))
     assert {run.condition for run in small} == conditions
     assert {(run.dataset, run.config.protocol.epochs) for run in small} == {("digits", 8)}
@@ -160,7 +150,7 @@ def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment)
 
 def test_the_experiments_together_are_all_of_the_papers_conditions():
     runs = [run for name in EXPERIMENTS for run in plan(sweep_of(f"experiment_{name}", "--small", "digits"))]
-    assert {run.condition for run in runs} == set(paper_errors().index)
+    assert {run.condition for run in runs} == set(error_rates().index)
 
 
 @pytest.mark.slow
@@ -188,7 +178,7 @@ def test_the_short_protocol_on_mnist_has_the_main_claims():
     runs = plan(sweep_of("mnist"))
     assert {run.dataset for run in runs} == {"MNIST"}
     conditions = {run.condition for run in runs}
-    assert conditions <= set(paper_errors().index)
+    assert conditions <= set(error_rates().index)
     assert {
         "SGD",
         "uSF",

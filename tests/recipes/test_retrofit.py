@@ -1,10 +1,7 @@
-"""The recipes that retrofit whole networks run on little, and set up what they say."""
+"""The recipes for whole networks run on very little data, and set up what they say."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import timm
+import torch
 import yaml
 from safetensors.torch import load_file
+from support.recipes import RECIPES, load_recipe
 
 import feedbackhook
 from feedbackhook.experiments.config import SweepConfig
@@ -22,20 +21,12 @@ from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.sweep.grid import plan, stored
 from feedbackhook.report.runs import collect
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "retrofit"
+RETROFIT = RECIPES / "retrofit"
 
 
 @pytest.fixture
-def recipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """A recipe as a module, its folder on the path as when it is run."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    spec = importlib.util.spec_from_file_location(request.param, RECIPES / f"{request.param}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("common", None)
+def recipe(request: pytest.FixtureRequest) -> ModuleType:
+    return load_recipe(f"retrofit/{request.param}")
 
 
 def sweep_of(name: str) -> SweepConfig:
@@ -44,7 +35,7 @@ def sweep_of(name: str) -> SweepConfig:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepConfig)
-    given = parser.instantiate(parser.parse_path(str(RECIPES / f"{name}.yaml")))
+    given = parser.instantiate(parser.parse_path(str(RETROFIT / f"{name}.yaml")))
     return SweepConfig(**{key: given[key] for key in SweepConfig.__dataclass_fields__})
 
 
@@ -96,14 +87,14 @@ def test_the_depth_is_counted_in_timms_own_groups(
 
     network = timm.create_model(model.removeprefix("timm/"))
     for depth, parts in (("head", head), ("last", last)):
-        pattern = re.compile(recipe.trained(model, depth)[1])
+        pattern = re.compile(recipe.trainable(model, depth)[1])
         matched = {name for name, _ in network.named_parameters() if pattern.fullmatch(name)}
         assert matched == {
             name
             for name, _ in network.named_parameters()
             if any(name == part or name.startswith(f"{part}.") for part in parts)
         }
-    assert recipe.trained(model, "whole") == []
+    assert recipe.trainable(model, "whole") == []
 
 
 def test_fine_tuning_is_as_it_is_reported() -> None:
@@ -117,7 +108,7 @@ def test_fine_tuning_is_as_it_is_reported() -> None:
 @pytest.mark.parametrize("recipe", ["layers"], indirect=True)
 def test_layer_by_layer_reroutes_what_each_condition_names(recipe: ModuleType, tmp_path: Path) -> None:
     assert recipe.parts("cifar/resnet20") == ["layer1", "layer2", "layer3", "fc"]
-    own = yaml.safe_load((RECIPES / "layers.yaml").read_text())["conditions"]
+    own = yaml.safe_load((RETROFIT / "layers.yaml").read_text())["conditions"]
     config = sweep_of("layers")
     config.conditions = own | recipe.conditions("cifar/resnet20")
     rules = {}
@@ -151,10 +142,10 @@ def test_layer_by_layer_trains_and_draws(
     assert {name.partition(".")[0] for name in only} == {"layer3"}
 
 
-@pytest.mark.parametrize("recipe", ["normalise"], indirect=True)
-def test_normalising_shows_how_the_error_signal_grows(recipe: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["normalize"], indirect=True)
+def test_normalizing_shows_how_the_error_signal_grows(recipe: ModuleType, tmp_path: Path) -> None:
     recipe.main(["--smoke", "--output", str(tmp_path), "--workers", "2", "--model.options", "{width: 0.125}"])
-    assert is_a_picture(tmp_path / "normalise.png")
+    assert is_a_picture(tmp_path / "normalize.png")
     norms = recipe.gradients(tmp_path).pivot_table("value", "depth", "condition")
     growth = np.log10(norms.loc[0] / norms.loc[13])
     assert growth["uSF"] > 10
@@ -187,9 +178,10 @@ def test_every_network_from_scratch_takes_images_of_both_sizes(recipe: ModuleTyp
             config = ModelConfig(options["model.name"], options=yaml.safe_load(given))
             model = build(config, 10, 3, (size, size))
             feedbackhook.patch(model, "sign", concordance=0.75)
+            assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("recipe", ["normalise"], indirect=True)
+@pytest.mark.parametrize("recipe", ["normalize"], indirect=True)
 def test_a_recipe_that_cannot_run_ends_with_the_reason(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

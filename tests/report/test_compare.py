@@ -216,8 +216,8 @@ def test_too_few_runs_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["compare", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "oo few" in line] == [
-        "Too few runs for every test: one takes 6 pairs, on the same data with the same seed, whose errors "
-        "differ, and there are at most 4."
+        "Too few runs for every test: a test needs 6 pairs of runs, on the same data with the same seed, "
+        "whose errors differ, and there are at most 4."
     ]
     rows = [line.split()[0] for line in lines if line.strip().endswith(")") and "digits" in line]
     assert rows == ["uSF+BN", "SGD", "frSF+BN", "brSF+BN"]
@@ -230,7 +230,7 @@ def test_tests_that_can_be_made_have_their_verdict(
 ) -> None:
     assert main(["compare", str(leave_sweep(tmp_path / "sweep", seeds=6))]) == 0
     out = capsys.readouterr().out
-    assert "less uSF+BN, on the same data with the same seed: Wilcoxon's" in out
+    assert "minus uSF+BN, on the same data with the same seed: Wilcoxon" in out
     assert out.count("uSF+BN errs less than SGD (p = ") == 2
     assert "oo few" not in out
 

@@ -23,11 +23,13 @@ from feedbackhook import Recorder
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, RunConfig, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.stored import check_same
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan
+from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report import theme
 from feedbackhook.report.html import charts
 from feedbackhook.report.html.page import page, write
-from feedbackhook.report.tables import COLOURS, MARKS, paper_errors, sweep_table
+from feedbackhook.report.tables import COLOURS, MARKS, sweep_table
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -254,7 +256,7 @@ def test_each_run_has_its_configuration_and_a_command_that_repeats_it(
     assert name == "feedbackhook"
     assert main(arguments) == 2
     assert given[0].output == f"{run.folder.path}-again"
-    run.folder.check_same(given[0])  # which leaves out where it goes
+    check_same(run.folder, given[0])  # which leaves out where it goes
 
 
 def test_the_command_of_the_sweep_is_that_sweep_in_another_folder(
@@ -292,7 +294,7 @@ def test_the_concordance_curve_is_the_tables_and_the_papers(folder: Path, parsed
     assert set(theirs["dataset"]) == {"MNIST"}
     assert len(theirs) == 10
     fixed = theirs[theirs["series"] == "frSF+BN+BM"].set_index("concordance")["error"]
-    assert fixed[0.25] == paper_errors().loc["frSF+BN+BM concordance=0.25", "MNIST"]
+    assert fixed[0.25] == error_rates().loc["frSF+BN+BM concordance=0.25", "MNIST"]
     assert f"The paper has no curve for {FOLDER}." in parsed.texts["over-concordance"]
 
 
@@ -356,7 +358,7 @@ def _axis(chart: dict[str, Any], axis: str) -> str:
 
 
 def test_conditions_have_their_rules_colours_and_no_two_look_alike() -> None:
-    names = list(paper_errors().index)
+    names = list(error_rates().index)
     rules = [Condition.parse(name).feedback or theme.BACKPROP for name in names]
     looks = dict(zip(names, charts._looks(rules), strict=True))
     assert len(set(looks.values())) == len(names)

@@ -16,9 +16,10 @@ from support.run_folders import leave_run
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, SweepConfig, SweepProtocolConfig
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.sweep.grid import plan
-from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table, write
+from feedbackhook.liao2016.published import error_rates
+from feedbackhook.report.tables import as_markdown, draw, sweep_table, write
 from feedbackhook.store.run_folder import RunResult
 
 CONDITIONS = ["SGD", "uSF", "RndF", "uSF+BM2 Top"]
@@ -119,7 +120,7 @@ def test_a_note_on_a_dataset_stands_below_its_tables(tmp_path: Path) -> None:
         (output / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
         return as_markdown(sweep_table(output)).splitlines()
 
-    note = f"TIMIT-80: {PAPER['TIMIT-80'].note}"
+    note = f"TIMIT-80: {DATASETS['TIMIT-80'].note}"
     assert "61 phones" in note
     lines = shown("TIMIT-80")
     assert lines.index(note) > lines.index("## TIMIT-80")
@@ -239,7 +240,7 @@ def test_a_typo_and_a_run_are_told_from_a_folder_that_holds_no_sweep(folder: Pat
 
 
 def test_the_papers_table_is_whole() -> None:
-    paper = paper_errors()
+    paper = error_rates()
     assert paper.shape == (39, 15)
     assert int(paper.notna().sum().sum()) == 531  # 543 with SGD and uSF+BN twice on six datasets
     assert all(Condition.parse(name).name == name for name in paper.index)

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import feedbackhook
-from feedbackhook.store.recorder import COLUMNS, Recorder, holder, read, written_aside
+from feedbackhook.store.atomic import atomic_write
+from feedbackhook.store.locks import holder
+from feedbackhook.store.recorder import COLUMNS, Recorder, read
 
 
 def fill(folder: Path, epochs: range) -> None:
@@ -254,7 +256,9 @@ def test_a_process_that_was_forked_off_does_not_keep_the_folder(tmp_path: Path) 
             signal.pause()
             os._exit(0)
     try:
-        Recorder(tmp_path).close()
+        with Recorder(tmp_path) as again:
+            again.add(1, 0, "loss", 0.5)
+        assert read(tmp_path)["value"].tolist() == [1.0, 0.5]
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -281,8 +285,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_text("old")
 
     def write(text: str, fail: bool) -> None:
-        with written_aside(path) as aside:
-            aside.write_text(text)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text)
             assert path.read_text() == "old"
             if fail:
                 raise ZeroDivisionError

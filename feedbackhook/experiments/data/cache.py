@@ -1,4 +1,4 @@
-"""Decoded images on disk: one file for each dataset and size, good while its sources are as they were."""
+"""Caches decoded images on disk: one file for each dataset and size, valid until its sources change."""
 
 from __future__ import annotations
 
@@ -14,45 +14,43 @@ from pathlib import Path
 from torch import Tensor
 
 from feedbackhook.experiments.config import DataConfig
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.experiments.data.registry import DATASETS, LIBRARIES
+from feedbackhook.store.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = {
-    "TIMIT-80": ("librosa", "soundfile")
-}  # by which it is read; all others by torchvision and pillow
-_READER_VERSION = 1  # to be raised when the readers make other images of the same files
+_READER_VERSION = 1  # increase it when the readers make other images from the same files
 
 
 def cached(
     config: DataConfig, sources: Sequence[Path], read: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What ``read`` gives, from the cache where that holds it.
+    """Return what ``read`` returns, from the cache if it is there.
 
-    The tensors of a hit are mapped into memory, so that the processes of one machine share them. A file is
-    taken when name, size, numbers of images, versions of the readers, and path, size and time of change of
-    every file among ``sources`` are those under which it was written, and its checksum holds; else it is
-    written anew, aside and then renamed, so that processes that do so at once end with the same. A cache that
-    cannot be written is a warning.
+    Cached tensors are mapped into memory, so the processes on one machine share them. A cached file is valid
+    if the name, size and numbers of images, the versions of the readers, and the path, size and modification
+    time of every file in ``sources`` are the same as when it was written, and its checksum matches. Otherwise
+    it is written again, under a temporary name that is then changed, so processes may do this at the same
+    time. If the cache cannot be written, a warning is logged.
 
     Args:
         config: name, size and numbers of images, and the folder of the cache.
-        sources: files and folders that ``read`` reads; where one is missing, or there are none, nothing is
-            cached.
-        read: gives the tensors.
+        sources: files and folders that ``read`` reads; if one of them is missing, or there are none, nothing
+            is cached.
+        read: returns the tensors.
     """
     folder = _folder(config)
     if folder is None or not sources:
         return read()
     path, key = folder / _file_name(config, sources), _key(config, sources)
-    tensors = _stored(path, key) if key is not None else None
+    tensors = read_cached(path, key) if key is not None else None
     if tensors is None:
         tensors = read()
-        # a file that changes while it is read goes by what it was, and so is read again; after a download
-        # there was nothing before
+        # the key from before reading, so that a file that changes meanwhile is read again; before a download
+        # there is none
         key = key or _key(config, sources)
         if key is not None:
-            _store(path, key, tensors)
+            write_cached(path, key, tensors)
     return tensors
 
 
@@ -65,8 +63,7 @@ def _folder(config: DataConfig) -> Path | None:
 
 
 def _file_name(config: DataConfig, sources: Sequence[Path]) -> str:
-    """One for each dataset, place, size and number of images: what is written anew takes the place of what is
-    out of date."""
+    """One name for each dataset, location, size and number of images, so new content replaces old."""
     kind = re.sub(r"\W+", "-", config.name.partition(":")[0])
     size = "own" if config.size is None else f"{config.size}x{config.size}"
     place = hashlib.sha256("\n".join(os.path.abspath(p) for p in sources).encode(errors="surrogateescape"))
@@ -79,8 +76,9 @@ def _counts(config: DataConfig) -> tuple[int | None, int | None]:
 
 
 def _key(config: DataConfig, sources: Sequence[Path]) -> str | None:
-    """A hash of all that the decoded images follow from, or None where a source is missing."""
-    libraries = [_version(name) for name in _LIBRARIES.get(config.name, ("torchvision", "pillow"))]
+    """A hash of everything that the decoded images depend on, or None if a source is missing."""
+    known = DATASETS.get(config.name)
+    libraries = [_version(name) for name in (LIBRARIES if known is None else known.libraries)]
     rows = [f"{config.name} {config.size} {_counts(config)} {_READER_VERSION} {libraries}"]
     try:
         for source in sources:
@@ -109,7 +107,8 @@ def _files(source: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names))
 
 
-def _stored(path: Path, key: str) -> dict[str, Tensor] | None:
+def read_cached(path: Path, key: str) -> dict[str, Tensor] | None:
+    """Return the tensors in a file of the cache; None if it is missing, damaged or has another key."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -119,27 +118,28 @@ def _stored(path: Path, key: str) -> dict[str, Tensor] | None:
             about = file.metadata() or {}
             if about.get("key") != key:
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        logger.warning("%s is damaged (%s): its images are read and decoded again", path, error)
+        logger.warning("%s is damaged (%s): decoding the images again", path, error)
         return None
     if about.get("checksum") != _checksum(tensors):
-        logger.warning("%s is damaged (its checksum differs): its images are read and decoded again", path)
+        logger.warning("%s is damaged (its checksum differs): decoding the images again", path)
         return None
     return tensors
 
 
-def _store(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+def write_cached(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to a file of the cache, or log why that is impossible."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     about = {"key": key, "checksum": _checksum(tensors)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            save_file(tensors, aside, metadata=about)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=about)
     except (OSError, SafetensorError) as error:
-        logger.warning("decoded images are not kept for the next run: %s (data.cache)", error)
+        logger.warning("cannot cache the decoded images: %s; set data.cache to another folder", error)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Readers: the classification classes of torchvision.datasets."""
+"""Reads the classification datasets of torchvision.datasets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from feedbackhook.experiments.config import ConfigError, DataConfig, one_line
-from feedbackhook.experiments.data.items import Item, Sources, root, way_out
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.digits import DIGITS
+from feedbackhook.experiments.data.items import Item, Sources, hint_if_missing, root
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.names import nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Other classification classes of torchvision.datasets, too, and the arguments that make the training and the
-# test set of each; None where the data have no such split and get ours.
+# The classes of torchvision.datasets, and the arguments that select the training and the test set of each;
+# None if the data have no such split, and are split by us.
 _FLAG = ({"train": True}, {"train": False})
 _NAMED = ({"split": "train"}, {"split": "test"})
 _TRAINVAL = ({"split": "trainval"}, {"split": "test"})
@@ -36,7 +37,7 @@ _TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
     **dict.fromkeys(["Caltech256", "EuroSAT", "FakeData", "SEMEION", "SUN397"], None),
 }
 
-# what torchvision's readers raise where files are missing or damaged
+# what torchvision raises if files are missing or damaged
 _UNREADABLE = (
     OSError,
     RuntimeError,
@@ -49,21 +50,23 @@ _UNREADABLE = (
 )
 
 
-def named(config: DataConfig) -> Sources:
-    """The images of one of these classes, downloaded first where ``config`` says so and they are missing.
+def read(config: DataConfig) -> Sources:
+    """Find the images of one of torchvision's datasets; download them first if configured so and missing.
 
     Raises:
-        ConfigError: there is no such class, or it has no classes for training and test.
+        ConfigError: torchvision has no such dataset, or it is not for classification.
     """
     from torchvision import datasets
 
     if config.name not in _TORCHVISION:
-        known = ", ".join(sorted({*_TORCHVISION, *PAPER}))
+        known = ", ".join(sorted({*_TORCHVISION, *DATASETS}))
         if hasattr(datasets, config.name):
             what = "has no classes for training and test."
         else:
-            what = f"is unknown{nearest(config.name, ['digits', *PAPER, *_TORCHVISION]) or '.'}"
-        raise ConfigError(f"data.name {config.name!r} {what} Use digits, imagefolder:PATH, or one of {known}")
+            what = f"is unknown{nearest(config.name, [DIGITS, *DATASETS, *_TORCHVISION]) or '.'}"
+        raise ConfigError(
+            f"data.name {config.name!r} {what} Use {DIGITS}, imagefolder:PATH, or one of {known}"
+        )
     constructor, folder = getattr(datasets, config.name), root(config)
     given = _accepted(constructor, {"root": str(folder), "download": config.download})
     splits = _TORCHVISION[config.name]
@@ -78,26 +81,26 @@ def named(config: DataConfig) -> Sources:
         where = f"{', '.join(map(str, locations(config))) or folder} ({split})"
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if labels is not None and len(labels) != len(dataset):
-            failures.append(f"{where} holds {len(dataset)} images and {len(labels)} labels")
+            failures.append(f"{where} has {len(dataset)} images but {len(labels)} labels")
             continue
         found.splits[split] = _listed(dataset, where, labels)
-    if failures:  # the file, where torchvision publishes which there must be, and else its own words
-        found.faults = _published_faults(constructor, folder) or list(dict.fromkeys(failures))
-        found.way_out = way_out(config, "download" in given, failures[0])
+    if failures:  # name the files if torchvision lists them; otherwise quote its own words
+        found.problems = _file_problems(constructor, folder) or list(dict.fromkeys(failures))
+        found.hint = hint_if_missing(config, "download" in given, failures[0])
     return found
 
 
 def locations(config: DataConfig) -> list[Path]:
-    """The files and folders that ``config`` is read from, or none where that is not known."""
-    if config.name in PAPER:
-        return [root(config) / where for where in PAPER[config.name].where]
+    """Return the files and folders from which a dataset is read; empty if unknown."""
+    if config.name in DATASETS:
+        return [root(config) / path for path in DATASETS[config.name].paths]
     if config.name in ("EMNIST", "FashionMNIST", "KMNIST", "QMNIST"):
         return [root(config) / config.name]
     return []
 
 
 def download(name: str, config: DataConfig) -> str | None:
-    """Lets torchvision download the dataset that it calls ``name``; gives what it failed with."""
+    """Let torchvision download the dataset that it calls ``name``; return why it failed, or None."""
     from torchvision import datasets
 
     try:
@@ -108,7 +111,7 @@ def download(name: str, config: DataConfig) -> str | None:
 
 
 def _accepted(constructor: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``arguments`` that the constructor, or one that it hands its ``**kwargs`` to, names."""
+    """Return those ``arguments`` that the constructor, or one to which it passes ``**kwargs``, accepts."""
     names: set[str] = set()
     for base in constructor.__mro__:
         parameters = inspect.signature(base).parameters
@@ -119,7 +122,7 @@ def _accepted(constructor: type, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(dataset: Any, where: str, labels: Any) -> list[Item]:
-    """The images of one of torchvision's datasets. Most have no end of iteration, only a length."""
+    """Return the images of one of torchvision's datasets. Iterating over most of them does not end."""
     known = [None] * len(dataset) if labels is None else [int(label) for label in labels]
     lists = [vars(dataset).get(name) for name in ("samples", "_samples", "_image_files", "_images", "data")]
     files = next((files for files in lists if isinstance(files, list) and _file(files[:1])), None)
@@ -134,7 +137,7 @@ def _listed(dataset: Any, where: str, labels: Any) -> list[Item]:
 
 
 def _file(entries: list[Any]) -> str:
-    """The path in a list of one, of a path or of a path and a class; empty where there is none."""
+    """Return the path in a list of one entry, a path or a path with a class; empty if there is none."""
     path = entries[0][0] if entries and isinstance(entries[0], tuple) else next(iter(entries), None)
     return str(path) if isinstance(path, (str, Path)) else ""
 
@@ -144,23 +147,23 @@ def _get(dataset: Any, i: int) -> tuple[Image, int]:
     return image, int(label)
 
 
-def _published_faults(constructor: type, parent: Path) -> list[str]:
-    """What is missing or damaged among the files that torchvision publishes for a dataset."""
-    faults = []
-    for path, test in _published_files(constructor, parent):
+def _file_problems(constructor: type, parent: Path) -> list[str]:
+    """Return what is missing or damaged among the files that torchvision lists for a dataset."""
+    problems = []
+    for path, check in _published_files(constructor, parent):
         if not path.exists():
-            faults.append(f"{path} is missing")
+            problems.append(f"{path} is missing")
             continue
         try:
-            test(path)
+            check(path)
         except _UNREADABLE as error:
-            faults.append(f"{path} is damaged: {one_line(error)}")
-    return faults
+            problems.append(f"{path} is damaged: {one_line(error)}")
+    return problems
 
 
 def _published_files(constructor: Any, parent: Path) -> list[tuple[Path, Callable[[Path], object]]]:
-    """The files of a dataset with a test of each, which raises where it is damaged; none where torchvision
-    keeps no list of them."""
+    """Return the files of a dataset, each with a check that raises if it is damaged; empty if torchvision has
+    no list of them."""
     from torchvision import datasets
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -169,11 +172,11 @@ def _published_files(constructor: Any, parent: Path) -> list[tuple[Path, Callabl
     ):
         folder = parent / constructor.__name__
         legacy = [folder / "processed" / name for name in (constructor.training_file, constructor.test_file)]
-        if all(path.is_file() for path in legacy):  # torchvision takes these before the others
+        if all(path.is_file() for path in legacy):  # torchvision prefers these
             return [(path, _holds_tensors) for path in legacy]
         names = [name.removesuffix(".gz") for name, _ in constructor.resources]
         return [(folder / "raw" / n, read_image_file if "images" in n else read_label_file) for n in names]
-    tests: list[tuple[Path, Callable[[Path], object]]] = []
+    checks: list[tuple[Path, Callable[[Path], object]]] = []
     if issubclass(constructor, datasets.CIFAR10):
         meta = (constructor.meta["filename"], constructor.meta["md5"])
         files = [*constructor.train_list, *constructor.test_list, meta]
@@ -185,10 +188,10 @@ def _published_files(constructor: Any, parent: Path) -> list[tuple[Path, Callabl
         files, folder = [constructor.split_list[split][1:] for split in ("train", "test")], parent
     elif issubclass(constructor, datasets.Flowers102):
         files, folder = [constructor._file_dict[kind] for kind in ("label", "setid")], parent / "flowers-102"
-        tests.append((folder / "jpg", os.listdir))
+        checks.append((folder / "jpg", os.listdir))
     else:
         return []
-    return [*tests, *((folder / name, partial(_has_md5, md5)) for name, md5 in files)]
+    return [*checks, *((folder / name, partial(_has_md5, md5)) for name, md5 in files)]
 
 
 def _has_md5(md5: str, path: Path) -> None:
@@ -203,7 +206,7 @@ def _holds_tensors(path: Path) -> None:
 
     try:
         images, labels = torch.load(path, weights_only=True)
-    except UnpicklingError as error:  # whose own words advise to load it all the same
-        raise ValueError("it holds other things than tensors, and was not loaded") from error
+    except UnpicklingError as error:  # its own message advises loading the file anyway
+        raise ValueError("it contains more than tensors, so it was not loaded") from error
     if len(images) != len(labels):
-        raise ValueError(f"it holds {len(images)} images and {len(labels)} labels")
+        raise ValueError(f"it has {len(images)} images but {len(labels)} labels")

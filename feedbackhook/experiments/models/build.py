@@ -1,4 +1,4 @@
-"""The models by name: the paper's networks, CIFAR's, timm's and torchvision's.
+"""Builds networks by name: registered ones, timm's and torchvision's.
 
 Shapes: N images, C channels, H x W pixels, K classes.
 """
@@ -6,6 +6,7 @@ Shapes: N images, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from dataclasses import replace
 
@@ -14,32 +15,28 @@ from torch import Tensor, nn
 
 from feedbackhook import classifier
 from feedbackhook.experiments.config import ConfigError, Frozen, ModelConfig
-from feedbackhook.experiments.models import cifar, pretrained
+from feedbackhook.experiments.models import pretrained
 from feedbackhook.experiments.models.batch_norm import insert_batch_norm
-from feedbackhook.liao2016.networks import NETWORKS, build_network
+from feedbackhook.experiments.models.registry import NETWORKS, Network, network_name
 from feedbackhook.names import nearest
 
 
 def natural_size(config: ModelConfig) -> int | None:
-    """The image size that a model is made for, in pixels, or None where images come as they are."""
-    if config.network in cifar.NETWORKS:
-        return cifar.SIZE
-    network = NETWORKS.get(config.network)
-    return network.input[-1] if network is not None and network.convolutions else None
+    """Return the image size that a registered network is made for, in pixels; None for other networks and for
+    features, which are not resized."""
+    network = NETWORKS.get(network_name(config))
+    return None if network is None or network.takes_features else network.input_size[-1]
 
 
 def default_size(name: str) -> tuple[int, int, int]:
-    """Channels, height and width of the images for which a model was made; of one that takes features, their
-    number, 1 and 1.
+    """Return channels, height and width of the images for which a network is made; the number of features, 1
+    and 1 if it takes features.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no network has this name.
     """
     if name in NETWORKS:
-        size = (*NETWORKS[name].input, 1, 1)
-        return size[0], size[1], size[2]
-    if name in cifar.NETWORKS:
-        return 3, cifar.SIZE, cifar.SIZE
+        return NETWORKS[name].input_size
     if name.startswith("torchvision/"):
         return 3, 224, 224
     import timm
@@ -51,59 +48,57 @@ def default_size(name: str) -> tuple[int, int, int]:
 
 
 def build(config: ModelConfig, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
-    """The model for K ``classes`` and images of C ``channels`` and H x W = ``size``, on the CPU.
+    """Build the network for K ``classes`` and images of C ``channels`` and H x W = ``size``, on the CPU.
 
     Raises:
-        ConfigError: no such model, options that it does not have, images that it cannot take, weights that
-            are missing or of another model, or nothing that would learn.
+        ConfigError: no network has this name, it has no such options, it does not take these images, its
+            weights are missing or belong to another network, or nothing would be trained.
     """
-    features = config.network in NETWORKS and not NETWORKS[config.network].convolutions
-    if size == (1, 1) and not features:  # see `data`
+    name = network_name(config)
+    network = NETWORKS.get(name)
+    if size == (1, 1) and (network is None or not network.takes_features):
+        fitting = [other.name for other in NETWORKS.values() if other.takes_features]
         raise ConfigError(
-            f"{config.network} takes images, and the data are {channels} features: set model.name to "
-            "liao2016/timit"
+            f"{name} takes images, but the data are {channels} features: set model.name to "
+            f"{' or '.join(fitting) or 'a network that takes features'}"
         )
     if (given := config.options.get("num_classes", classes)) != classes:
         raise ConfigError(
-            f"model.options.num_classes is {given}, and the data have {classes} classes: leave it out"
+            f"model.options.num_classes is {given}, but the data have {classes} classes: remove it"
         )
     options = {name: value for name, value in config.options.items() if name != "num_classes"}
-    config = replace(config, options=options)
-    if config.weights is not None and not config.network.startswith("timm/"):
-        raise ConfigError(
-            f"model.weights are for timm's models (model.name timm/NAME), not for {config.network}"
-        )
-    if config.network in NETWORKS:
-        model: nn.Module = _network(config, classes, channels, size)
+    config = replace(config, name=name, options=options)
+    if config.weights is not None and not name.startswith("timm/"):
+        raise ConfigError(f"model.weights needs a timm model (model.name timm/NAME), not {name}")
+    if network is not None:
+        model = _registered(network, config, classes, channels, size)
+    elif name.startswith("torchvision/"):
+        model = _torchvision_model(name, config, classes, channels)
     else:
-        if config.network in cifar.NETWORKS:
-            model = cifar.build(config.network, classes, channels, config.options)
-        elif config.network.startswith("torchvision/"):
-            model = _torchvision_model(config, classes, channels)
-        else:
-            model = _timm_model(_timm_name(config.network), config, classes, channels)
-        if config.batch_norm != "none":
-            insert_batch_norm(model, affine=config.batch_norm == "affine")
-        _try_images(model, config.network, channels, size)
+        model = _timm_model(_timm_name(name), config, classes, channels)
+    if config.batch_norm != "none" and (network is None or not network.has_batch_norm):
+        insert_batch_norm(model, affine=config.batch_norm == "affine")
+    if network is None or not network.fixed_size:
+        _try_images(model, name, channels, size)
     if config.trainable is None:
         freeze(model, config.frozen)
     elif config.frozen is not None:
-        raise ConfigError("model.trainable and model.frozen both say what learns: leave one of them out")
+        raise ConfigError("model.trainable and model.frozen both say what is trained: remove one of them")
     else:
         _train_only(model, config.trainable)
     return model
 
 
 def statistics(config: ModelConfig, channels: int) -> tuple[Tensor, Tensor] | None:
-    """Mean and std of each of the C ``channels``, each (C, 1, 1), by which the images were normalised on
-    which the model's weights were trained; None for a model that begins anew."""
+    """Return mean and standard deviation of the C ``channels``, each (C, 1, 1), with which images were
+    normalized when the initial weights were trained; None if there are no initial weights."""
     if config.weights is None:
         return None
-    return pretrained.statistics(_timm_name(config.network), channels)
+    return pretrained.statistics(_timm_name(network_name(config)), channels)
 
 
 def still(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
-    """The BatchNorm layers that `model.trainable` freezes; they stay in evaluation mode during training."""
+    """Return the BatchNorm layers that `model.trainable` freezes; they stay in evaluation mode."""
     if config.trainable is None:
         return []
     return [
@@ -115,26 +110,25 @@ def still(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
 
 
 def _train_only(model: nn.Module, pattern: str) -> None:
-    """Freezes every parameter whose full name ``pattern`` does not match as a whole."""
+    """Freeze every parameter whose full name ``pattern`` does not match."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"model.trainable {pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"model.trainable {pattern!r} is not a regular expression: {error}") from error
     parameters = dict(model.named_parameters())
     matched = [name for name in parameters if expression.fullmatch(name)]
     if not matched:
         near = difflib.get_close_matches(re.sub(r"[^\w.]", "", pattern), parameters, n=3, cutoff=0.3)
         raise ConfigError(
-            f"model.trainable {pattern!r} matches no parameter as a whole; near names: "
-            f"{', '.join(near or list(parameters)[-3:])}"
+            f"model.trainable {pattern!r} must match the full name of a parameter, and matches none; similar "
+            f"names: {', '.join(near or list(parameters)[-3:])}"
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in matched)
 
 
 def freeze(model: nn.Module, part: Frozen | None) -> None:
-    """Keeps a part of the model from learning, in place: "Bottom" keeps the last layer as it was drawn and
-    trains all others, "Top" trains the last layer alone (Liao et al. 2016, Experiment C2)."""
+    """Freeze a part of the model, in place: `Bottom` freezes the last layer, `Top` all other layers."""
     if part is None:
         return
     last = {id(p) for name in classifier(model) for p in model.get_submodule(name).parameters()}
@@ -142,45 +136,52 @@ def freeze(model: nn.Module, part: Frozen | None) -> None:
         parameter.requires_grad_((id(parameter) in last) == (part == "Top"))
 
 
-def _network(config: ModelConfig, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
-    network = NETWORKS[config.network]
-    if network.convolutions and size != network.input[1:]:
-        wanted = network.input[-1]
+def _registered(
+    network: Network, config: ModelConfig, classes: int, channels: int, size: tuple[int, int]
+) -> nn.Module:
+    name, (_, *made_for) = network.name, network.input_size
+    if network.takes_features:
+        if channels * size[0] * size[1] != network.input_size[0]:
+            raise ConfigError(
+                f"{name} takes {network.input_size[0]} features, not {channels}x{size[0]}x{size[1]} pixels"
+            )
+    elif network.fixed_size and list(size) != made_for:
         raise ConfigError(
-            f"{config.network} takes images of {wanted}x{wanted}, not {size[0]}x{size[1]}: set data.size to "
-            f"{wanted}"
+            f"{name} takes images of {made_for[0]}x{made_for[1]}, not {size[0]}x{size[1]}: set data.size to "
+            f"{made_for[0]}"
         )
-    if not network.convolutions and channels * size[0] * size[1] != network.input[0]:
-        raise ConfigError(
-            f"{config.network} takes {network.input[0]} features, not {channels}x{size[0]}x{size[1]} pixels"
-        )
-    if config.options:
-        raise ConfigError(f"{config.network} has no model.options; it was given {sorted(config.options)}")
-    return build_network(config.network, classes, channels, config.batch_norm)
+    parameters = inspect.signature(network.build).parameters
+    if config.options and not set(parameters) - {"classes", "channels", "batch_norm"}:
+        raise ConfigError(f"{name} has no model.options, but they are set: remove {sorted(config.options)}")
+    given = {"batch_norm": config.batch_norm} if network.has_batch_norm else {}
+    try:
+        return network.build(classes=classes, channels=channels, **given, **config.options)
+    except TypeError as error:
+        raise ConfigError(f"{name} with model.options {config.options}: {error}") from error
 
 
-def _torchvision_model(config: ModelConfig, classes: int, channels: int) -> nn.Module:
+def _torchvision_model(full_name: str, config: ModelConfig, classes: int, channels: int) -> nn.Module:
     from torchvision import models
 
-    name = config.network.partition("/")[2]
+    name = full_name.partition("/")[2]
     if name not in (known := models.list_models(module=models)):
         raise ConfigError(f"torchvision has no classification model named {name!r}{nearest(name, known)}")
     if channels != 3:
-        raise ConfigError(f"{config.network} takes images of 3 channels, not {channels}")
+        raise ConfigError(f"{full_name} takes images with 3 channels, not {channels}")
     try:
         model: nn.Module = models.get_model(name, num_classes=classes, **config.options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{config.network} with model.options {config.options}: {error}") from error
+        raise ConfigError(f"{full_name} with model.options {config.options}: {error}") from error
     return model
 
 
 def _timm_name(model: str) -> str:
-    """NAME of timm/NAME, a model that timm has."""
+    """Return NAME of timm/NAME, if timm has this model."""
     import timm
 
     library, _, name = model.partition("/")
     if library != "timm" or not name:
-        known, wanted = [*NETWORKS, *cifar.NETWORKS], f"timm/{model}" if timm.is_model(model) else model
+        known, wanted = list(NETWORKS), f"timm/{model}" if timm.is_model(model) else model
         near = nearest(wanted, [*known, *(f"timm/{other}" for other in timm.list_models())])
         raise ConfigError(
             f"no model is named {model!r}{near or '.'} There are {', '.join(known)}, timm/NAME and "
@@ -196,7 +197,7 @@ def _timm_model(name: str, config: ModelConfig, classes: int, channels: int) -> 
     import timm
 
     if "pretrained" in config.options:
-        raise ConfigError("model.options.pretrained: say model.weights hub instead")
+        raise ConfigError("model.options.pretrained has no effect: set model.weights to hub instead")
     try:
         if config.weights is not None:
             return pretrained.build(name, config.weights, classes, channels, config.options)
@@ -214,7 +215,7 @@ def _try_images(model: nn.Module, name: str, channels: int, size: tuple[int, int
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{name} cannot take images of {size[0]}x{size[1]} with {channels} channels ({error}): "
-            f"set data.size{_made_for(name)}, or the model's own size in model.options, such as "
+            f"set data.size{_made_for(name)}, or the image size in model.options, such as "
             f"{{img_size: {size[0]}}}"
         ) from error
     finally:
@@ -222,5 +223,5 @@ def _try_images(model: nn.Module, name: str, channels: int, size: tuple[int, int
 
 
 def _made_for(name: str) -> str:
-    """The size of images that a model of timm's was made for, in words."""
+    """The image size that a timm model was made for, in words."""
     return f" to {default_size(name)[-1]}" if name.startswith("timm/") else ""

@@ -1,4 +1,4 @@
-"""Networks for images of 32 pixels.
+"""Networks for images of 32x32 pixels, such as CIFAR's: (N, C, 32, 32) to logits (N, K).
 
 Shapes: N images, C channels, K classes.
 """
@@ -6,44 +6,31 @@ Shapes: N images, C channels, K classes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from feedbackhook.experiments.config import ConfigError
+from feedbackhook.experiments.models.registry import register_network
 
-SIZE = 32
-
+_INPUT = (3, 32, 32)
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # maps, and convolutions before each pool
 
 
-def build(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    """The network of `NETWORKS` by its name, (N, C, 32, 32) to logits (N, K); the weights of convolutions
-    start as He et al. 2015 have it.
-
-    Raises:
-        ConfigError: it has no such options.
-    """
-    try:
-        return NETWORKS[name](classes, channels, **options)
-    except TypeError as error:
-        raise ConfigError(f"{name} with model.options {options}: {error}") from error
-
-
-def _resnet20(classes: int, channels: int) -> nn.Module:
+@register_network("cifar/resnet20", _INPUT)
+def resnet20(classes: int, channels: int) -> nn.Module:
     """Three stages of three blocks, 16 to 64 maps (He et al. 2016, section 4.2)."""
     return _resnet((3, 3, 3), (16, 32, 64), classes, channels)
 
 
-def _resnet18(classes: int, channels: int) -> nn.Module:
-    """ResNet-18 with a stem of one 3x3 convolution and no pool, as is usual on CIFAR."""
+@register_network("cifar/resnet18", _INPUT)
+def resnet18(classes: int, channels: int) -> nn.Module:
+    """ResNet-18 whose stem is one 3x3 convolution without a pool, as usual for CIFAR."""
     return _resnet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels)
 
 
 def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channels: int) -> nn.Module:
-    """Stages of basic blocks, each but the first halving height and width; shortcuts are 1x1 convolutions
-    where the shape changes."""
+    """Stages of basic blocks; each stage except the first halves height and width. Shortcuts are 1x1
+    convolutions where the shape changes."""
     from timm.models.resnet import BasicBlock, downsample_conv
 
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -61,9 +48,10 @@ def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channe
     return _drawn(nn.Sequential(layers))
 
 
-def _vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
+@register_network("cifar/vgg16", _INPUT)
+def vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
     """The thirteen convolutions of VGG-16 (Simonyan and Zisserman 2015, configuration D) and one fully
-    connected layer, without normalisation and dropout; ``width`` is a factor of the maps."""
+    connected layer, without normalization and dropout; ``width`` multiplies the number of maps."""
     if not isinstance(width, (int, float)) or not 1 / 64 <= width <= 4:
         raise ConfigError(f"model.options.width must be a factor from 1/64 to 4, not {width!r}")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -79,15 +67,16 @@ def _vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
     return _drawn(nn.Sequential(layers))
 
 
-def _mixer(
+@register_network("cifar/mixer", _INPUT)
+def mixer(
     classes: int,
     channels: int,
-    img_size: int = SIZE,
+    img_size: int = 32,
     patch_size: int = 4,
     num_blocks: int = 8,
     embed_dim: int = 128,
 ) -> nn.Module:
-    """A small MLP-Mixer (Tolstikhin et al. 2021), as timm builds them; ``img_size`` is in pixels."""
+    """A small MLP-Mixer (Tolstikhin et al. 2021), built by timm; ``img_size`` is in pixels."""
     from timm.models.mlp_mixer import MlpMixer
 
     model: nn.Module = MlpMixer(
@@ -102,19 +91,10 @@ def _mixer(
 
 
 def _drawn(model: nn.Module) -> nn.Module:
-    """The model with its convolutions drawn anew, by the layers' outputs (He et al. 2015)."""
+    """Initialize the convolutions by their number of outputs (He et al. 2015), in place; return the model."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "cifar/resnet20": _resnet20,
-    "cifar/resnet18": _resnet18,
-    "cifar/vgg16": _vgg16,
-    "cifar/mixer": _mixer,
-}
-"""By the names that `model.name` takes."""

@@ -13,11 +13,14 @@ from typing import NamedTuple
 import torch
 
 from feedbackhook.experiments.data import load as data
-from feedbackhook.experiments.data.load import ImageData, Split
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.load import ImageData
+from feedbackhook.experiments.data.registry import DATASETS
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.build import default_size
+from feedbackhook.experiments.models.registry import network_name
+from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.grid import PlannedRun
-from feedbackhook.experiments.training.run import resolve, train
+from feedbackhook.experiments.training.run import train
 
 _REHEARSED_STEPS = 5
 
@@ -53,8 +56,8 @@ def estimate(runs: Sequence[PlannedRun]) -> dict[str, Estimate]:
 
 def _counts(run: PlannedRun) -> tuple[int, int, int]:
     """Images trained on, images evaluated on after each epoch, and classes."""
-    if run.dataset in PAPER:
-        known = PAPER[run.dataset]
+    if run.dataset in DATASETS:
+        known = DATASETS[run.dataset]
         held_out = round(known.train * run.config.data.val_fraction)
         return known.train - held_out, known.test + held_out, known.classes
     images = data.load(resolve(run.config).data)
@@ -66,7 +69,7 @@ def _rehearse(run: PlannedRun) -> tuple[float, float, float]:
     """Seconds a step, bytes of weights and checkpoint, and bytes of the table an epoch."""
     _, _, classes = _counts(run)
     config = resolve(run.config)
-    channels, height, _ = default_size(config.model.network)
+    channels, height, _ = default_size(network_name(config.model))
     size = config.data.size or height
     p = config.protocol
     generator = torch.Generator().manual_seed(0)

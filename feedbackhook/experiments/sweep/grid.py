@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from feedbackhook.experiments.conditions import Condition
+from feedbackhook.experiments.conditions import Condition, Procedure, procedures
 from feedbackhook.experiments.config import (
     ClusterConfig,
     ConfigError,
@@ -22,32 +22,32 @@ from feedbackhook.experiments.config import (
     RunConfig,
     SweepConfig,
     SweepProtocolConfig,
-    plain_words,
 )
-from feedbackhook.experiments.data.registry import papers_network
-from feedbackhook.experiments.training.run import as_begun, resolve
+from feedbackhook.experiments.data.registry import network_for
+from feedbackhook.experiments.parser_messages import plain_words
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.stored import check_same, store_errors, with_stored_machine
 from feedbackhook.names import nearest
 from feedbackhook.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-RATES = (100.0, 10.0, 1.0, 0.1, 0.01)  # Liao et al. 2016: factors of the schedule
-_LARGE_BATCH, _LARGE_BATCH_AFTER = 500, 3  # the same: what uSF+BM may do after the third epoch
+RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
 _SMALL_EPOCHS, _SMALL_RATES = 8, 3
 
 
 class PlannedRun(NamedTuple):
     """One run of a sweep, and where in the product it stands.
 
-    ``rate`` is the factor of the learning rate; ``large_batch`` is uSF+BM's other procedure.
+    ``rate`` is the factor of the learning rate; ``procedure`` is how its condition is trained.
     """
 
     dataset: str
     condition: str
     rate: float
     seed: int
-    large_batch: bool
+    procedure: Procedure
     config: RunConfig
 
     @property
@@ -84,12 +84,10 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
         raise ConfigError(f"workers must be 1 or more, not {config.workers}")
     _check_cluster(config)
     runs = [
-        PlannedRun(
-            dataset, name, rate, seed, large_batch, _placed(config, run, name, rate, seed, large_batch)
-        )
+        PlannedRun(dataset, name, rate, seed, procedure, _placed(config, run, name, rate, seed, procedure))
         for dataset in config.datasets
         for name, run in _conditioned(config, dataset)
-        for large_batch in _procedures(run, p)
+        for procedure in procedures(run.condition, p)
         for rate in rates
         for seed in range(p.seed, p.seed + p.seeds)
     ]
@@ -156,7 +154,7 @@ def _check_conditions(conditions: Any) -> None:
     """Raises a ConfigError that says what to write where these are no conditions."""
     if not isinstance(conditions, (list, dict)):
         raise ConfigError(
-            "conditions must be a list of names, such as [SGD, uSF+BN], or a mapping, such as "
+            "conditions must be a list of names, such as [SGD, BN+BM], or a mapping, such as "
             f"{_EXAMPLE}, not {conditions!r}"
         )
     for name in conditions:
@@ -234,14 +232,6 @@ def _rates(rates: int | list[float]) -> Sequence[float]:
     return rates
 
 
-def _procedures(run: RunConfig, protocol: SweepProtocolConfig) -> tuple[bool, ...]:
-    """The paper lets uSF+BM, and no other condition, take larger mini-batches as well."""
-    usf_bm = Condition("uSF", manhattan=1)
-    alike = run.condition in (usf_bm.name, replace(usf_bm, spoken=True).name)
-    two = alike and protocol.epochs > _LARGE_BATCH_AFTER
-    return (False, True) if two and not protocol.batch_sizes else (False,)
-
-
 def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunConfig]]:
     """The name of each condition and its runs' configuration, but for learning rate, seed and folder.
 
@@ -264,8 +254,8 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
             name = Condition.parse(name).name
             configured = replace(run, condition=name)
         if configured.model.name is None:
-            if (network := papers_network(dataset)) is None:
-                raise ConfigError(f"the paper has no network for {dataset}: set model.name")
+            if (network := network_for(dataset)) is None:
+                raise ConfigError(f"no network is registered for {dataset}: set model.name")
             configured = replace(configured, model=replace(configured.model, name=network))
         if configured.condition is not None:
             Condition.parse(configured.condition).configure(configured)
@@ -309,14 +299,13 @@ def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(
-    config: SweepConfig, run: RunConfig, condition: str, rate: float, seed: int, large_batch: bool
+    config: SweepConfig, run: RunConfig, condition: str, rate: float, seed: int, procedure: Procedure
 ) -> RunConfig:
     """The run at a learning rate and a seed, in its folder."""
     words = [_slug(run.data.name), _words(condition), f"rate{rate:.15g}", f"seed{seed}"]
-    protocol = replace(run.protocol, seed=seed)
-    if large_batch:
-        words.append(f"batch{_LARGE_BATCH}")
-        protocol = replace(protocol, batch_sizes={_LARGE_BATCH_AFTER: _LARGE_BATCH})
+    if procedure.name:
+        words.append(procedure.name)
+    protocol = procedure.configure(replace(run.protocol, seed=seed))
     return replace(
         run,
         optimizer=replace(run.optimizer, lr=run.optimizer.lr * rate),
@@ -342,13 +331,16 @@ def check(runs: Sequence[PlannedRun]) -> None:
             sweep.yaml, which the command takes, where there is one.
     """
     for run in runs:
-        if run.folder.trained():
-            given = resolve(as_begun(run.config, run.folder))
+        with store_errors():
+            trained = run.folder.trained()
+        if trained:
+            given = resolve(with_stored_machine(run.config, run.folder))
             of_sweep = run.folder.path.parent / "sweep.yaml"
-            run.folder.check_same(given, of_sweep if of_sweep.is_file() else None)
+            check_same(run.folder, given, of_sweep if of_sweep.is_file() else None)
 
 
 def ended(run: PlannedRun) -> bool:
     """Whether there is nothing left to do: it is finished, or has diverged."""
-    result = run.folder.result()
+    with store_errors():
+        result = run.folder.result()
     return result is not None and result.ended

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,17 +19,17 @@ import pandas as pd
 
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import rule_name
-from feedbackhook.experiments.data.registry import PAPER
 from feedbackhook.experiments.sweep.grid import PlannedRun
 from feedbackhook.report import theme
-from feedbackhook.report.tables import SweepTable, base_rate, paper_errors
+from feedbackhook.report.published import published_errors
+from feedbackhook.report.tables import SweepTable, base_rate
 
 __all__ = ["Section", "alignment", "concordance", "curves"]
 
 ERRORS = {"test_error": "test error [%]", "train_error": "training error [%]"}
 ANGLES = {"weight_angle": "weight angle [°]", "error_angle": "error angle [°]"}
 _REDRAWN = {"brSF": "redrawn", "frSF": "fixed"}
-_MEASURED, _PAPER = "measured", "Liao et al. 2016"
+_MEASURED = "measured"
 
 # rows of all runs together, epochs of one: 50,000 and 75,000 rows take some 1 and 1.5 MB
 _CURVE_ROWS, _CURVE_EPOCHS = 50_000, 100
@@ -72,9 +72,9 @@ def concordance(table: SweepTable) -> Section:
     ours = cells.rename(columns={"best_error": "error", "best_low": "low", "best_high": "high"}).assign(
         series=cells["condition"].map(series), concordance=cells["condition"].map(values), source=_MEASURED
     )[columns]
-    theirs = pd.DataFrame(_papers_points(table.config.datasets, set(series.values())), columns=columns)
+    theirs = _papers_points(table.config.datasets, set(series.values()))[columns]
     points = pd.concat([part for part in (ours.dropna(subset="error"), theirs) if len(part)])
-    notes = [f"Dashed: the curves of {_PAPER}."] if len(theirs) else []
+    notes = [f"Dashed: the curves of {', '.join(theirs['source'].unique())}."] if len(theirs) else []
     notes += [
         f"{cell['condition']} on {cell['dataset']} has no point: none of its runs is in the table."
         for cell in cells[cells["best_error"].isna()].to_dict("records")
@@ -284,16 +284,10 @@ def _series(condition: Condition) -> str:
     return replace(condition, concordance=None).name
 
 
-def _papers_points(datasets: Iterable[str], series: set[str]) -> Iterator[dict[str, Any]]:
-    paper = paper_errors()
-    columns = {name: PAPER[name].paper_name for name in datasets if name in PAPER}
-    for name, condition in ((name, Condition.parse(name)) for name in paper.index):
-        if condition.concordance is None or _series(condition) not in series:
-            continue
-        for dataset, column in columns.items():
-            if column in paper and pd.notna(error := paper.loc[name, column]):
-                point = {"concordance": condition.concordance, "error": error, "low": np.nan, "high": np.nan}
-                yield {"dataset": dataset, "series": _series(condition), "source": _PAPER, **point}
+def _papers_points(datasets: Iterable[str], series: set[str]) -> pd.DataFrame:
+    rows = published_errors().dropna(subset="concordance")
+    rows = rows[rows["dataset"].isin(list(datasets)) & rows["series"].isin(list(series))]
+    return rows.rename(columns={"publication": "source"}).assign(low=np.nan, high=np.nan)
 
 
 def _described(table: SweepTable) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from feedbackhook.report.tables import (
     base_rate,
     sweep_table,
 )
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.run_folder import RunResult
 
 __all__ = ["page", "write"]
@@ -101,8 +101,8 @@ def write(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     content, path = page(folder), Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            aside.write_text(content, encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     return path
@@ -149,8 +149,10 @@ def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dic
     config, p = table.config, table.config.protocol
     factors = [f"{rate:.15g}" for rate in sorted({member.run.rate for member in members}, reverse=True)]
     sizes = [_sizes(p)]
-    for size in dict.fromkeys(_sizes(m.run.config.protocol) for m in members if m.run.large_batch):
-        sizes.append(f"uSF+BM also {size}")
+    for run in (member.run for member in members):
+        also = f"{run.condition} also {_sizes(run.config.protocol)}"
+        if run.procedure.name and also not in sizes:
+            sizes.append(also)
     base = base_rate([member.run for member in members])
     held_out = f"{config.data.val_fraction:.0%} of each class of the training set"
     again = folder if folder.name not in ("", "..") else folder.resolve()

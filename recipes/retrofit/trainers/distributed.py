@@ -1,13 +1,12 @@
 """I train on several processes; where does the one line go?
 
-Before the model is wrapped: `feedbackhook.patch(model)`, then `DistributedDataParallel(model)` or, layer by
-layer, `fully_shard` (FSDP2). The names of the layers are then those of the plain model, and names and seed
-decide the random parts of V, so that every process has the same V without any communication. Patching after
-wrapping works too, with the wrapper's names: V is then that of "module.conv1" instead of "conv1", another
-draw.
+Before you wrap the model: call `feedbackhook.patch(model)`, then `DistributedDataParallel(model)` or
+`fully_shard` (FSDP2) on each layer. Layer names and seed determine the random parts of V, so all processes
+have the same V without communication. Patching after wrapping works too, but the layers then have the
+wrapper's names ("module.conv1" instead of "conv1"), and V is a different draw.
 
-Under FSDP2 weights are sharded: `feedbackhook.measure(patch)`, `patch.feedback(name)` and `patch.watch`
-gather them, so that every process must call them; `measure(patch, loss)` is refused there.
+Under FSDP2 weights are sharded. `feedbackhook.measure(patch)`, `patch.feedback(name)` and `patch.watch`
+gather them, so all processes must call them. `measure(patch, loss)` raises an error there.
 
     torchrun --nproc-per-node 2 recipes/retrofit/trainers/distributed.py --strategy ddp
     torchrun --nproc-per-node 2 recipes/retrofit/trainers/distributed.py --strategy fsdp2
@@ -25,9 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jsonargparse import auto_cli
-from rich.console import Console
-from sklearn.datasets import load_digits
-from summary import summarise
+from shared import digits, make_console, summarize
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -40,7 +37,7 @@ Strategy = Literal["ddp", "fsdp2"]
 
 
 class CNN(nn.Module):
-    """A small convolutional network for digits."""
+    """A small convolutional network for the digits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,11 +52,11 @@ class CNN(nn.Module):
 
 
 def wrapped(model: CNN, strategy: Strategy, device: torch.device) -> nn.Module:
-    """The model as the strategy wants it: its gradients are means over all processes."""
+    """Wrap the model, so that its gradients are averaged over all processes."""
     if strategy == "ddp":
         return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in (model.conv2, model.hidden):  # the others make the root's group
+    for layer in (model.conv2, model.hidden):  # the other layers are sharded with the root
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -67,8 +64,10 @@ def wrapped(model: CNN, strategy: Strategy, device: torch.device) -> nn.Module:
 def train(
     model: nn.Module, data: TensorDataset, epochs: int, batch_size: int, lr: float, device: torch.device
 ) -> list[float]:
-    """SGD with momentum 0.9, `batch_size` images a process and step; returns the loss of each step, over all
-    processes."""
+    """Train by SGD with momentum 0.9; return the mean loss over all processes of each step.
+
+    `batch_size` is per process.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     sampler = DistributedSampler(data, drop_last=True)
     losses = []
@@ -85,13 +84,6 @@ def train(
     return losses
 
 
-def digits() -> TensorDataset:
-    """scikit-learn's digits: images `[N, 1, 8, 8]` from 0 to 1, and labels `[N]`."""
-    found = load_digits()
-    images = torch.from_numpy(found.images).float()[:, None] / 16
-    return TensorDataset(images, torch.from_numpy(found.target).long())
-
-
 def main(
     strategy: Strategy = "ddp",
     feedback: dict[str, Any] | None = None,
@@ -101,23 +93,23 @@ def main(
     seed: int = 0,
     smoke: bool = False,
 ) -> None:
-    """Train on all processes that torchrun has started, print in the first.
+    """Train on all processes that torchrun started, and print in the first.
 
     Args:
-        strategy: `ddp`, each process has all weights; `fsdp2`, each has a part of each.
-        feedback: the arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
-        epochs: passes over the digits.
-        batch_size: images a process and step.
-        lr: learning rate.
-        seed: of the weights and of the order of the images.
-        smoke: a few steps, to see that it works: seconds.
+        strategy: `ddp`: each process has all weights; `fsdp2`: each process has a part of each weight.
+        feedback: Keyword arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
+        epochs: Passes over the digits.
+        batch_size: Images per process and step.
+        lr: Learning rate.
+        seed: Seed of the weights and of the order of the images.
+        smoke: Train for a few steps to check that it works (seconds).
     """
     if "RANK" not in os.environ:
         raise SystemExit(
-            "distributed.py is started by torchrun, which tells each process its rank: "
+            "distributed.py needs torchrun, which tells each process its rank; run: "
             "torchrun --nproc-per-node 2 recipes/retrofit/trainers/distributed.py"
         )
-    console = Console(soft_wrap=True, width=200)  # no name in the table is cut
+    console = make_console()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -131,14 +123,14 @@ def main(
         if smoke:
             data, epochs = TensorDataset(*data[: 4 * batch_size * dist.get_world_size()]), 1
         losses = train(wrapped(model, strategy, device), data, epochs, batch_size, lr, device)
-        summarise(console, patch, losses, show=dist.get_rank() == 0)
+        summarize(console, patch, losses, show=dist.get_rank() == 0)
     finally:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     auto_cli(main, as_positional=False, default_config_files=[str(Path(__file__).with_suffix(".yaml"))])
-    # Gloo's threads may still hold a collective's tensors while the interpreter is torn down, and then the
-    # process aborts at times, with plain torch.distributed too (pytorch/pytorch#179291). Nothing is left.
+    # Gloo's threads may still hold tensors while the interpreter shuts down, which sometimes aborts the
+    # process, with plain torch.distributed too (pytorch/pytorch#179291). All work is done, so exit at once.
     sys.stdout.flush()
     os._exit(0)

@@ -1,15 +1,15 @@
 """I train with Hugging Face's Trainer; where does the one line go?
 
-Between the model and the Trainer: `feedbackhook.patch(model)`, then `Trainer(model=model, ...)`; with
-`model_init`, inside that function. `bf16`, `gradient_accumulation_steps` and `gradient_checkpointing` work as
-without a patch. A small callback puts what decides V beside each of the Trainer's checkpoints, so that a run
-which goes on from one goes on with the same V.
+Between the model and the Trainer: call `feedbackhook.patch(model)`, then `Trainer(model=model, ...)`. If you
+use `model_init`, put the line inside that function. `bf16`, `gradient_accumulation_steps` and
+`gradient_checkpointing` work as they do without a patch. A small callback saves the patch's state beside each
+checkpoint of the Trainer, so that a resumed run continues with the same V.
 
-On a machine with several GPUs start it by torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES=0): otherwise
-the Trainer takes nn.DataParallel, under which a patched model raises.
+On a machine with several GPUs, start it with torchrun or make one GPU visible (CUDA_VISIBLE_DEVICES=0).
+Otherwise the Trainer uses nn.DataParallel, under which a patched model raises an error.
 
-The model is a BERT of two layers, made from its configuration without a download. It reads scikit-learn's
-digits as sentences of 64 words, the pixels, from a vocabulary of 17 words, their intensities.
+The model is a BERT with two layers, built from a configuration without a download. It reads scikit-learn's
+digits as sentences of 64 words (the pixels) from a vocabulary of 17 words (their intensities).
 
     pip install -e '.[trainers]'
     python recipes/retrofit/trainers/hf_trainer.py
@@ -24,9 +24,7 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from sklearn.datasets import load_digits
-from summary import summarise
+from shared import digits, make_console, summarize
 from torch import Tensor
 
 import feedbackhook
@@ -47,7 +45,7 @@ except ModuleNotFoundError as missing:
 
 
 class KeepFeedback(TrainerCallback):
-    """Puts the patch's state into `feedback.pt` of each checkpoint's folder."""
+    """Save the patch's state as `feedback.pt` in the folder of each checkpoint."""
 
     def __init__(self, patch: feedbackhook.Patch) -> None:
         self.patch = patch
@@ -61,7 +59,7 @@ class KeepFeedback(TrainerCallback):
 
 
 def tiny_bert() -> BertForSequenceClassification:
-    """Two layers for sentences of 64 words out of 17, and 10 classes."""
+    """Build two layers for sentences of 64 words, a vocabulary of 17 words and 10 classes."""
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=17,
@@ -77,11 +75,9 @@ def tiny_bert() -> BertForSequenceClassification:
     )
 
 
-def digits() -> list[dict[str, Tensor]]:
-    """scikit-learn's digits, each as 64 words and a label."""
-    found = load_digits()
-    words, labels = torch.from_numpy(found.data).long(), torch.from_numpy(found.target).long()
-    return [{"input_ids": word, "labels": label} for word, label in zip(words, labels, strict=True)]
+def digits_as_sentences() -> list[dict[str, Tensor]]:
+    """Return scikit-learn's digits, each as 64 words and a label."""
+    return [{"input_ids": (16 * image).long().flatten(), "labels": label} for image, label in digits()]
 
 
 def main(
@@ -95,20 +91,20 @@ def main(
     resume: Path | None = None,
     smoke: bool = False,
 ) -> None:
-    """Train, save checkpoints, print.
+    """Train, save checkpoints and print.
 
     Args:
-        feedback: the arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
-        epochs: passes over the digits, those of a resumed run included.
-        batch_size: digits a step.
-        lr: learning rate at the start; it falls to zero in a line.
-        optimizer: one of the Trainer's, as of `TrainingArguments.optim`.
-        seed: of the weights and of the order of the digits.
-        output: the folder of the checkpoints.
-        resume: a checkpoint's folder to go on from.
-        smoke: a few steps, to see that it works: seconds.
+        feedback: Keyword arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
+        epochs: Passes over the digits, including those before a resume.
+        batch_size: Digits per step.
+        lr: Initial learning rate; it falls linearly to zero.
+        optimizer: Name of an optimizer, as in `TrainingArguments.optim`.
+        seed: Seed of the weights and of the order of the digits.
+        output: Folder of the checkpoints.
+        resume: Folder of a checkpoint to resume from.
+        smoke: Train for a few steps to check that it works (seconds).
     """
-    console = Console(soft_wrap=True, width=200)  # no name in the table is cut
+    console = make_console()
     set_seed(seed)
     model = tiny_bert()
     patch = feedbackhook.patch(model, **(feedback or {}))  # the one line
@@ -132,11 +128,11 @@ def main(
             report_to=[],
             disable_tqdm=True,
         ),
-        train_dataset=digits(),
+        train_dataset=digits_as_sentences(),
         callbacks=[KeepFeedback(patch)],
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    summarise(console, patch, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    summarize(console, patch, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 if __name__ == "__main__":

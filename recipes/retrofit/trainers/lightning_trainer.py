@@ -1,13 +1,14 @@
 """I train with Lightning; where does the one line go?
 
-Into the LightningModule, at the end of `__init__`, once its layers exist. A LightningModule that makes its
-layers in `configure_model` has the line at the end of that, before `fully_shard` if it is called there; since
-Lightning calls `configure_model` again before each fit and test, it begins with
-`if feedbackhook.get_patch(self) is None:`. Trainer, loop and optimizer stay as they are. Two hooks put what
-decides V into Lightning's checkpoints, so that a run which goes on from one goes on with the same V.
+At the end of the LightningModule's `__init__`, when its layers exist. If the layers are built in
+`configure_model`, put the line at its end, but before any `fully_shard`. Lightning calls `configure_model`
+again before each fit and test, so guard the line with `if feedbackhook.get_patch(self) is None:`. Trainer,
+loop and optimizer stay as they are. Two hooks save the patch's state in Lightning's checkpoints, so that a
+resumed run continues with the same V.
 
-`patch.watch` cannot follow automatic optimization, in which Lightning runs the backward inside
-`optimizer.step(closure)`, and says so; call `feedbackhook.measure(patch, loss)` in `training_step`.
+`patch.watch` does not support automatic optimization, where Lightning runs the backward pass inside
+`optimizer.step(closure)`, and raises an error. Call `feedbackhook.measure(patch, loss)` in `training_step`
+instead.
 
     pip install -e '.[trainers]'
     python recipes/retrofit/trainers/lightning_trainer.py
@@ -23,11 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
-from rich.console import Console
-from sklearn.datasets import load_digits
-from summary import summarise
+from shared import digits, make_console, summarize
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import feedbackhook
 
@@ -38,11 +37,11 @@ except ModuleNotFoundError as missing:
 
 
 class Classifier(L.LightningModule):
-    """A small convolutional network for digits.
+    """A small convolutional network for the digits.
 
     Args:
-        feedback: the arguments of `feedbackhook.patch`; None: its defaults.
-        lr: learning rate of SGD with momentum 0.9.
+        feedback: Keyword arguments of `feedbackhook.patch`. Default: None, its own defaults.
+        lr: Learning rate of SGD with momentum 0.9.
     """
 
     def __init__(self, feedback: dict[str, Any] | None = None, lr: float = 0.01) -> None:
@@ -77,13 +76,6 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
 
 
-def digits() -> TensorDataset:
-    """scikit-learn's digits: images `[N, 1, 8, 8]` from 0 to 1, and labels `[N]`."""
-    found = load_digits()
-    images = torch.from_numpy(found.images).float()[:, None] / 16
-    return TensorDataset(images, torch.from_numpy(found.target).long())
-
-
 def main(
     feedback: dict[str, Any] | None = None,
     epochs: int = 10,
@@ -94,19 +86,19 @@ def main(
     resume: Path | None = None,
     smoke: bool = False,
 ) -> None:
-    """Train, save a checkpoint, print.
+    """Train, save a checkpoint and print.
 
     Args:
-        feedback: the arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
-        epochs: passes over the digits, those of a resumed run included.
-        batch_size: images a step.
-        lr: learning rate.
-        seed: of the weights and of the order of the images.
-        output: the folder of the checkpoint, `last.ckpt`.
-        resume: a checkpoint to go on from.
-        smoke: a few steps, to see that it works: seconds.
+        feedback: Keyword arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
+        epochs: Passes over the digits, including those before a resume.
+        batch_size: Images per step.
+        lr: Learning rate.
+        seed: Seed of the weights and of the order of the images.
+        output: Folder of the checkpoint, `last.ckpt`.
+        resume: Checkpoint to resume from.
+        smoke: Train for a few steps to check that it works (seconds).
     """
-    console = Console(soft_wrap=True, width=200)  # no name in the table is cut
+    console = make_console()
     L.seed_everything(seed, verbose=False)
     model = Classifier(feedback, lr)
     trainer = L.Trainer(
@@ -119,7 +111,7 @@ def main(
     )
     trainer.fit(model, DataLoader(digits(), batch_size=batch_size, shuffle=True), ckpt_path=resume)
     trainer.save_checkpoint(output / "last.ckpt")
-    summarise(console, model.patch, model.losses)
+    summarize(console, model.patch, model.losses)
     console.print(f"checkpoint: {output / 'last.ckpt'}")
 
 

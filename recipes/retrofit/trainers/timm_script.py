@@ -1,30 +1,31 @@
 """I train with timm's own train.py; where does the one line go?
 
-In your copy of the script, right after the model is made, and so before EMA, DistributedDataParallel and
-torch.compile, which all take the model as it is:
+In your copy of the script, right after the model is created, and so before EMA, DistributedDataParallel and
+torch.compile use it:
 
     model = create_model(args.model, ...)
     feedbackhook.patch(model, "sign", concordance=0.75)  # the one line
 
-Or leave your copy as it is, and let this recipe run it: it patches the first model that `timm.create_model`
-makes and passes on whatever stands behind `--`. The script is not in timm's package, but in its repository
-(huggingface/pytorch-image-models, train.py); take that of your version of timm.
+Or let this recipe run your unchanged copy: it patches the first model that `timm.create_model` returns and
+passes the options after `--` to the script. The script is not in timm's package but in its repository
+(huggingface/pytorch-image-models, train.py); use the one for your version of timm.
 
     python recipes/retrofit/trainers/timm_script.py --script train.py -- PATH --model resnet18 --epochs 10
     python recipes/retrofit/trainers/timm_script.py --script train.py --digits digits -- --model resnet10t
     torchrun --nproc-per-node 2 recipes/retrofit/trainers/timm_script.py --script train.py -- PATH
     python recipes/retrofit/trainers/timm_script.py --script train.py --smoke true
 
-`--digits` writes scikit-learn's digits as image files, so that nothing is downloaded. The script's options:
+`--digits` writes scikit-learn's digits as image files, so that nothing is downloaded. Notes on the script's
+options:
 
-- `--amp`, `--grad-checkpointing`, `--grad-accum-steps` and `--channels-last` work as without a patch.
-- `--model-ema`: the average is a copy of the patched model, V's random parts included, which takes memory.
-  It is never trained.
-- torchrun: every process patches its model before it is wrapped; names and seed give all of them the same V.
-- `--torchcompile`: error signals go through V, but compiled code counts no calls, and the table says 0.
-- `--resume`: the script's checkpoints know nothing of the patch. V is the same again under all rules but
-  those that draw after each update, such as brSF, whose draws begin anew.
-- `--torchscript` does not work, since a scripted model cannot be patched; this recipe refuses it.
+- `--amp`, `--grad-checkpointing`, `--grad-accum-steps` and `--channels-last` work as they do without a patch.
+- `--model-ema`: the average is a copy of the patched model. It is never trained, but the random parts of its
+  V take memory.
+- torchrun: each process patches its model before it is wrapped; layer names and seed give all the same V.
+- `--torchcompile`: error signals pass through V, but compiled code counts no calls, so the table shows 0.
+- `--resume`: the script's checkpoints do not save the patch. V is the same after a resume, except for rules
+  that redraw V after each update, such as brSF, which start their draws again.
+- `--torchscript` does not work, because a scripted model cannot be patched; this recipe raises an error.
 """
 
 from __future__ import annotations
@@ -42,16 +43,18 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from summary import summarise
+from shared import make_console, summarize
 
 import feedbackhook
 
 
 @contextmanager
 def patching_models(feedback: dict[str, Any]) -> Iterator[list[feedbackhook.Patch]]:
-    """Within it the first model that `timm.create_model` makes is patched. Further ones, as the teacher in
-    distillation, are not. Yields a list that holds the patch then."""
+    """Patch the first model that `timm.create_model` returns within the block.
+
+    Later ones, such as the teacher in distillation, are not patched. Yields a list, to which the patch is
+    added.
+    """
     import timm
 
     original = timm.models.create_model
@@ -72,27 +75,30 @@ def patching_models(feedback: dict[str, Any]) -> Iterator[list[feedbackhook.Patc
 
 
 def run(script: Path, arguments: list[str], feedback: dict[str, Any]) -> feedbackhook.Patch:
-    """Runs the script as `python SCRIPT ARGUMENTS` would; returns the patch on its model."""
+    """Run the script as `python SCRIPT ARGUMENTS` would; return the patch on its model."""
     if not script.is_file():
-        raise SystemExit(f"--script: there is no file {str(script)!r}; timm's train.py is in its repository")
+        raise SystemExit(f"--script: there is no file {str(script)!r}; get train.py from timm's repository")
     if "--torchscript" in arguments:
-        raise SystemExit("--torchscript: a scripted model cannot be patched; leave the option out")
+        raise SystemExit("--torchscript: a scripted model cannot be patched; remove this option")
     argv, path = sys.argv, list(sys.path)
     sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.resolve().parent))  # a checkout's own timm lies beside its train.py
+    sys.path.insert(0, str(script.resolve().parent))  # a checkout has its own timm beside train.py
     try:
         with patching_models(feedback) as made:
             runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, path
     if not made:
-        raise SystemExit(f"{script} made no model by timm.create_model, so nothing was patched")
+        raise SystemExit(f"{script} did not call timm.create_model, so nothing was patched")
     return made[0]
 
 
 def write_digits(folder: Path, size: int = 32, limit: int | None = None) -> None:
-    """scikit-learn's digits as images of size x size pixels, in `folder/train/CLASS` and, every fifth, in
-    `folder/validation/CLASS`; the first `limit` alone, if that is given."""
+    """Write scikit-learn's digits as images of size x size pixels.
+
+    Every fifth goes to `folder/validation/CLASS`, the others to `folder/train/CLASS`. If `limit` is given,
+    only the first `limit` are written.
+    """
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -104,11 +110,11 @@ def write_digits(folder: Path, size: int = 32, limit: int | None = None) -> None
 
 
 def training_losses(summary: Path) -> list[float]:
-    """Those of each epoch, of the last of the runs of which the script has written rows below one another."""
+    """Return the loss of each epoch of the last run; the script appends each run's rows to the same file."""
     with summary.open() as file:
         rows = [row["train_loss"] for row in csv.DictReader(file)]
-    begun = max((row for row, text in enumerate(rows, 1) if text == "train_loss"), default=0)
-    return [float(text) for text in rows[begun:]]
+    start = max((row for row, text in enumerate(rows, 1) if text == "train_loss"), default=0)
+    return [float(text) for text in rows[start:]]
 
 
 def main(
@@ -119,22 +125,22 @@ def main(
     output: Path = Path("runs/timm"),
     smoke: bool = False,
 ) -> None:
-    """Run the script with a patched model, print.
+    """Run the script with a patched model, and print.
 
     Args:
-        script: your copy of timm's train.py.
-        arguments: the script's arguments; on the command line they stand behind `--`.
-        feedback: the arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
-        digits: write scikit-learn's digits into this folder as images, and have the script train on them.
-        output: the folder that the script writes into.
-        smoke: one short epoch on a few digits, to see that it works: seconds.
+        script: Your copy of timm's train.py.
+        arguments: The script's arguments; on the command line, put them after `--`.
+        feedback: Keyword arguments of `feedbackhook.patch`: `mode`, the rule's options, `exclude` and so on.
+        digits: Write scikit-learn's digits into this folder as images, and train on them.
+        output: Folder that the script writes to.
+        smoke: Train for one short epoch on a few digits to check that it works (seconds).
     """
-    console = Console(soft_wrap=True, width=200)  # no name in the table is cut
+    console = make_console()
     options: dict[str, Any] = {"output": output.parent, "experiment": output.name}
     if smoke:
         digits = digits or output / "digits"
         options |= {"model": "resnet10t", "batch-size": 16, "epochs": 1, "warmup-epochs": 0, "workers": 0}
-        if not torch.cuda.is_available():  # as a file, since older scripts have no option for it
+        if not torch.cuda.is_available():  # in a file, because older scripts have no such option
             output.mkdir(parents=True, exist_ok=True)
             (output / "cpu.yaml").write_text("device: cpu\n")
             options["config"] = output / "cpu.yaml"
@@ -147,12 +153,12 @@ def main(
         return
     summary = output / "summary.csv"
     if not summary.is_file():
-        raise SystemExit(f"the script wrote no {summary}: leave --output and --experiment to this recipe")
-    summarise(console, patch, training_losses(summary))
+        raise SystemExit(f"the script did not write {summary}: do not pass --output or --experiment to it")
+    summarize(console, patch, training_losses(summary))
 
 
 def cli(argv: list[str]) -> None:
-    """This recipe's options stand before `--`, the script's behind it."""
+    """Run `main` with the options before `--`, and the script with those after it."""
     end = argv.index("--") if "--" in argv else len(argv)
     own, passed = argv[:end], argv[end + 1 :]
     if passed:

@@ -47,7 +47,7 @@ def test_the_table(capsys):
     heading = "depth layer kind shape weights rule input grad angle V, W norm V / W"
     assert " ".join(lines[1].split()) == heading
     assert " ".join(lines[3].split()).startswith("0 conv1 Conv2d 20x1x5x5 500 frSF(concordance=0.75) no ")
-    assert lines[-2].startswith("liao2016/mnist on an image of 1x28x28: 4 layers, 4 patched, 3 of these with")
+    assert lines[-2].startswith("liao2016/mnist on an image of 1x28x28: 4 layers, 4 patched, 3 of these send")
     assert lines[-1] == "431,080 parameters, 430,500 of them (99.9%) patched weights"
 
 

@@ -29,7 +29,8 @@ from feedbackhook.experiments.sweep import worker
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan, stored
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.report.tables import sweep_table
-from feedbackhook.store.recorder import Recorder, holder, process_name
+from feedbackhook.store.locks import holder, process_name
+from feedbackhook.store.recorder import Recorder
 
 LOOPBACK = {"scheduler_options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
 DASK = [sys.executable, "-m", "dask"]
@@ -458,7 +459,7 @@ def test_an_interrupted_sweep_stops_its_runs_and_goes_on(
     process.send_signal(signal.SIGINT)
     out = process.communicate()[0].decode()
     assert process.returncode == 130, out
-    assert "interrupted; the same command goes on" in out
+    assert "interrupted; rerun the same command to resume" in out
     wait_until(lambda: how_many(folder, "interrupted") == 1)
     assert how_many(folder, "running") == 0  # nor has the second begun
     again = started(path)

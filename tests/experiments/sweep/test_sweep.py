@@ -22,7 +22,6 @@ import pytest
 from safetensors.torch import load_file
 from support.sweeps import children, how_many, runs, tiny, written
 
-from feedbackhook import console
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import (
     ConfigError,
@@ -33,7 +32,7 @@ from feedbackhook.experiments.config import (
     SweepModelConfig,
     SweepProtocolConfig,
 )
-from feedbackhook.experiments.sweep import estimate as estimates
+from feedbackhook.experiments.stored import write_config
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep import run as sweep_module
 from feedbackhook.experiments.sweep import worker
@@ -42,9 +41,11 @@ from feedbackhook.experiments.sweep.grid import PlannedRun, ended, plan, stored
 from feedbackhook.experiments.sweep.local import workers
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.experiments.training import run as train_module
-from feedbackhook.experiments.training.run import Progress, train
+from feedbackhook.experiments.training.progress import Progress
+from feedbackhook.experiments.training.run import train
 from feedbackhook.report.tables import sweep_table
-from feedbackhook.store.recorder import Recorder, process_name
+from feedbackhook.store.locks import process_name
+from feedbackhook.store.recorder import Recorder
 from feedbackhook.store.run_folder import RunResult
 
 
@@ -179,7 +180,7 @@ def test_small_is_one_dataset_and_a_short_protocol_in_a_folder_of_its_own(tmp_pa
     ("given", "message"),
     [
         ({"conditions": []}, "one of them is empty"),
-        ({"conditions": ["uSF+BX"]}, "'BX' is no part of a condition"),
+        ({"conditions": ["uSF+BX"]}, "'BX' is not a term of a condition"),
         ({"conditions": ["uSF+BN", "uSF+BN"]}, "2 runs of the sweep have the name digits-uSF"),
         ({"datasets": ["Omniglot"], "model": SweepModelConfig()}, "no network for Omniglot: set model.name"),
         ({"data": DataConfig("MNIST")}, "data.name has no effect in a sweep"),
@@ -229,12 +230,14 @@ def test_a_sweep_of_another_configuration_is_refused_before_anything_is_run(tmp_
     config = tiny(tmp_path, conditions=["SGD"], workers=1)
     sweep(config)
     longer = replace(config, conditions=["RndF", "SGD"], protocol=replace(config.protocol, epochs=3))
-    with pytest.raises(ConfigError, match=r"digits-SGD-rate1-seed0: its protocol\.epochs is 2, here it is 3"):
+    with pytest.raises(
+        ConfigError, match=r"digits-SGD-rate1-seed0: `protocol\.epochs` was 2 in this run and is 3 now"
+    ):
         sweep(longer)
     assert not (tmp_path / "digits-RndF-rate1-seed0").exists()
     assert stored(tmp_path) == config
     file = re.escape(str(tmp_path / "sweep.yaml"))
-    with pytest.raises(ConfigError, match=f"start from {file}, or give another output"):
+    with pytest.raises(ConfigError, match=f"start from {file}, or choose another output"):
         sweep(longer)
     assert main(["sweep", str(tmp_path / "sweep.yaml")]) == 0  # which the command takes
     more = replace(config, conditions=["RndF", "SGD"])
@@ -417,7 +420,7 @@ def test_a_process_that_does_not_touch_its_folder_is_named(
 
     with Recorder(run.folder.path):
         run.folder.write_result(RunResult(run.folder.path))
-        run.folder.write_config(run.config)
+        write_config(run.folder, run.config)
         assert [after(seconds) for seconds in (0, 299, 1, 1000)] == [0, 0, 1, 1]
         me = process_name(os.getpid())
         assert told[0].startswith(f"{run.name}: {me} has not touched its folder for 5 minutes; if it hangs")
@@ -431,7 +434,7 @@ def test_a_stopped_sweep_leaves_no_run_running_unless_a_process_is_at_work_in_it
     (run, *_) = plan(tiny(tmp_path, conditions=["SGD"]))
     run.folder.path.mkdir()
     run.folder.write_result(RunResult(run.folder.path))
-    run.folder.write_config(run.config)
+    write_config(run.folder, run.config)
     with Recorder(run.folder.path):
         worker.keep_interrupted(run.config)
         assert how_many(tmp_path, "running") == 1
@@ -496,42 +499,6 @@ def test_an_estimate_does_not_depend_on_whether_a_run_would_diverge(tmp_path: Pa
     assert estimate(plan(config))["digits-uSF-rate1-seed0"].seconds > 0
 
 
-def test_the_time_left_goes_by_what_this_sweep_has_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = plan(
-        tiny(
-            tmp_path, conditions=["SGD", "uSF"], protocol=SweepProtocolConfig(epochs=4, lr_factors=[1.0, 0.1])
-        )
-    )
-    now = iter([100.0, 110.0, 130.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    clock = console._SweepClock(runs)
-    states: dict[str, Any] = dict.fromkeys(names(runs))
-    finished, failed = RunResult(tmp_path, "finished", epoch=4), RunResult(tmp_path, "failed", epoch=0)
-    states |= {runs[0].name: finished, runs[1].name: failed}  # by an earlier sweep
-    assert clock.left(states) is None
-    states |= {runs[1].name: RunResult(tmp_path, "running", epoch=2)}
-    assert clock.left(states) == pytest.approx(10 / 0.5 * 2.5)  # half a run in ten seconds, 2.5 are left
-    states |= {runs[1].name: finished, runs[2].name: failed}
-    assert clock.left(states) == pytest.approx(30 / 2 * 1)
-
-
-def test_epochs_weigh_what_a_rehearsal_took_where_datasets_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = plan(tiny(tmp_path, conditions=["SGD"], datasets=["digits", "MNIST"]))
-    seconds = {run.name: 9.0 if run.dataset == "MNIST" else 1.0 for run in runs}
-    monkeypatch.setattr(
-        estimates,
-        "estimate",
-        lambda left: {r.name: estimates.Estimate(seconds[r.name], 0) for r in left},
-    )
-    clock = console._SweepClock(runs)
-    clock.left(dict.fromkeys(names(runs)))
-    assert clock._weight == seconds
-
-
 def test_an_estimate_is_near_what_a_run_takes_on_disk(tmp_path: Path) -> None:
     config = tiny(
         tmp_path, conditions=["frSF"], protocol=SweepProtocolConfig(epochs=4, lr_factors=1), workers=1
@@ -570,7 +537,7 @@ def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["table", f"{tmp_path}/sweep"]) == 0
     assert "| SGD |" in capsys.readouterr().out
     assert main(["sweep", str(path), "--conditions", "[nothing]"]) == 2
-    assert "'nothing' is no part of a condition" in capsys.readouterr().err
+    assert "'nothing' is not a term of a condition" in capsys.readouterr().err
 
 
 # what follows runs the command in a process of its own, and kills
@@ -701,7 +668,7 @@ def test_a_sweep_begins_with_its_networks_data_and_rules(tmp_path: Path) -> None
     told: list[str] = []
     results = sweep(config, tell=told.append)
     assert [result.status for result in results.values()] == ["finished"] * 3 + ["failed"]
-    counts = "digits: 1,293 training, 144 held out, 360 test, 10 classes"
+    counts = "digits: 1,293 training, 144 validation, 360 test, 10 classes"
     lines = [line for line in told if "digits: " in line]
     assert lines == [
         f"liao2016/mnist on 1x28x28 pixels, 431,080 parameters; {counts}; backprop, sign; cpu",

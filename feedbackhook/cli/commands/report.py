@@ -1,0 +1,103 @@
+"""`feedbackhook table`, `report` and `plot`: files made from finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from feedbackhook.cli.parsers import Command
+from feedbackhook.cli.printing import plain_console
+
+
+def _table_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("sweep", type=str, help="the sweep's folder")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=str | None,
+        help="folder for table.md, table.csv and table.png; null: the sweep's",
+    )
+
+
+def _table(given: Namespace) -> int:
+    from feedbackhook.report.tables import as_markdown, sweep_table, write
+
+    table = sweep_table(given.sweep)
+    print(as_markdown(table))
+    for path in write(table, given.output or given.sweep):
+        print(path)
+    return 0
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("sweep", type=str, help="the sweep's folder")
+    parser.add_argument(
+        "-o", "--output", type=str | None, help="file to write; null: report.html in the sweep's folder"
+    )
+
+
+def _report(given: Namespace) -> int:
+    from feedbackhook.report.html.page import write
+
+    print(write(given.sweep, given.output or Path(given.sweep) / "report.html"))
+    return 0
+
+
+def _plot_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="a run folder, or a folder of run folders")
+    parser.add_argument("--output", type=str | None, help="folder for the figures; null: RUN/figures")
+    parser.add_argument(
+        "--size", type=Literal["readme", "column", "slide"], default="readme", help="where they are shown"
+    )
+    parser.add_argument("--dark", type=bool, default=False, help="light on dark")
+    parser.add_argument(
+        "--formats", type=list[Literal["png", "svg", "pdf"]], default=["png", "svg"], help="file formats"
+    )
+
+
+def _plot(given: Namespace) -> int:
+    from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.report import theme
+    from feedbackhook.report.plots import draw_all
+    from feedbackhook.store.recorder import read
+
+    try:
+        table = read(given.run)
+        with theme.use(given.size, given.dark):
+            written, missing = draw_all(table, given.output or Path(given.run) / "figures", given.formats)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    console = plain_console()
+    for path in written:
+        console.print(f"figure: {path}")
+    for name, reason in missing.items():
+        console.print(f"no {name}: {reason}")
+    return 0
+
+
+TABLE = Command(
+    name="table",
+    help="make the table of a sweep, beside the paper's",
+    description="Make the table of a sweep: condition by dataset, beside the paper's error rates.",
+    arguments=_table_arguments,
+    run=_table,
+)
+REPORT = Command(
+    name="report",
+    help="write a page about a sweep, as one HTML file",
+    description=(
+        "Write a page about a sweep: its table, curves, alignment and runs, in one HTML file that needs no "
+        "network."
+    ),
+    arguments=_report_arguments,
+    run=_report,
+)
+PLOT = Command(
+    name="plot",
+    help="draw the figures of a run",
+    description="Draw every figure that the table of a run, or of all runs in a folder, has values for.",
+    arguments=_plot_arguments,
+    run=_plot,
+)

@@ -1,0 +1,225 @@
+"""The 15 datasets of Liao, Leibo and Poggio 2016.
+
+Where the paper draws classes or images at random, it does not publish which; the draws here are ours.
+"""
+
+from __future__ import annotations
+
+from feedbackhook.experiments.data.registry import Dataset, Draw, register_dataset, register_network_for
+from feedbackhook.liao2016 import class_folders, flowers17, icubworld, indoor67, sufr, timit
+
+_NOT_STATED = "not stated by its authors"
+_SEE_HOME_PAGE = "see its home page"
+
+DATASETS: tuple[Dataset, ...] = (
+    Dataset(
+        name="MNIST",
+        network="liao2016/mnist",
+        classes=10,
+        train=60_000,
+        test=10_000,
+        home_page="http://yann.lecun.com/exdb/mnist/",
+        license=_NOT_STATED,
+        downloadable=True,
+        paths=("MNIST",),
+    ),
+    Dataset(
+        name="CIFAR10",
+        network="liao2016/cifar",
+        classes=10,
+        train=50_000,
+        test=10_000,
+        home_page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        license=_NOT_STATED,
+        downloadable=True,
+        paths=("cifar-10-batches-py",),
+    ),
+    Dataset(
+        name="CIFAR100",
+        network="liao2016/cifar",
+        classes=100,
+        train=50_000,
+        test=10_000,
+        home_page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        license=_NOT_STATED,
+        downloadable=True,
+        paths=("cifar-100-python",),
+    ),
+    Dataset(
+        name="SVHN",
+        network="liao2016/svhn",
+        classes=10,
+        train=73_257,
+        test=26_032,
+        home_page="http://ufldl.stanford.edu/housenumbers/",
+        license="non-commercial use only",
+        downloadable=True,
+        paths=("train_32x32.mat", "test_32x32.mat"),
+    ),
+    Dataset(
+        name="STL10",
+        network="liao2016/images",
+        classes=10,
+        train=5_000,
+        test=8_000,
+        home_page="https://cs.stanford.edu/~acoates/stl10/",
+        license=_NOT_STATED,
+        downloadable=True,
+        paths=("stl10_binary",),
+    ),
+    Dataset(
+        name="Caltech101",
+        network="liao2016/images",
+        classes=102,  # including BACKGROUND_Google
+        train=102 * 30,
+        test=102 * 10,
+        home_page="https://data.caltech.edu/records/mzrjq-6wc02",
+        license="CC BY 4.0",
+        downloadable=True,
+        paths=("caltech101/101_ObjectCategories",),
+        draw=Draw(folder_classes=102, train=30, test=10, min_test=1, folder_images=9_144),
+        reader=class_folders.read,
+    ),
+    Dataset(
+        name="Caltech256-101",
+        network="liao2016/images",
+        classes=102,
+        train=102 * 30,
+        test=102 * 10,
+        home_page="https://data.caltech.edu/records/nyy15-4j048",
+        license=_NOT_STATED,
+        downloadable=True,
+        paths=("caltech256/256_ObjectCategories",),
+        draw=Draw(
+            folder_classes=256,
+            train=30,
+            test=10,
+            min_test=10,
+            exclude=("257.clutter",),
+            last_class="088.golf-ball",
+            folder_images=29_780,
+        ),
+        reader=class_folders.read,
+    ),
+    Dataset(
+        name="iCubWorld",
+        network="liao2016/images",
+        classes=10,
+        train=10 * 3 * 200,
+        test=2_001,  # the paper's error rates are multiples of 1/2001; about 200 images per category
+        home_page="https://robotology.github.io/iCubWorld/",
+        license=_SEE_HOME_PAGE,
+        downloadable=False,
+        paths=("iCubWorld/train", "iCubWorld/test/categorization"),
+        approximate=True,
+        note="release 1.0 (Fanello et al. 2013), tested on `categorization`, one of its four test sets; "
+        "the paper does not say which one it uses.",
+        reader=icubworld.read,
+    ),
+    Dataset(
+        name="Flowers17",
+        network="liao2016/images",
+        classes=17,
+        train=17 * 40,
+        test=17 * 20,
+        home_page="https://www.robots.ox.ac.uk/~vgg/data/flowers/17/",
+        license=_SEE_HOME_PAGE,
+        downloadable=False,
+        paths=("flowers-17",),
+        note="the first of its three splits, without the validation images; the paper does not say "
+        "which split it uses, or whether it trains on the validation images.",
+        reader=flowers17.read,
+    ),
+    Dataset(
+        name="Flowers102",
+        network="liao2016/images",
+        classes=102,
+        train=1_020,
+        test=6_149,
+        home_page="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        license=_NOT_STATED,
+        downloadable=True,
+        paths=("flowers-102",),
+    ),
+    Dataset(
+        name="PubFig83-ID",
+        network="liao2016/images",
+        classes=80,
+        train=80 * 85,
+        test=80 * 15,
+        home_page="http://vision.seas.harvard.edu/pubfig83/",
+        license=_SEE_HOME_PAGE,
+        downloadable=False,
+        paths=("pubfig83",),  # pubfig83.v1
+        draw=Draw(folder_classes=83, train=85, test=15, min_test=1, large_enough=True, min_train=1),
+        reader=class_folders.read,
+    ),
+    Dataset(
+        name="SUFR-W-ID",
+        network="liao2016/images",
+        classes=80,
+        train=80 * 10,
+        test=80 * 5,
+        home_page="http://klab.tch.harvard.edu/cbmm/other/SUFR_README.txt",
+        license=_SEE_HOME_PAGE,
+        downloadable=False,
+        paths=("SUFR-W/SUFR_in_the_wild",),  # SUFR 1.3: images and list in one folder
+        draw=Draw(folder_classes=400, train=10, test=5, min_test=1, large_enough=True, min_train=1),
+        reader=sufr.read,
+    ),
+    Dataset(
+        name="LFW-ID",
+        network="liao2016/images",
+        classes=80,
+        train=80 * 10,
+        test=80 * 5,
+        home_page="http://vis-www.cs.umass.edu/lfw/",
+        license=_NOT_STATED,
+        downloadable=False,
+        paths=("lfw-py/lfw_funneled",),
+        draw=Draw(
+            folder_classes=5_749,
+            train=10,
+            test=5,
+            min_test=5,
+            large_enough=True,
+            last_class="Amelie_Mauresmo",
+            folder_images=13_233,
+            digest="597ee184dea96691",
+        ),
+        reader=class_folders.read,
+    ),
+    Dataset(
+        name="MIT-Indoor67",
+        network="liao2016/images",
+        classes=67,
+        train=67 * 80,
+        test=67 * 20,
+        home_page="https://web.mit.edu/torralba/www/indoor.html",
+        license=_SEE_HOME_PAGE,
+        downloadable=False,
+        paths=("indoorCVPR_09",),  # with the published TrainImages.txt and TestImages.txt
+        reader=indoor67.read,
+    ),
+    Dataset(
+        name="TIMIT-80",
+        network="liao2016/timit",
+        classes=61,
+        train=61 * 400,
+        test=61 * 100,
+        home_page="https://catalog.ldc.upenn.edu/LDC93S1",
+        license="license of the Linguistic Data Consortium",
+        downloadable=False,
+        paths=("TIMIT",),
+        draw=Draw(folder_classes=61, train=400, test=100, min_test=1, min_train=1),
+        note="the classes and features are ours, because the paper describes neither: the 61 phones of "
+        "TIMIT instead of 80 classes, each as 15 frames of 123 features.",
+        sample="segment",
+        libraries=("librosa", "soundfile"),
+        reader=timit.read,
+    ),
+)
+
+for dataset in DATASETS:
+    register_dataset(dataset)
+register_network_for("digits", "liao2016/mnist")
