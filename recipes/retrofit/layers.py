@@ -25,12 +25,12 @@ import sweep_recipes
 import yaml
 from matplotlib.figure import Figure
 
+from feedbackhook.core.discovery import layers_in
 from feedbackhook.experiments.config import ModelConfig
 from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.report import theme
 from feedbackhook.report.runs import collect
-from feedbackhook.core.discovery import layers_in
 
 YAML = Path(__file__).with_suffix(".yaml")
 CONCORDANCES = (1.0, 0.75, 0.5)
