@@ -18,7 +18,8 @@ from feedbackhook.experiments.config import (
     ProtocolConfig,
     RunConfig,
 )
-from feedbackhook.experiments.training.run import resolve, train
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.training.run import train
 from feedbackhook.store.recorder import read
 
 PAPER = [

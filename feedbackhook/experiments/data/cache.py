@@ -15,7 +15,7 @@ from torch import Tensor
 
 from feedbackhook.experiments.config import DataConfig
 from feedbackhook.experiments.data.registry import DATASETS, LIBRARIES
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ def write_cached(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
     about = {"key": key, "checksum": _checksum(tensors)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            save_file(tensors, aside, metadata=about)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=about)
     except (OSError, SafetensorError) as error:
         logger.warning("cannot cache the decoded images: %s; set data.cache to another folder", error)
 

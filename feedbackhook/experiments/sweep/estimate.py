@@ -18,8 +18,9 @@ from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.build import default_size
 from feedbackhook.experiments.models.registry import network_name
+from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.grid import PlannedRun
-from feedbackhook.experiments.training.run import resolve, train
+from feedbackhook.experiments.training.run import train
 
 _REHEARSED_STEPS = 5
 

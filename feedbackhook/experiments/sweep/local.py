@@ -14,10 +14,10 @@ import joblib
 from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor, get_reusable_executor
 
 from feedbackhook.experiments.config import FolderInUse, SweepConfig
+from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.grid import PlannedRun, ended
 from feedbackhook.experiments.sweep.worker import ATTEMPTS, begin_worker, fail_for_lost_processes, run_one
-from feedbackhook.experiments.training.run import resolve
-from feedbackhook.store.recorder import holder, process_name
+from feedbackhook.store.locks import holder, process_name
 
 logger = logging.getLogger(__name__)
 

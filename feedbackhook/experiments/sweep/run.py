@@ -14,13 +14,14 @@ import yaml  # type: ignore[import-untyped]
 
 from feedbackhook.experiments.config import ConfigError, SweepConfig
 from feedbackhook.experiments.data import load as data
+from feedbackhook.experiments.resolve import check_device, resolve
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep.grid import PlannedRun, check, ended, plan, shrink
 from feedbackhook.experiments.sweep.worker import keep_interrupted
-from feedbackhook.experiments.training.opening import openings
-from feedbackhook.experiments.training.run import check_device, resolve
 from feedbackhook.experiments.training.stopping import stoppable
-from feedbackhook.store.recorder import holder, written_aside
+from feedbackhook.experiments.training.summary import describe_runs
+from feedbackhook.store.atomic import atomic_write
+from feedbackhook.store.locks import holder
 from feedbackhook.store.run_folder import RunResult
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def sweep(
                 on_it = [resolve(run.config) for run in pending if run.dataset == dataset.dataset]
                 # on a cluster each worker has its own device
                 device = f"; {on_it[0].protocol.device}" if config.backend == "joblib" else ""
-                for line in openings(on_it, images):
+                for line in describe_runs(on_it, images):
                     tell(f"{line}{device}")
             _write(config)
             with monitor, _interrupted_at_the_end(pending):
@@ -166,8 +167,8 @@ def _named(dataset: str) -> Iterator[None]:
 def _write(config: SweepConfig) -> None:
     path = Path(config.output) / "sweep.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        aside.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
 class _Monitor:

@@ -31,7 +31,7 @@ from feedbackhook.report.tables import (
     base_rate,
     sweep_table,
 )
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.run_folder import RunResult
 
 __all__ = ["page", "write"]
@@ -101,8 +101,8 @@ def write(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     content, path = page(folder), Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            aside.write_text(content, encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     return path

@@ -29,7 +29,8 @@ from feedbackhook.experiments.sweep import worker
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan, stored
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.report.tables import sweep_table
-from feedbackhook.store.recorder import Recorder, holder, process_name
+from feedbackhook.store.locks import holder, process_name
+from feedbackhook.store.recorder import Recorder
 
 LOOPBACK = {"scheduler_options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
 DASK = [sys.executable, "-m", "dask"]

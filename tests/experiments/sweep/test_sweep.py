@@ -33,6 +33,7 @@ from feedbackhook.experiments.config import (
     SweepModelConfig,
     SweepProtocolConfig,
 )
+from feedbackhook.experiments.stored import write_config
 from feedbackhook.experiments.sweep import estimate as estimates
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep import run as sweep_module
@@ -42,9 +43,11 @@ from feedbackhook.experiments.sweep.grid import PlannedRun, ended, plan, stored
 from feedbackhook.experiments.sweep.local import workers
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.experiments.training import run as train_module
-from feedbackhook.experiments.training.run import Progress, train
+from feedbackhook.experiments.training.progress import Progress
+from feedbackhook.experiments.training.run import train
 from feedbackhook.report.tables import sweep_table
-from feedbackhook.store.recorder import Recorder, process_name
+from feedbackhook.store.locks import process_name
+from feedbackhook.store.recorder import Recorder
 from feedbackhook.store.run_folder import RunResult
 
 
@@ -229,12 +232,14 @@ def test_a_sweep_of_another_configuration_is_refused_before_anything_is_run(tmp_
     config = tiny(tmp_path, conditions=["SGD"], workers=1)
     sweep(config)
     longer = replace(config, conditions=["RndF", "SGD"], protocol=replace(config.protocol, epochs=3))
-    with pytest.raises(ConfigError, match=r"digits-SGD-rate1-seed0: its protocol\.epochs is 2, here it is 3"):
+    with pytest.raises(
+        ConfigError, match=r"digits-SGD-rate1-seed0: `protocol\.epochs` was 2 in this run and is 3 now"
+    ):
         sweep(longer)
     assert not (tmp_path / "digits-RndF-rate1-seed0").exists()
     assert stored(tmp_path) == config
     file = re.escape(str(tmp_path / "sweep.yaml"))
-    with pytest.raises(ConfigError, match=f"start from {file}, or give another output"):
+    with pytest.raises(ConfigError, match=f"start from {file}, or choose another output"):
         sweep(longer)
     assert main(["sweep", str(tmp_path / "sweep.yaml")]) == 0  # which the command takes
     more = replace(config, conditions=["RndF", "SGD"])
@@ -417,7 +422,7 @@ def test_a_process_that_does_not_touch_its_folder_is_named(
 
     with Recorder(run.folder.path):
         run.folder.write_result(RunResult(run.folder.path))
-        run.folder.write_config(run.config)
+        write_config(run.folder, run.config)
         assert [after(seconds) for seconds in (0, 299, 1, 1000)] == [0, 0, 1, 1]
         me = process_name(os.getpid())
         assert told[0].startswith(f"{run.name}: {me} has not touched its folder for 5 minutes; if it hangs")
@@ -431,7 +436,7 @@ def test_a_stopped_sweep_leaves_no_run_running_unless_a_process_is_at_work_in_it
     (run, *_) = plan(tiny(tmp_path, conditions=["SGD"]))
     run.folder.path.mkdir()
     run.folder.write_result(RunResult(run.folder.path))
-    run.folder.write_config(run.config)
+    write_config(run.folder, run.config)
     with Recorder(run.folder.path):
         worker.keep_interrupted(run.config)
         assert how_many(tmp_path, "running") == 1
@@ -701,7 +706,7 @@ def test_a_sweep_begins_with_its_networks_data_and_rules(tmp_path: Path) -> None
     told: list[str] = []
     results = sweep(config, tell=told.append)
     assert [result.status for result in results.values()] == ["finished"] * 3 + ["failed"]
-    counts = "digits: 1,293 training, 144 held out, 360 test, 10 classes"
+    counts = "digits: 1,293 training, 144 validation, 360 test, 10 classes"
     lines = [line for line in told if "digits: " in line]
     assert lines == [
         f"liao2016/mnist on 1x28x28 pixels, 431,080 parameters; {counts}; backprop, sign; cpu",
