@@ -123,4 +123,4 @@ display(figure)
 
 # %% [markdown]
 # The band spans the best and the worst of three seeds. To add a rule to the library, put it into
-# `feedbackhook/rules.py` with its source, and test its angle as above in `tests/rules/test_rules.py`.
+# `feedbackhook/rules` with its source, and test its angle as above in `tests/rules/test_rules.py`.

@@ -25,7 +25,7 @@ import sweep_recipes
 import yaml
 from matplotlib.figure import Figure
 
-from feedbackhook.core.discovery import layers_in
+import feedbackhook
 from feedbackhook.experiments.config import ModelConfig
 from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.sweep.grid import stored
@@ -46,8 +46,8 @@ def parts(model: str) -> list[str]:
 
     The first layer is left out, because it sends no error signal back.
     """
-    network = build(ModelConfig(model), 10, 3, (32, 32))
-    return list(dict.fromkeys(name.partition(".")[0] for name in list(layers_in(network))[1:]))
+    layers = feedbackhook.patch(build(ModelConfig(model), 10, 3, (32, 32)), "sign").layers
+    return list(dict.fromkeys(layer.name.partition(".")[0] for layer in layers[1:]))
 
 
 def conditions(model: str) -> dict[str, dict[str, Any]]:

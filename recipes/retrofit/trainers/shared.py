@@ -42,7 +42,7 @@ def summarize(
         return
     table = Table("layer", "rule", "calls", "rerouted", "weight angle [°]", box=box.SIMPLE, pad_edge=False)
     for row in patch.layers:
-        rerouted = "no input gradient" if row.input_requires_grad is False else str(row.rerouted)
+        rerouted = "input needs no grad" if row.input_requires_grad is False else str(row.rerouted)
         table.add_row(row.name, row.rule, str(row.calls), rerouted, f"{angles[row.name]:.1f}")
     console.print(table)
     if not any(row.calls for row in patch.layers):
