@@ -2,7 +2,7 @@
 
     python analysis/compact.py runs/mnist analysis/runs/mnist
 
-Copies sweep.yaml and of each run its configuration, status and table, the parts of the table joined into one
+Copies sweep.yaml, manifest.json and of each run its configuration, status and table, the parts of the table joined into one
 and rounded to single precision; weights and checkpoints are left out, and so is what tells of the machine's
 folders.
 """
@@ -34,6 +34,7 @@ def main(sweep: Path, output: Path) -> None:
     output.mkdir(parents=True)
     config = yaml.safe_load((sweep / "sweep.yaml").read_text())
     _write(output / "sweep.yaml", {**config, "data": _placed(config["data"]), "output": output.name})
+    shutil.copy(sweep / "manifest.json", output)
     for status in sorted(sweep.glob("*/status.json")):
         _compact(status.parent, output / status.parent.name)
 

@@ -273,7 +273,7 @@ def _sweep(given: Namespace) -> int:
         return 0
     try:
         with sweep_progress(console, runs) as progress:
-            results = sweep(config, progress, console.print)
+            results = sweep(config, progress, console.print, runs)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on")
         raise
@@ -378,7 +378,8 @@ def _plot(given: Namespace) -> int:
 
 
 def _table(given: Namespace) -> int:
-    from feedbackhook.report.tables import as_markdown, sweep_table, write
+    from feedbackhook.report.aggregate import sweep_table
+    from feedbackhook.report.tables import as_markdown, write
 
     table = sweep_table(given.sweep)
     print(as_markdown(table))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
     from feedbackhook.report.compare import Comparison
     from feedbackhook.store.run_folder import RunResult
 
-logger = logging.getLogger(__name__)
-
-_ENDED = ("finished", "diverged", "failed")
 _COLUMNS = 80
 
 
@@ -293,7 +288,9 @@ def sweep_progress(
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    clock = _SweepClock(runs)
+    from feedbackhook.experiments.sweep.progress import ENDED, SweepClock
+
+    clock = SweepClock(runs)
     shown: dict[str, str] = {}
     told: list[bool] = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs  {task.description}"))
@@ -301,7 +298,7 @@ def sweep_progress(
         task = bar.add_task("", total=len(runs))
 
         def draw(states: dict[str, RunResult | None]) -> None:
-            ended = {name: result for name, result in states.items() if result and result.status in _ENDED}
+            ended = {name: result for name, result in states.items() if result and result.status in ENDED}
             left = clock.left(states)
             time_left = "" if left is None else f"about {duration(left)} left"
             counts = Counter(result.status for result in states.values() if result)
@@ -317,60 +314,6 @@ def sweep_progress(
             told.append(True)  # what had ended before is no news
 
         yield draw
-
-
-class _SweepClock:
-    """The time that a sweep still takes, at the pace of this one so far.
-
-    Where datasets differ, an epoch of each weighs what a rehearsal of it took.
-    """
-
-    def __init__(self, runs: Sequence[PlannedRun]) -> None:
-        self._runs = runs
-        self._weight: dict[str, float] = {}
-        self._failed_before: dict[str, RunResult] = {}  # by an earlier sweep; this one tries them again
-        self._begin = self._at_begin = 0.0
-
-    def left(self, states: dict[str, RunResult | None]) -> float | None:
-        """Seconds, or None where nothing has been done yet."""
-        if not self._weight:
-            self._weight = self._weights(states)
-            self._failed_before = {
-                name: result for name, result in states.items() if result and result.status == "failed"
-            }
-            self._at_begin = self._done(states)
-            self._begin = time.monotonic()
-        done = self._done(states)
-        if done <= self._at_begin:
-            return None
-        pace = (done - self._at_begin) / (time.monotonic() - self._begin)
-        return (sum(self._weight.values()) - done) / pace
-
-    def _weights(self, states: dict[str, RunResult | None]) -> dict[str, float]:
-        from feedbackhook.experiments.config import ConfigError
-        from feedbackhook.experiments.sweep.estimate import estimate
-
-        left = [
-            run for run in self._runs if (result := states[run.name]) is None or result.status not in _ENDED
-        ]
-        equal = {run.name: 1.0 for run in self._runs}
-        if len({run.dataset for run in left}) < 2:
-            return equal
-        try:
-            return equal | {name: found.seconds for name, found in estimate(left).items()}
-        except (ConfigError, RuntimeError) as error:  # the run itself will say so, too
-            logger.info("the time left is a guess, since a rehearsal failed: %s", error)
-            return equal
-
-    def _done(self, states: dict[str, RunResult | None]) -> float:
-        done = 0.0
-        for run in self._runs:
-            result = states[run.name]
-            if result is not None:
-                ended = result.status in _ENDED and result != self._failed_before.get(run.name)
-                share = 1.0 if ended else result.epoch / run.config.protocol.epochs
-                done += share * self._weight[run.name]
-        return done
 
 
 def run_summary(console: Console, result: RunResult) -> None:

@@ -146,7 +146,7 @@ def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
             "y": "error",
             "hue": "concordance",
             "hue_order": [*order, "backprop"],
-            "palette": [*sns.color_palette("viridis_r", len(order)), theme.look("backprop").colour],
+            "palette": [*sns.color_palette("viridis_r", len(order)), theme.look("backprop").color],
             "ax": axes,
         }
         sns.lineplot(by_concordance, errorbar=every_seed, **lines)
@@ -165,7 +165,7 @@ def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
         x="concordance",
         y="last_error",
         hue="rule",
-        palette={rule: theme.look(rule).colour for rule in ("frSF", "brSF")},
+        palette={rule: theme.look(rule).color for rule in ("frSF", "brSF")},
         style="rule",
         markers={rule: theme.look(rule).marker for rule in ("frSF", "brSF")},
         dashes=False,
@@ -181,7 +181,7 @@ def draw(runs: pd.DataFrame, errors: pd.DataFrame) -> plt.Figure:
         ("uSF", "uSF without BN and BM", ":"),
     ):
         mean = runs.loc[runs["rule"] == rule, "last_error"].mean()
-        last.axhline(mean, color=theme.look(rule).colour, linestyle=style, label=label)
+        last.axhline(mean, color=theme.look(rule).color, linestyle=style, label=label)
     last.set(title="after the last epoch", xlabel="concordance: probability of the same sign")
     ticks = [0.5, 1, 3, 10, 30, 100]
     last.set(yscale="log", ylim=(0.4, 110), yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])

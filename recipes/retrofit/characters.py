@@ -413,10 +413,10 @@ def draw(
     order = list(runs["rule"].unique())
     signs = [rule for rule in RULES if rule.startswith("sign")]
     colours = {
-        "backprop": theme.look("backprop").colour,
+        "backprop": theme.look("backprop").color,
         **dict(zip(signs, theme.sequence(len(signs)), strict=True)),
-        "random": theme.look("random").colour,
-        "random, attention exact": theme.look("brSF").colour,
+        "random": theme.look("random").color,
+        "random, attention exact": theme.look("brSF").color,
         HEAD_ALONE: "#222222",
     }
     rows = table.merge(runs.loc[runs["chosen"], ["run", "rule"]], on="run")

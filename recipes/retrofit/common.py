@@ -48,6 +48,6 @@ def sweep(yaml: Path, folder: Path, given: Sequence[str]) -> None:
 
 def colours(conditions: Iterable[str]) -> dict[str, object]:
     """Backprop and random feedback have their own, the others are a scale, in their order."""
-    own = {name: theme.look(name).colour for name in ("backprop", "random")}
+    own = {name: theme.look(name).color for name in ("backprop", "random")}
     scale = [name for name in conditions if name not in own]
     return own | dict(zip(scale, theme.sequence(len(scale)), strict=True))

@@ -94,9 +94,9 @@ def draw(folder: Path) -> Figure:
             axes.tick_params(axis="y", rotation=0)
         rest = runs[runs["condition"].isin(list(own))]
         sns.stripplot(
-            rest, x="last_error", y="condition", order=list(own), ax=of_rest, color=theme.look("sign").colour
+            rest, x="last_error", y="condition", order=list(own), ax=of_rest, color=theme.look("sign").color
         )
-        of_rest.axvline(backprop, color=theme.look("backprop").colour, linestyle="--")
+        of_rest.axvline(backprop, color=theme.look("backprop").color, linestyle="--")
         of_rest.set(xlabel="test error after the last epoch [%]", ylabel="", title="all layers rerouted")
         of_rest.set_xlim(left=0)
     return figure

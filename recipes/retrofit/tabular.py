@@ -285,9 +285,9 @@ def draw(conditions: pd.DataFrame) -> Figure:
     """Scores with their intervals: a panel a table, a place an architecture, a mark a rule."""
     signs = [rule for rule in RULES if rule.startswith("sign")]
     colours = {
-        "backprop": theme.look("backprop").colour,
+        "backprop": theme.look("backprop").color,
         **dict(zip(signs, theme.sequence(len(signs)), strict=True)),
-        "random": theme.look("random").colour,
+        "random": theme.look("random").color,
         LAST_ALONE: "#222222",
     }
     markers = dict(zip(RULES, "sPDoX^", strict=True))
