@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import feedbackhook
 from feedbackhook.experiments.config import ModelConfig
 from feedbackhook.experiments.models.build import build, default_size
-from feedbackhook.store.run_folder import provenance
+from feedbackhook.experiments.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

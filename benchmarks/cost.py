@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from feedbackhook.experiments.config import ModelConfig, SweepConfig
 from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.models import build as models
+from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.estimate import estimate
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan
-from feedbackhook.experiments.training.run import resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "liao2016"
 

@@ -26,9 +26,10 @@ from jsonargparse import auto_cli
 
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.stored import write_config
 from feedbackhook.experiments.sweep.grid import check, ended, plan
 from feedbackhook.experiments.sweep.manifest import write
-from feedbackhook.experiments.training.run import resolve
 from feedbackhook.liao2016.published import error_rates
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
@@ -103,7 +104,7 @@ def _leave(config: RunConfig, number: int) -> bool:
             for depth, layer in enumerate(LAYERS):
                 for name in ANGLES:
                     recorder.add(step, epoch, name, 45 + rng.normal(), layer, depth)
-    folder.write_config(resolve(config))
+    write_config(folder, resolve(config))
     folder.write_result(
         RunResult(folder.path, "finished", None, EPOCHS, EPOCHS * STEPS_AN_EPOCH, error, error, EPOCHS)
     )

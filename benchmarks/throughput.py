@@ -28,9 +28,11 @@ from feedbackhook.experiments.config import (
     RecordConfig,
     RunConfig,
 )
-from feedbackhook.experiments.data.load import ImageData, Split
+from feedbackhook.experiments.data.load import ImageData
+from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.build import build
-from feedbackhook.experiments.training.run import Progress, train
+from feedbackhook.experiments.training.progress import Progress
+from feedbackhook.experiments.training.run import train
 
 BATCH = 100
 

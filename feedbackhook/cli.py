@@ -51,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     A diverged run is a result, not an error: its status is 0.
     """
     from feedbackhook import ExactGradientError
-    from feedbackhook.experiments.config import ConfigError, plain_words
+    from feedbackhook.experiments.config import ConfigError
+    from feedbackhook.experiments.parser_messages import plain_words
     from feedbackhook.experiments.training.stopping import exit_status
+    from feedbackhook.report.errors import ReportError
+    from feedbackhook.store.errors import StoreError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[given.command](given[given.command])
     except ArgumentError as error:
         return _refuse(plain_words(error), error)
-    except (ConfigError, ExactGradientError) as error:
+    except (ConfigError, StoreError, ReportError, ExactGradientError) as error:
         return _refuse(str(error), error)
     except UnicodeDecodeError as error:
         return _refuse(f"the configuration file is not UTF-8 text: {error}", error)
@@ -77,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_processes(command: str) -> None:
-    from feedbackhook.experiments.training.distributed import refusal, started_processes
+    from feedbackhook.experiments.training.processes import shared_error, world_size
 
-    if command == "sweep" and (count := started_processes()) > 1:
-        raise refusal(
+    if command == "sweep" and (count := world_size()) > 1:
+        raise shared_error(
             f"torchrun has started {count} processes, and each would run the whole sweep: start it without "
             "torchrun; it makes its own processes"
         )
@@ -88,10 +91,10 @@ def _check_processes(command: str) -> None:
 
 def _refuse(message: str, error: Exception) -> int:
     """Tells the user what is wrong; of several processes one does."""
-    from feedbackhook.experiments.training.distributed import ToldElsewhere, speaks
+    from feedbackhook.experiments.training.processes import ReportedByMain, is_local_main
 
     logger.debug("refused", exc_info=error)
-    if speaks("LOCAL_RANK") and not isinstance(error, ToldElsewhere):
+    if is_local_main() and not isinstance(error, ReportedByMain):
         print(f"feedbackhook: error: {' '.join(message.split())}", file=sys.stderr)
     return _USAGE_ERROR
 
@@ -243,14 +246,15 @@ def _train(given: Namespace) -> int:
     from rich.console import Console
 
     from feedbackhook.experiments.config import RunConfig
-    from feedbackhook.experiments.training.distributed import speaks
+    from feedbackhook.experiments.training.processes import is_main
     from feedbackhook.experiments.training.run import train
+    from feedbackhook.report.plots import draw_run
 
     config = RunConfig(**{field.name: given[field.name] for field in fields(RunConfig)})
-    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not speaks())
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not is_main())
     try:
         with run_progress(console) as progress:
-            result = train(config, resume=given.resume, progress=progress, tell=console.print)
+            result = train(config, resume=given.resume, progress=progress, tell=console.print, draw=draw_run)
     except KeyboardInterrupt:
         console.print("interrupted; --resume goes on from the last finished epoch, if there is one")
         raise

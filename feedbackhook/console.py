@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from feedbackhook.experiments.data.verify import Checked
     from feedbackhook.experiments.models.inspection import Inspection
     from feedbackhook.experiments.sweep.grid import PlannedRun
-    from feedbackhook.experiments.training.run import Progress
+    from feedbackhook.experiments.training.progress import Progress
     from feedbackhook.report.compare import Comparison
     from feedbackhook.store.run_folder import RunResult
 

@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from feedbackhook.cli import main
-from feedbackhook.experiments.data.load import Split
-from feedbackhook.experiments.training import run as train_module
-from feedbackhook.store.recorder import read
+from feedbackhook.experiments.data.split import Split
+from feedbackhook.experiments.training import evaluate as evaluation
+from feedbackhook.experiments.training.state import TrainingState
+from feedbackhook.store.recorder import Recorder, read
 
 # a network and images that train in a second
 SMALL = ["--model.name", "timm/test_resnet", "--data.size", "16", "--optimizer.lr", "0.001"]
@@ -68,7 +69,7 @@ def test_the_first_line_names_condition_options_and_what_is_held_out(
     ]
     assert main(["train", *SMALL, *given, "--record.figures", "false"]) == 0
     begin = capsys.readouterr().out.splitlines()[0]
-    assert "; digits: 1,293 training, 144 held out, 360 test, 10 classes; " in begin
+    assert "; digits: 1,293 training, 144 validation, 360 test, 10 classes; " in begin
     assert "; brSF concordance=0.75 (brSF+BM concordance=0.75); " in begin
 
 
@@ -126,15 +127,15 @@ def test_an_interruption_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["train", *SMALL, "--protocol.epochs", "2", "--output", "run"]
-    evaluate = train_module._Run._loss_and_error
+    evaluate = evaluation.loss_and_error
 
-    def interrupt(run: train_module._Run, split: Split) -> tuple[float, float]:
-        if run.epoch == 2:
+    def interrupt(state: TrainingState, split: Split, recorder: Recorder) -> tuple[float, float]:
+        if state.epoch == 2:
             raise KeyboardInterrupt
-        return evaluate(run, split)
+        return evaluate(state, split, recorder)
 
     with monkeypatch.context() as context:
-        context.setattr(train_module._Run, "_loss_and_error", interrupt)
+        context.setattr(evaluation, "loss_and_error", interrupt)
         assert main(command) == 130
     assert "--resume" in capsys.readouterr().out
     assert json.loads(Path("run/status.json").read_text())["status"] == "interrupted"
@@ -178,7 +179,7 @@ def test_a_diverged_run_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--data", "digits"], "data must be a mapping of settings ({NAME: VALUE}), not digits"),
         (["train", "--feedback.include", "head"], "head"),
         (["train", "--model.name", "timm/resnet81"], "resnet81"),
-        (["train", "--output", "taken"], "is no run folder"),
+        (["train", "--output", "taken"], "is not a run folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
+
+from feedbackhook.names import rule_name as rule_name
+from feedbackhook.store.errors import one_line as one_line
 
 Frozen = Literal["Top", "Bottom"]
 
@@ -15,41 +17,20 @@ class ConfigError(ValueError):
 
 
 class FolderInUse(ConfigError):
-    """Another process is writing to the run's folder."""
+    """Another process is writing to the run folder."""
 
 
-def one_line(error: Exception) -> str:
-    """The text of an error on one line, for use inside another message."""
-    return " ".join(str(error).split())
+def check_at_least(key: str, value: int | None, least: int) -> None:
+    """Raise a `ConfigError` if `value` is given and is less than `least`."""
+    if value is not None and value < least:
+        raise ConfigError(f"{key} must be {least} or more, not {value}")
 
 
-_TYPES = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "text",
-    "<class 'list'>": "a list ([A, B])",
-    "<class 'dict'>": "a mapping ({NAME: VALUE})",
-    "<class 'NoneType'>": "null",
-}
-
-
-def plain_words(error: Exception) -> str:
-    """Rewrite jsonargparse's message about a value of the wrong type without Python's types: the key, what it
-    accepts, and the value given. Other messages are only put on one line."""
-    message = one_line(error)
-    match = re.fullmatch(r'(.*?)Parser key "([^"]*)": (.*?)(?:\. Got| Given) value: (.*)', message)
-    if match is not None:
-        before, key, expected, given = match.groups()
-        kinds = re.findall(r"Expected a (<class '\w+'>|typing\.Literal\[[^]]*\])", expected)
-        words = [_TYPES.get(kind, kind.removeprefix("typing.Literal").strip("[]")) for kind in kinds]
-        if words:
-            words = list(dict.fromkeys(word.replace(", '", " or '") for word in words))
-            return f"{before}{key} must be {' or '.join(words)}, not {given}"
-    match = re.search(r'Parser key "([^"]*)": Unable to load config \'(.*?)\'', message)
-    if match is not None:
-        return f"{match[1]} must be a mapping of settings ({{NAME: VALUE}}), not {match[2]}"
-    return message
+def check_choice(section: Any, prefix: str, name: str) -> None:
+    """Raise a `ConfigError` if the field `name` of `section` is not one of the values that its type lists."""
+    value, choices = getattr(section, name), get_args(get_type_hints(type(section))[name])
+    if value not in choices:
+        raise ConfigError(f"{prefix}.{name} must be {' or '.join(choices)}, not {value!r}")
 
 
 @dataclass
@@ -57,9 +38,9 @@ class DataConfig:
     """The images.
 
     Args:
-        name: `digits` (scikit-learn's 1,797 images of 8x8, no download), one of the paper's datasets
+        name: `digits` (scikit-learn's 1,797 images of 8x8, no download), a registered dataset
             (`feedbackhook data list`), another classification dataset of torchvision.datasets
-            (`FashionMNIST`, ...), or `imagefolder:PATH`, where PATH holds train/CLASS/IMAGE and
+            (`FashionMNIST`, ...), or `imagefolder:PATH`, where PATH contains train/CLASS/IMAGE and
             test/CLASS/IMAGE (or val/).
         root: the folder in which torchvision keeps its datasets.
         download: let torchvision download the dataset into `root`.
@@ -87,19 +68,22 @@ class DataConfig:
     test_images: int | None = None
     augmentation: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        check_at_least("data.train_images", self.train_images, 1)
+        check_at_least("data.test_images", self.test_images, 1)
+
 
 @dataclass
 class ModelConfig:
     """The network.
 
     Args:
-        name: one of the paper's networks, `liao2016/mnist`, `liao2016/cifar`, `liao2016/svhn`,
-            `liao2016/timit`, `liao2016/images` (its Table 1); `cifar/resnet20`, `cifar/resnet18`,
-            `cifar/vgg16`, `cifar/mixer`, for images of 32 pixels; or `timm/NAME` or `torchvision/NAME`.
-            null: the paper's for the dataset, and `liao2016/mnist` for datasets that it does not have.
-        batch_norm: Batch Normalization before each hidden ReLU of the paper's networks, or after each
-            convolution of other networks that have no normalization: `none`; `paper`, without a learnable
-            scale and shift; `affine`, with them.
+        name: a registered network, such as `cifar/resnet20` (an unknown name lists all of them), or
+            `timm/NAME` or `torchvision/NAME`. null: the network registered for the dataset, or else the
+            fallback network.
+        batch_norm: Batch Normalization, where the network has a place for it, or else after each convolution
+            of a network without normalization: `none`; `paper`, without a learnable scale and shift;
+            `affine`, with them.
         frozen: `Bottom` freezes the last layer, `Top` freezes all others; null: nothing is frozen.
         trainable: the parameters to train, as a regular expression that matches the full name; null: as
             `frozen` says. BatchNorm layers that it freezes keep their running statistics too.
@@ -145,10 +129,11 @@ class FeedbackConfig:
     recompute: bool = False
     fused: bool = False
 
-
-def rule_name(mode: str | Mapping[str, Any] | None) -> str | None:
-    """The rule that `feedback.mode` names; "mixed" for a mapping, None for backprop."""
-    return "mixed" if isinstance(mode, Mapping) else mode
+    def __post_init__(self) -> None:
+        for epoch in self.schedule:
+            check_at_least("an epoch in feedback.schedule", epoch, 1)
+        if self.schedule and self.mode is None:
+            raise ConfigError("feedback.schedule has no effect without feedback.mode")
 
 
 @dataclass
@@ -160,9 +145,8 @@ class OptimizerConfig:
             timm's, such as `timm/adamw`.
         lr: learning rate of the first epoch. For Batch Manhattan, the size of each weight's step.
         momentum: for optimizers that have it.
-        weight_decay: for all optimizers; timm's do not decay biases and normalization. The paper does not
-            state its value; 5e-4 was the default of its software.
-        setting: variant of Batch Manhattan, 0 to 3; 1 is the paper's default.
+        weight_decay: for all optimizers; timm's do not decay biases and normalization.
+        setting: variant of Batch Manhattan, 0 to 3.
         options: for timm's optimizers, further arguments of `timm.optim.create_optimizer_v2`, such as
             `layer_decay`.
     """
@@ -185,8 +169,8 @@ class ProtocolConfig:
         batch_sizes: batch sizes that take effect when an epoch ends: {3: 500} is 500 images after the third.
         lr_schedule: learning rate from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a period
             that ends at zero.
-        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: the paper's
-            50 and 60 of 65, scaled to `epochs`.
+        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: 50 and 60
+            of 65, scaled to `epochs`.
         lr_factor: see `milestones`.
         seed: seed of the initial weights, of the order of the data, and of the feedback weights unless they
             have their own.
@@ -213,6 +197,26 @@ class ProtocolConfig:
     gradient_accumulation_steps: int = 1
     strategy: Literal["ddp", "fsdp2"] = "ddp"
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "threads", "gradient_accumulation_steps"):
+            check_at_least(f"protocol.{name}", getattr(self, name), 1)
+        check_at_least("protocol.seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"protocol.seed must be less than 2**63, not {self.seed}")
+        for milestone in self.milestones or ():
+            check_at_least("protocol.milestones", milestone, 1)
+        for epoch, size in self.batch_sizes.items():
+            check_at_least("an epoch in protocol.batch_sizes", epoch, 1)
+            check_at_least("a size in protocol.batch_sizes", size, 1)
+        for name in ("lr_schedule", "precision", "strategy"):
+            check_choice(self, "protocol", name)
+        if self.lr_schedule == "cosine" and self.milestones is not None:
+            raise ConfigError(
+                "protocol.milestones have no effect with protocol.lr_schedule cosine, only with steps"
+            )
+        if not 0 < self.lr_factor < math.inf:
+            raise ConfigError(f"protocol.lr_factor must be positive and finite, not {self.lr_factor}")
+
 
 @dataclass
 class RecordConfig:
@@ -237,14 +241,19 @@ class RecordConfig:
     figures: bool = True
     weights: Literal["all", "best", "none"] = "all"
 
+    def __post_init__(self) -> None:
+        check_at_least("record.every", self.every, 1)
+        check_at_least("record.gradient_angle_every", self.gradient_angle_every, 0)
+        check_choice(self, "record", "weights")
+
 
 @dataclass
 class RunConfig:
     """One run.
 
     Args:
-        condition: one of the paper's, such as `SGD`, `uSF+BN+BM`, `brSF+BN+BM concordance=0.75` or
-            `RndF Bottom`; it sets the mode and options of the feedback, normalization, the frozen part, and
+        condition: a short name, such as `SGD`, `BN+BM` or `BM Bottom`, or with a rule such as `uSF+BN+BM` or
+            `brSF+BN+BM concordance=0.75`; it sets the mode and options of the feedback, normalization, the frozen part, and
             the name and setting of the optimizer. null: these are as given.
         label: name of the run in tables and figures; null: its condition, or its rule.
         data: the images
@@ -274,7 +283,7 @@ class SweepModelConfig:
     """The network of each run.
 
     Args:
-        name: as in a run; null: the paper's for the dataset (its Table 1), on digits that for MNIST.
+        name: as in a run; null: the network registered for each dataset.
         trainable: as in a run.
         weights: as in a run.
         options: as in a run.
@@ -296,8 +305,8 @@ class SweepProtocolConfig(ProtocolConfig):
         batch_sizes: batch sizes that take effect when an epoch ends: {3: 500} is 500 images after the third.
         lr_schedule: learning rate from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a period
             that ends at zero.
-        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: the paper's
-            50 and 60 of 65, scaled to `epochs`.
+        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: 50 and 60
+            of 65, scaled to `epochs`.
         lr_factor: see `milestones`.
         seed: the first seed; see `seeds`.
         threads: CPU threads of each run; null: 1.
@@ -308,8 +317,8 @@ class SweepProtocolConfig(ProtocolConfig):
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
-        lr_factors: factors of `optimizer.lr`, one run for each; a number takes that many of the paper's: 5
-            are 100, 10, 1, 0.1 and 0.01; 3 are 10, 1 and 0.1; 1 is 1.
+        lr_factors: factors of `optimizer.lr`, one run for each; 5 stands for 100,
+            10, 1, 0.1 and 0.01; 3 for 10, 1 and 0.1; 1 for 1.
         seeds: number of seeds, one run for each: `seed` and those that follow it.
     """
 
@@ -355,7 +364,7 @@ class SweepConfig:
             `lr`
         protocol: how to train each run, with how many seeds, and at which learning rates
         record: what to record
-        small: run on one dataset, such as `digits` or `MNIST`, instead of all, in its own folder, with 8
+        small: run on one dataset, such as `digits`, instead of all, in its own folder, with 8
             epochs instead of 65 and 3 learning rates instead of 5.
         backend: `joblib`: processes on this machine; `dask`: a cluster, see `cluster`.
         cluster: where backend `dask` runs

@@ -62,8 +62,9 @@ class Segment(NamedTuple):
 def read(dataset: Dataset, config: DataConfig) -> Sources:
     """Find the segments of TIMIT, and draw from them.
 
-    As the Linguistic Data Consortium publishes it (LDC93S1), the files are TRAIN/DIALECT/SPEAKER/SENTENCE.WAV with SENTENCE.PHN, and TEST likewise, in upper or lower
-    case. The recordings are NIST SPHERE or RIFF.
+    The files, as the Linguistic Data Consortium publishes them (LDC93S1), are
+    TRAIN/DIALECT/SPEAKER/SENTENCE.WAV with SENTENCE.PHN, and TEST likewise, in upper or lower case. The
+    recordings are NIST SPHERE or RIFF.
 
     Raises:
         ConfigError: librosa or soundfile is not installed.

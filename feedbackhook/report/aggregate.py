@@ -72,7 +72,7 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
         of_layers: metrics of single layers that `rows` should hold too.
 
     Raises:
-        ConfigError: the folder holds no sweep, or its manifest is missing or damaged.
+        StoreError: the folder holds no sweep, or its manifest is missing or damaged.
     """
     folder = Path(folder)
     plan = manifest.read(folder)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from feedbackhook.experiments.config import ConfigError
 from feedbackhook.names import nearest
 from feedbackhook.report.aggregate import run_errors
+from feedbackhook.report.errors import ReportError
 from feedbackhook.report.runs import Runs
 from feedbackhook.report.statistics import LEVEL, PairedTest, paired_test, percent_interval
 from feedbackhook.store import manifest
@@ -59,14 +59,14 @@ def compare(runs: Runs, against: str | None = None, rates: bool = False) -> Comp
         rates: treat the learning rate as part of the configuration, instead of choosing one.
 
     Raises:
-        ConfigError: no run has ended, a run diverged before it had an error, two runs have the same
+        ReportError: no run has ended, a run diverged before it had an error, two runs have the same
             configuration, dataset and seed, or no configuration has the name ``against``.
     """
     table = runs.runs
     if table.empty:
-        raise ConfigError(f"no run has ended: {'; '.join(f'{n}: {why}' for n, why in runs.skipped.items())}")
+        raise ReportError(f"no run has ended: {'; '.join(f'{n}: {why}' for n, why in runs.skipped.items())}")
     if len(without := table[table[list(ERRORS.values())].isna().any(axis=1)]):
-        raise ConfigError(
+        raise ReportError(
             f"{without['run'].iloc[0]} has no test error ({without['reason'].iloc[0]}): leave it out"
         )
     table = _in_order(table)
@@ -74,7 +74,7 @@ def compare(runs: Runs, against: str | None = None, rates: bool = False) -> Comp
     for _, same in table.groupby(["configuration", _RATE, *_BLOCK]):
         if len(same) > 1:
             names = " and ".join(same["run"])
-            raise ConfigError(f"{names} have the same configuration and seed: leave one of them out")
+            raise ReportError(f"{names} have the same configuration and seed: leave one of them out")
     table, chosen_by = _at_chosen_rates(table, runs)
     tests = pd.DataFrame(_tests(table, against), columns=_TEST_COLUMNS)
     return Comparison(pd.DataFrame(_means(table)), tests, chosen_by)
@@ -181,7 +181,7 @@ def _pairs(names: list[str], against: str | None) -> list[tuple[str, str]]:
         return [(first, second) for second, first in itertools.combinations(names, 2)]
     reference = names[0] if against is None else against
     if reference not in names:
-        raise ConfigError(f"against {against!r}: no configuration has this name{nearest(reference, names)}")
+        raise ReportError(f"against {against!r}: no configuration has this name{nearest(reference, names)}")
     return [(name, reference) for name in names if name != reference]
 
 

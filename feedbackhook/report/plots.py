@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from feedbackhook.report import rules, theme
 from feedbackhook.report.statistics import percent_interval
+from feedbackhook.store.recorder import read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ __all__ = [
     "FIGURES",
     "accuracy_and_angle",
     "draw_all",
+    "draw_run",
     "error_against_epoch",
     "layer_heat_map",
     "layers_against_epoch",
@@ -269,6 +271,11 @@ def draw_all(
             written.append(folder / f"{name}.{suffix}")
             figure.savefig(written[-1], dpi=dpi)
     return written, missing
+
+
+def draw_run(folder: Path) -> None:
+    """Draw the figures of a run, from its table, into its folder."""
+    draw_all(read(folder), folder / "figures")
 
 
 class NothingToDraw(ValueError):

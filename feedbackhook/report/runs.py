@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from feedbackhook.experiments.config import ConfigError, one_line, rule_name
+from feedbackhook.names import rule_name
 from feedbackhook.report import rules
+from feedbackhook.store.errors import StoreError, one_line
 from feedbackhook.store.recorder import parts_of, schema
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
@@ -105,15 +106,15 @@ def collect(*paths: str | os.PathLike[str]) -> Runs:
     A run is named after its folder, preceded by as many parent folders as it takes to tell all runs apart.
 
     Raises:
-        ConfigError: a path is not a folder, or holds no run.
+        StoreError: a path is not a folder, or holds no run.
     """
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise ConfigError(f"{path} is not a folder")
+            raise StoreError(f"{path} is not a folder")
         found = sorted({file.parent.resolve() for name in _MARKS for file in path.rglob(name)})
         if not found:
-            raise ConfigError(f"no run in {path.resolve()}: name a run folder, or a folder that holds some")
+            raise StoreError(f"no run in {path.resolve()}: name a run folder, or a folder that holds some")
         folders |= dict.fromkeys(found)
     return describe(list(folders))
 
@@ -124,7 +125,7 @@ def describe(folders: Iterable[Path]) -> Runs:
     for folder, name in _names(list(folders)).items():
         try:
             rows.append({"run": name, "folder": str(folder), **_described(folder)})
-        except (ValueError, OSError) as error:  # also a ConfigError
+        except (ValueError, OSError) as error:  # also a StoreError
             skipped[name] = one_line(error)
     columns = ["run", "folder", "status", "reason", "last_error", "best_error", "best_epoch"]
     return Runs(pd.DataFrame(rows, columns=[*columns, *_FROM_CONFIG, "concordance"]), skipped)
@@ -146,27 +147,27 @@ def _described(folder: Path) -> dict[str, Any]:
     """Describe a run from its configuration and status.
 
     Raises:
-        ConfigError: it has not ended, belongs to another version, or its table is damaged.
+        StoreError: it has not ended, belongs to another version, or its table is damaged.
         ValueError: a part of its table is missing.
     """
     run = RunFolder(folder)
     result = run.result()
     if result is None:
-        raise ConfigError("it is empty: it was stopped before it started")
+        raise StoreError("it is empty: it was stopped before it started")
     if not result.ended:
-        raise ConfigError(_unended(result))
+        raise StoreError(_unended(result))
     config = run.stored_config()
     described = {name: _value(config, keys) for name, keys in _FROM_CONFIG.items()}
     parts = parts_of(folder / "metrics")
     if not parts:
-        raise ConfigError("it has no table")
+        raise StoreError("it has no table")
     for part in parts:
         try:
             columns = pq.read_schema(part)
         except (OSError, pa.ArrowException) as error:
-            raise ConfigError(f"{part} is damaged: {one_line(error)}") from error
+            raise StoreError(f"{part} is damaged: {one_line(error)}") from error
         if not columns.equals(schema()):
-            raise ConfigError(f"its table belongs to another version: it has the columns {columns.names}")
+            raise StoreError(f"its table belongs to another version: it has the columns {columns.names}")
     if config.get("label") is not None:
         described["condition"] = config["label"]
     described["rule"] = rule_name(described["rule"])
@@ -189,7 +190,7 @@ def _value(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
     for key in keys:
         if not isinstance(value, dict) or key not in value:
             made_by = config.get("provenance", {}).get("versions", {}).get("feedbackhook", "unknown")
-            raise ConfigError(
+            raise StoreError(
                 f"it belongs to another version ({made_by}): its config.yaml has no {'.'.join(keys)}"
             )
         value = value[key]

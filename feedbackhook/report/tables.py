@@ -50,14 +50,13 @@ def batch_sizes_text(batch_size: int, batch_sizes: Mapping[int, int]) -> str:
     return ", ".join([str(batch_size), *later])
 
 
-def procedures_text(plan: Manifest) -> list[str]:
-    """Return, for each condition with a second training procedure, the batch sizes of that procedure."""
-    found = {
+def procedures(plan: Manifest) -> dict[str, str]:
+    """Return the batch sizes of each second training procedure, in words, by condition."""
+    return {
         run.condition: batch_sizes_text(run.batch_size, run.batch_sizes)
         for run in plan.runs
         if run.procedure is not None
     }
-    return [f"{condition} also {sizes}" for condition, sizes in found.items()]
 
 
 def _legend(table: SweepTable, several: bool) -> Iterator[str]:
@@ -66,8 +65,8 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
     factors = ", ".join(f"{f:.15g}" for f in sorted({run.lr_factor for run in plan.runs}, reverse=True))
     yield f"{plan.epochs} epochs, batch size {batch_sizes_text(plan.batch_size, plan.batch_sizes)},"
     yield f"learning rate: {base_lr(plan.runs)} times {factors}."
-    for procedure in procedures_text(plan):
-        yield f"{procedure}; the better of the two counts."
+    for condition, sizes in procedures(plan).items():
+        yield f"{condition} also with batch size {sizes}; the better of the two counts."
     yield "Best: the smallest test error over epochs and learning rates."
     if plan.val_fraction:
         yield "Chosen: the test error at the epoch and learning rate with the smallest error on the"

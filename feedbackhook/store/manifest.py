@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from feedbackhook.experiments.config import ConfigError, one_line
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
+from feedbackhook.store.errors import StoreError, one_line
 
 NAME = "manifest.json"
 _VERSION = 1
@@ -133,15 +133,15 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     content = {"version": _VERSION, **asdict(manifest)}
     runs = ",\n".join(f"    {json.dumps(run, ensure_ascii=False)}" for run in content.pop("runs"))
     shared = json.dumps(content, indent=2, ensure_ascii=False).removesuffix("\n}")
-    with written_aside(Path(folder) / NAME) as aside:
-        aside.write_text(f'{shared},\n  "runs": [\n{runs}\n  ]\n}}\n', encoding="utf-8")
+    with atomic_write(Path(folder) / NAME) as temporary:
+        temporary.write_text(f'{shared},\n  "runs": [\n{runs}\n  ]\n}}\n', encoding="utf-8")
 
 
 def read(folder: str | os.PathLike[str]) -> Manifest:
     """Read the manifest in a sweep's folder.
 
     Raises:
-        ConfigError: the folder holds no sweep, its manifest is missing or damaged, or another version of
+        StoreError: the folder holds no sweep, its manifest is missing or damaged, or another version of
             feedbackhook wrote it.
     """
     path = sweep_file(folder, NAME)
@@ -151,8 +151,8 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
         if version == _VERSION:
             return _parsed(content)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({one_line(error)}): {_rerun(folder)}") from error
-    raise ConfigError(
+        raise StoreError(f"{path} is damaged ({one_line(error)}): {_rerun(folder)}") from error
+    raise StoreError(
         f"{path} has version {version}, but this feedbackhook reads {_VERSION}: {_rerun(folder)}"
     )
 
@@ -161,18 +161,18 @@ def sweep_file(folder: str | os.PathLike[str], name: str) -> Path:
     """Return the path of one of the files that a sweep leaves in its folder.
 
     Raises:
-        ConfigError: there is no such file; the message says what the folder holds instead.
+        StoreError: there is no such file; the message says what the folder holds instead.
     """
     path = Path(folder) / name
     if path.is_file():
         return path
     if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {folder}")
+        raise StoreError(f"there is no folder {folder}")
     if (path.parent / "sweep.yaml").is_file():
-        raise ConfigError(f"{folder} has a sweep.yaml but no {name}: {_rerun(folder)}")
+        raise StoreError(f"{folder} has a sweep.yaml but no {name}: {_rerun(folder)}")
     if (path.parent.parent / "sweep.yaml").is_file():
-        raise ConfigError(f"{folder} holds no sweep, but is a run of the one in {path.parent.parent}")
-    raise ConfigError(f"{folder} holds no sweep: there is no {path}")
+        raise StoreError(f"{folder} holds no sweep, but is a run of the one in {path.parent.parent}")
+    raise StoreError(f"{folder} holds no sweep: there is no {path}")
 
 
 def _rerun(folder: str | os.PathLike[str]) -> str:

@@ -1,53 +1,54 @@
-"""The tidy table of a run: one row a measured value, in Parquet part files that outlive a killed process."""
+"""The tidy table of a run: one row per measured value, in Parquet part files that survive a kill."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from feedbackhook.store.atomic import atomic_write
+from feedbackhook.store.errors import StoreError
+from feedbackhook.store.locks import FolderLock
+from feedbackhook.store.renamed import refuse_renamed_metrics
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
     from torch import Tensor
 
-__all__ = ["COLUMNS", "Recorder", "holder", "parts_of", "process_name", "read", "schema", "written_aside"]
+__all__ = ["COLUMNS", "Recorder", "parts_of", "read", "schema"]
 
 COLUMNS = ("run", "step", "epoch", "layer", "depth", "metric", "value")
-_NAMELESS = "a process that did not leave its name"
 
 
 class Recorder:
-    """Writes the table of one run: ``run, step, epoch, layer, depth, metric, value``.
+    """Writes the table of one run: `run, step, epoch, layer, depth, metric, value`.
 
-    Rows wait in memory until the interval is over, or :meth:`flush` (or the end of the ``with`` block) writes
-    them, as one more ``metrics/part-00000.parquet`` of the run folder. A part is written aside, then renamed,
-    so a killed process leaves whole parts alone and loses the last interval's rows at most. One recorder a
-    folder: the lock is the operating system's, so it ends with the process however that ends. Of the
-    processes of a distributed run that of rank 0 writes; in the others every call does nothing.
+    Rows wait in memory for `interval` seconds, for :meth:`flush`, or for the end of the `with` block, and are
+    then written as one more `metrics/part-00000.parquet` of the run folder. Each part is written in one
+    piece, so a killed process loses no more than the rows that were waiting. Only one recorder can be open in
+    a folder; the lock ends with the process. In a distributed run only rank 0 writes, and in the other
+    processes every call does nothing.
 
     Args:
-        folder: the run folder; made if it is missing.
-        run: the run's name, by default the folder's.
-        interval: seconds after which the next row takes those that wait to disk.
-        tensorboard: also write each row as a scalar, and histograms of V, W and gradients at each step that
-            :meth:`feedbackhook.Patch.watch` watches, to ``tensorboard/`` in the run folder.
+        folder: the run folder; created if it is missing.
+        run: the name of the run; default: the name of the folder.
+        interval: seconds between writes to disk.
+        tensorboard: also write each row as a scalar to `tensorboard/` in the run folder, and histograms of V,
+            W and gradients at each step that :meth:`feedbackhook.Patch.watch` records.
 
     Attributes:
-        epoch: the epoch that runs, for the rows of :meth:`feedbackhook.Patch.watch`; set it in the loop.
-        histograms: whether histograms are wanted; so on every rank, since what is sharded is gathered for
-            them.
+        epoch: the current epoch, for the rows of :meth:`feedbackhook.Patch.watch`; set it in your loop.
+        histograms: whether histograms are written. It is the same on every rank, since all ranks take part in
+            gathering a sharded tensor.
 
     Raises:
-        BlockingIOError: another recorder is at work in this folder.
-        ImportError: pyarrow, or for ``tensorboard`` that, is not installed.
+        BlockingIOError: another recorder is open in this folder.
+        ImportError: pyarrow is not installed, or TensorBoard if `tensorboard` is set.
     """
 
     def __init__(
@@ -67,14 +68,14 @@ class Recorder:
         self._rows: list[tuple[str, int, int, str | None, int | None, str, float]] = []
         self._written = self._touched = time.monotonic()
         self._closed = False
-        self._lock: IO[str] | None = None
+        self._lock: FolderLock | None = None
         self._board: Any = None
         self.histograms = tensorboard
         if _rank():
             return
         board = _summary_writer() if tensorboard else None
         self._parts.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._parts / ".lock")
+        self._lock = FolderLock(folder)
         for unfinished in self._parts.glob(".part-*"):
             unfinished.unlink()
         if board is not None:
@@ -89,9 +90,18 @@ class Recorder:
         layer: str | None = None,
         depth: int | None = None,
     ) -> None:
-        """Add one row: ``metric`` has ``value`` after ``step`` updates, in ``epoch`` (0: before training).
+        """Add one row.
 
-        ``layer`` and ``depth`` (0: nearest to the input) belong to metrics that are measured layer by layer.
+        Args:
+            step: number of optimizer steps done.
+            epoch: the epoch; 0: before training.
+            metric: name of the metric.
+            value: its value.
+            layer: name of the layer, for a metric of one layer.
+            depth: position of that layer; 0: nearest to the input.
+
+        Raises:
+            ValueError: the recorder is closed.
         """
         if self._closed:
             raise ValueError("this recorder is closed")
@@ -103,24 +113,26 @@ class Recorder:
         self.flush_if_due()
 
     def flush_if_due(self) -> None:
-        """Write the rows that wait, if the interval is over."""
+        """Write the waiting rows if the interval is over."""
         if self._rows and time.monotonic() - self._written >= self._interval:
             self.flush()
 
     def touch_if_due(self) -> None:
-        """Show others that this process is at work in the folder, once an interval: touch its lock file."""
+        """Touch the lock file once per interval, to show that this process is at work."""
         if self._lock is not None and time.monotonic() - self._touched >= self._interval:
-            os.utime(self._lock.fileno())
+            self._lock.touch()
             self._touched = time.monotonic()
 
     def add_histogram(self, step: int, name: str, values: Tensor) -> None:
-        """Add a histogram to TensorBoard; without it, nothing happens. A tensor that holds what is not
-        finite has none. A sharded one must have been gathered."""
+        """Add a histogram to TensorBoard, if that is on and all values are finite.
+
+        Gather a sharded tensor first.
+        """
         if self._board is not None and bool(values.isfinite().all()):
             self._board.add_histogram(name, values.float(), int(step))
 
     def flush(self) -> None:
-        """Write the rows added since the last flush to disk, as one part file."""
+        """Write the waiting rows to disk, as one part file."""
         if self._rows:
             columns = [list(column) for column in zip(*self._rows, strict=True)]
             table = _pyarrow().table(columns, schema=schema())
@@ -131,11 +143,10 @@ class Recorder:
         self._written = time.monotonic()
 
     def drop_after(self, step: int, epoch: int | None = None) -> None:
-        """Forget all rows of later steps than ``step``, and of later epochs than ``epoch``: a run that goes
-        on from a checkpoint makes them anew.
+        """Remove all rows after `step` or after `epoch`, which a run that resumes from a checkpoint repeats.
 
-        Parts are replaced one by one from the last backwards, so that being killed halfway does no harm.
-        What TensorBoard was given stays.
+        Parts are replaced one by one, the last one first, so that a kill halfway does no harm. Events of
+        TensorBoard stay.
         """
         if self._lock is None:
             return
@@ -153,13 +164,13 @@ class Recorder:
                 _write_part(kept, part)
 
     def close(self) -> None:
-        """Flush, and let go of the folder; closing twice is fine."""
+        """Flush and release the folder; closing twice is fine."""
         self._closed = True
         if self._lock is not None:
             try:
                 self.flush()
             finally:
-                _unlock(self._lock)
+                self._lock.release()
                 self._lock = None
                 if self._board is not None:
                     self._board.close()
@@ -174,13 +185,14 @@ class Recorder:
 
 
 def read(folder: str | os.PathLike[str]) -> pandas.DataFrame:
-    """The table of a run folder, or of all the runs in a folder, as pandas has it.
+    """Return the table of a run folder, or of all runs under a folder, as a pandas `DataFrame`.
 
-    ``layer`` is missing and ``depth`` (Int64) is ``<NA>`` in rows that concern the whole network.
+    `layer` is missing and `depth` (Int64) is `<NA>` in rows about the whole network.
 
     Raises:
         FileNotFoundError: there is no table in this folder.
-        ValueError: a part file is damaged or missing, or two runs have the same name; it names the files.
+        ValueError: a part file is damaged, missing or of an earlier version, or two runs have the same name;
+            the message names the files.
         ImportError: pandas or pyarrow is not installed.
     """
     pa = _pyarrow()
@@ -188,51 +200,32 @@ def read(folder: str | os.PathLike[str]) -> pandas.DataFrame:
     folders = [folder_ for folder_ in sorted(Path(folder).rglob("metrics")) if parts_of(folder_)]
     if not folders:
         raise FileNotFoundError(
-            f"no table in {Path(folder).resolve()}: neither a run folder (metrics/part-00000.parquet) "
-            "nor a folder of such"
+            f"no table in {Path(folder).resolve()}: it is neither a run folder (metrics/part-00000.parquet) "
+            "nor does it contain one"
         )
     tables = []
     owner: dict[str, Path] = {}
     for metrics in folders:
         table = pa.concat_tables([_read_part(part) for part in parts_of(metrics)])
+        refuse_renamed_metrics(metrics, table.column("metric").unique().to_pylist())
         tables.append(table)
         for run in table.column("run").unique().to_pylist():
             if run in owner:
-                folders_of_run = f"{owner[run].parent} and {metrics.parent}"
-                raise ValueError(f"two runs are named {run!r}: {folders_of_run}; read one of them")
+                raise StoreError(
+                    f"two runs are named {run!r}: {owner[run].parent} and {metrics.parent}; read them one "
+                    "at a time"
+                )
             owner[run] = metrics
     return pa.concat_tables(tables).to_pandas().astype({"depth": "Int64"})
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; what is written there is renamed to ``path`` once it is on disk.
-
-    So ``path`` holds the old content or the new, never a part of it, whenever the process or the machine
-    stops. If the block raises, ``path`` stays as it was.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _rank() -> int:
-    """This process's rank among those of a distributed run; 0 where there is none."""
+    """Return the rank of this process in a distributed run; 0 if there is none."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))  # torchrun has set it, and the group is made later
+    return int(os.environ.get("RANK", "0"))  # set by torchrun, before the process group exists
 
 
 def _summary_writer() -> Any:
@@ -245,66 +238,15 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def holder(folder: str | os.PathLike[str]) -> str | None:
-    """Return the process whose recorder holds a run folder, as "process ID on MACHINE", or None.
-
-    The lock is what counts, on whichever machine it is held: a killed process leaves its name in the file.
-    """
-    import fcntl
-
-    try:
-        with open(Path(folder) / "metrics" / ".lock", "r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or _NAMELESS
-    except FileNotFoundError:
-        return None
-    return None
-
-
-def process_name(process: int | None) -> str:
-    """How :func:`holder` names a process of this machine, given its ID."""
-    return f"process {process} on {socket.gethostname()}"
-
-
-def _lock(path: Path) -> IO[str]:
-    import fcntl
-
-    file = open(path, "a")  # noqa: SIM115 - held open as long as the recorder lives
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        other = path.read_text().strip() or _NAMELESS
-        raise BlockingIOError(
-            f"{path.parent.parent} is being written by another run ({other}): wait for it, or use another "
-            "folder"
-        ) from None
-    file.truncate(0)
-    file.write(f"{process_name(os.getpid())}\n")
-    file.flush()
-    os.fsync(file.fileno())  # other machines are to see it
-    return file
-
-
-def _unlock(file: IO[str]) -> None:
-    """Lets go of the lock, also where a process that was forked off (a data loader's) holds the file open."""
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_UN)
-    file.close()
-
-
 def _part_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The part files of a ``metrics`` folder in order.
+    """Return the part files of a `metrics` folder in order.
 
     Raises:
-        ValueError: a part is missing, so the table is not whole.
+        StoreError: a part is missing.
     """
     try:
         names = sorted(filter(re.compile(r"part-.*\.parquet").fullmatch, os.listdir(folder)))
@@ -313,17 +255,15 @@ def parts_of(folder: Path) -> list[Path]:
     parts = [folder / name for name in names]
     for number, name in enumerate(names):
         if name != _part_name(number):
-            raise ValueError(
-                f"{folder / _part_name(number)} is missing, and later parts of its table are there"
-            )
+            raise StoreError(f"{folder / _part_name(number)} is missing, but later parts of its table exist")
     return parts
 
 
 def _write_part(table: pyarrow.Table, path: Path) -> None:
     import pyarrow.parquet
 
-    with written_aside(path) as aside:
-        pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
+    with atomic_write(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary, write_page_checksum=True)
 
 
 def _read_part(path: Path) -> pyarrow.Table:
@@ -332,14 +272,17 @@ def _read_part(path: Path) -> pyarrow.Table:
     try:
         table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise StoreError(f"{path} is damaged: {error}") from error
     if not table.schema.equals(schema()):
-        raise ValueError(f"{path} is no part of a metrics table: it has the columns {table.column_names}")
+        raise StoreError(
+            f"{path} is not part of a metrics table: its columns are {table.column_names} instead of "
+            f"{list(COLUMNS)}"
+        )
     return table
 
 
 def schema() -> pyarrow.Schema:
-    """The columns of the table and their types."""
+    """Return the columns of the table and their types."""
     pa = _pyarrow()
     text, number = pa.string(), pa.int64()
     types = (text, number, number, text, number, text, pa.float64())

@@ -49,7 +49,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 import feedbackhook
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, as torchvision has them
@@ -254,9 +254,9 @@ def evaluate(
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Written aside, then renamed: a process that is killed leaves the old checkpoint or the new."""
-    with written_aside(path) as aside:
-        torch.save(dict(state), aside)
+    """Written to a temporary file, then renamed: a killed process leaves the old checkpoint or the new."""
+    with atomic_write(path) as temporary:
+        torch.save(dict(state), temporary)
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:

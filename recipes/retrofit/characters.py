@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import feedbackhook
 from feedbackhook.report import theme
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 HEAD_ALONE = "head alone"  # not a rule of feedback: all but the last layer stays as it was drawn
 RULES: dict[str, dict[str, Any] | None] = {
@@ -243,8 +243,8 @@ def train(texts: tuple[str, str, str], settings: dict[str, Any], folder: Path) -
         "seconds": round(time.perf_counter() - began, 1),
         "torch": torch.__version__,
     }
-    with written_aside(kept) as aside:
-        aside.write_text(json.dumps(result, indent=1))
+    with atomic_write(kept) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
     return result
 
 

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import feedbackhook
 from feedbackhook.report import theme
 from feedbackhook.report.statistics import interval
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 LAST_ALONE = "last layer alone"  # not a rule of feedback: all other layers stay as they were drawn
 RULES: dict[str, dict[str, Any] | None] = {
@@ -157,8 +157,8 @@ def train(settings: dict[str, Any], kept: Path) -> dict[str, Any]:
             patch.remove()  # this process goes on with other models
     seconds = round(time.perf_counter() - began, 2)
     result = {"settings": settings, "scores": scores, "angles": angles, "seconds": seconds}
-    with written_aside(kept) as aside:
-        aside.write_text(json.dumps(result, indent=1))
+    with atomic_write(kept) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
     return result
 
 

@@ -12,14 +12,14 @@ from support.datasets import config, error, no_decoding, run, same, shrink, trun
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import ConfigError, DataConfig, ModelConfig, SweepConfig
-from feedbackhook.experiments.data import folders as data_folders
-from feedbackhook.experiments.data import registry as datasets
-from feedbackhook.experiments.data import sources as data_sources
+from feedbackhook.experiments.data import readers
 from feedbackhook.experiments.data.load import load
+from feedbackhook.experiments.data.registry import DATASETS, Draw
 from feedbackhook.experiments.data.verify import check
 from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.sweep.estimate import estimate
 from feedbackhook.experiments.sweep.grid import plan
+from feedbackhook.liao2016 import draws
 from feedbackhook.liao2016 import timit as audio
 from feedbackhook.store.recorder import read
 
@@ -62,7 +62,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "TEST" / "DR1" / "FAKS0" / "SX43.TXT").write_text("0 12800 She had your dark suit.\n")
     monkeypatch.setattr(audio, "PHONES", PHONES)
     monkeypatch.setattr(audio, "_RECORDINGS", {"train": 2, "test": 1})
-    draw = datasets.Draw(of=3, train=3, test=1, least_test=1, least_train=1)
+    draw = Draw(folder_classes=3, train=3, test=1, min_test=1, min_train=1)
     shrink(monkeypatch, "TIMIT-80", classes=3, train=9, test=3, draw=draw)
     return tmp_path
 
@@ -72,7 +72,7 @@ def timit(root: Path, **changes: object) -> DataConfig:
 
 
 def test_timit_has_61_phones() -> None:
-    assert len(set(audio.PHONES)) == len(audio.PHONES) == datasets.PAPER["TIMIT-80"].classes == 61
+    assert len(set(audio.PHONES)) == len(audio.PHONES) == DATASETS["TIMIT-80"].classes == 61
     assert audio.FRAMES * 3 * (audio.BANDS + 1) == 1845
 
 
@@ -118,16 +118,16 @@ def test_the_features_of_a_frame_are_the_defined_ones(frame: int, tmp_path: Path
     assert np.abs(found[frame, :41] - static(samples, frame + 2)).max() > 0.1  # another frame's differ
 
 
-def test_fifteen_frames_are_centred_on_the_segment() -> None:
+def test_fifteen_frames_are_centered_on_the_segment() -> None:
     features = np.arange(40 * 123, dtype=np.float32).reshape(40, 123)
     segment = audio.Segment(3200, 3680, 0)  # its middle is sample 3440, at 21.5 frames
     assert segment.frame == 22
-    assert np.array_equal(audio.centred(features, 22), features[15:30].ravel())
-    rows = audio.centred(features, 2).reshape(15, 123)[:, 0] / 123
+    assert np.array_equal(audio.centered(features, 22), features[15:30].ravel())
+    rows = audio.centered(features, 2).reshape(15, 123)[:, 0] / 123
     assert rows.tolist() == [0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert (audio.centred(features, 39).reshape(15, 123)[:, 0] / 123)[-8:].tolist() == [39] * 8
+    assert (audio.centered(features, 39).reshape(15, 123)[:, 0] / 123)[-8:].tolist() == [39] * 8
     with pytest.raises(ValueError, match="ends before the segment"):
-        audio.centred(features, 41)
+        audio.centered(features, 41)
 
 
 def test_segments_are_read_with_their_features_and_then_from_the_cache(
@@ -139,7 +139,7 @@ def test_segments_are_read_with_their_features_and_then_from_the_cache(
     assert data.train.images.dtype == torch.float32
     assert data.train.labels.bincount().tolist() == [3, 3, 3]
     assert data.test.labels.bincount().tolist() == [1, 1, 1]
-    found = data_sources.find(given)
+    found = readers.find(given)
     for split, part in (("train", data.train), ("test", data.test)):
         for item, image, label in zip(found.splits[split], part.images, part.labels, strict=True):
             place, _, rest = item.name.partition(" (")
@@ -148,12 +148,12 @@ def test_segments_are_read_with_their_features_and_then_from_the_cache(
             assert not Path(place).name.startswith("SA")
             features = audio.utterance(place)
             frame = round((int(start) + SECOND / 10) / 160)
-            assert np.array_equal(image.flatten().numpy(), audio.centred(features, frame))
+            assert np.array_equal(image.flatten().numpy(), audio.centered(features, frame))
     no_decoding(monkeypatch)
     assert same(load(given).train, data.train)
 
 
-def test_features_are_normalised_each_by_the_training_set(root: Path) -> None:
+def test_features_are_normalized_each_by_the_training_set(root: Path) -> None:
     data = load(timit(root))
     x, y = data.batch(data.train, slice(None), torch.device("cpu"))
     raw = data.train.images.double()
@@ -168,7 +168,7 @@ def test_features_are_normalised_each_by_the_training_set(root: Path) -> None:
 
 def test_a_draw_is_fixed_whatever_the_case_of_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(root: Path) -> list[str]:
-        splits = data_sources.find(timit(root)).splits
+        splits = readers.find(timit(root)).splits
         return [item.name.removeprefix(str(root)).lower() for items in splits.values() for item in items]
 
     first = drawn(root)
@@ -180,11 +180,11 @@ def test_a_draw_is_fixed_whatever_the_case_of_names(root: Path, monkeypatch: pyt
         if path.suffix == ".wav":  # a converted copy beside the original, as some have
             path.with_name(f"{path.name}.wav").write_bytes(sentence.read_bytes())
     assert drawn(other) == first
-    draws = set()
+    found = set()
     for seed in range(6):
-        monkeypatch.setattr(data_folders, "_DRAW_SEED", seed)
-        draws.add(tuple(drawn(root)))
-    assert len(draws) > 1
+        monkeypatch.setattr(draws, "SEED", seed)
+        found.add(tuple(drawn(root)))
+    assert len(found) > 1
 
 
 def test_a_check_of_a_whole_copy_ends_well(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,44 +193,45 @@ def test_a_check_of_a_whole_copy_ends_well(root: Path, capsys: pytest.CaptureFix
     rows = {line.split()[0]: line.split()[1:3] for line in lines if line.strip()}
     assert (rows["all"], rows["train"], rows["test"]) == (["3", "14"], ["3", "9"], ["3", "3"])
     assert any("3 classes, at most 9 segments" in line for line in lines)
-    assert any(line.startswith("Note: classes and features are ours") for line in lines)
-    assert lines[-1] == "TIMIT-80 is whole: nothing is missing or damaged"
+    assert any(line.startswith("Note: the classes and features are ours") for line in lines)
+    assert lines[-1] == "TIMIT-80 is complete: nothing is missing or damaged"
 
 
 def test_a_rare_phone_is_used_with_what_there_is_and_told(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draw = datasets.Draw(of=3, train=4, test=1, least_test=1, least_train=1)
+    draw = Draw(folder_classes=3, train=4, test=1, min_test=1, min_train=1)
     shrink(monkeypatch, "TIMIT-80", train=12, draw=draw)
     assert load(timit(root)).train.labels.bincount().tolist() == [4, 3, 3]
-    assert "fewer samples than are drawn: 10 of 12 to train on, 3 of 3 to test on" in caplog.text
+    assert "fewer samples than are drawn: 10 instead of 12 for training; list all" in caplog.text
     train = root / "TIMIT" / "TRAIN"
     assert check(timit(root)).short == [
-        f"{train} holds 3 segments of {phone} in the place of 4" for phone in ("iy", "s")
+        f"{train} contains 3 segments of {phone} instead of 4" for phone in ("iy", "s")
     ]
     monkeypatch.setattr(audio, "PHONES", (*PHONES, "zh"))
     message = error(timit(root, cache="none"))
-    assert f"{train} holds no segment of zh (and 1 more, which feedbackhook data check TIMIT-80" in message
+    assert f"{train} contains no segment of zh (and 1 more; list all with: feedbackhook data check" in message
 
 
 def test_what_is_missing_or_damaged_is_named(root: Path) -> None:
     train, test = root / "TIMIT" / "TRAIN", root / "TIMIT" / "TEST" / "DR1" / "FAKS0"
-    (train / "DR1" / "FCJF0" / "SX37.PHN").rename(train / "DR1" / "FCJF0" / "SX38.PHN")
+    speaker = train / "DR1" / "FCJF0"
+    (speaker / "SX37.PHN").rename(speaker / "SX38.PHN")
     phn = train / "DR2" / "MABC0" / "SI9.PHN"
     phn.write_text(phn.read_text() + "16000 15999 iy\n16000 iy\n16000 17000 ih\n")
     (test / "SX43.WAV").write_bytes(b"NIST_1A\n   1024\nno recording")
-    faults = check(timit(root)).faults
+    faults = check(timit(root)).problems
     assert faults[:5] == [
-        f"{train / 'DR1' / 'FCJF0' / 'SX37.PHN'} is missing; {train / 'DR1' / 'FCJF0' / 'SX37.WAV'} is there",
-        f"{train / 'DR1' / 'FCJF0' / 'SX38.WAV'} is missing; {train / 'DR1' / 'FCJF0' / 'SX38.PHN'} is there",
+        f"{speaker / 'SX37.PHN'} is missing, but {speaker / 'SX37.WAV'} exists",
+        f"{speaker / 'SX38.WAV'} is missing, but {speaker / 'SX38.PHN'} exists",
         f"{phn} is damaged: line 6 is not 'START END PHONE'",
         f"{phn} is damaged: line 7 is not 'START END PHONE'",
-        f"{phn} is damaged: line 8 has 'ih', which is no phone of TIMIT's",
+        f"{phn} is damaged: line 8 has 'ih', which is not a phone of TIMIT",
     ]
     assert len(faults) == 9
     assert all(fault.startswith(f"{test / 'SX43.WAV'} (") for fault in faults[5:])
     assert "cannot be decoded: " in faults[5]
-    assert f"TIMIT-80 could not be read: {faults[0]} (and 4 more, which" in error(timit(root))
+    assert f"TIMIT-80 could not be read: {faults[0]} (and 4 more; list all" in error(timit(root))
 
 
 def test_a_recording_that_is_not_timits_is_named(root: Path) -> None:
@@ -238,12 +239,12 @@ def test_a_recording_that_is_not_timits_is_named(root: Path) -> None:
     whole = path.read_bytes()
     soundfile.write(path, speech(0.8, 4), 8000, subtype="PCM_16", format="WAV")
     assert f"{path} (" in error(timit(root))
-    assert "12800 samples of 1 channel(s) at 8000 Hz, not one channel at 16000 Hz" in error(timit(root))
+    assert "12800 samples of 1 channel(s) at 8000 Hz instead of one channel at 16000 Hz" in error(timit(root))
     soundfile.write(path, speech(0.3, 4), SECOND, subtype="PCM_16", format="NIST")
     assert "the recording ends before the segment" in error(timit(root))
     path.write_bytes(whole)
     truncate(path.with_suffix(".PHN"))
-    assert "SX43.PHN is damaged" in error(timit(root)) or "holds no segment" in error(timit(root))
+    assert "SX43.PHN is damaged" in error(timit(root)) or "contains no segment" in error(timit(root))
 
 
 def test_a_copy_with_fewer_recordings_says_that_other_segments_are_drawn(
@@ -251,18 +252,17 @@ def test_a_copy_with_fewer_recordings_says_that_other_segments_are_drawn(
 ) -> None:
     monkeypatch.setattr(audio, "_RECORDINGS", {"train": 3, "test": 1})
     assert check(timit(root)).differs == [
-        f"{root / 'TIMIT' / 'TRAIN'} holds 2 of the 3 recordings that were published; other segments are "
-        "drawn than from the whole set"
+        f"{root / 'TIMIT' / 'TRAIN'} contains 2 of the 3 published recordings; the draw has other "
+        "segments than from the complete set"
     ]
 
 
 def test_a_copy_that_is_not_there_is_said_with_its_home_page(root: Path) -> None:
-    assert (
-        f"{root / 'nowhere' / 'TIMIT'} is missing; torchvision cannot download it; fetch it from https"
-        in (error(timit(root / "nowhere")))
+    assert f"{root / 'nowhere' / 'TIMIT'} is missing; torchvision cannot download it: get it from https" in (
+        error(timit(root / "nowhere"))
     )
     (root / "TIMIT" / "TEST").rename(root / "TIMIT" / "elsewhere")
-    assert check(timit(root)).faults == [f"{root / 'TIMIT' / 'TEST'} is missing"]
+    assert check(timit(root)).problems == [f"{root / 'TIMIT' / 'TEST'} is missing"]
 
 
 @pytest.mark.parametrize("package", ["librosa", "soundfile"])
@@ -271,7 +271,7 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     for use in (load, check):
-        with pytest.raises(ConfigError, match=rf"read by {package}, .*pip install 'feedbackhook\[audio\]'"):
+        with pytest.raises(ConfigError, match=rf"needs {package}, .*pip install 'feedbackhook\[audio\]'"):
             use(timit(root))
 
 
@@ -288,7 +288,7 @@ def test_the_papers_network_trains_on_it(root: Path, capsys: pytest.CaptureFixtu
     assert losses.iloc[1] < losses.iloc[0]
     command[command.index("liao2016/timit")] = "liao2016/images"
     assert main([*command, "--output", str(root / "other")]) == 2
-    assert "liao2016/images takes images, and the data are 1845 features" in capsys.readouterr().err
+    assert "liao2016/images takes images, but the data are 1845 features" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -296,15 +296,15 @@ def test_the_papers_network_trains_on_it(root: Path, capsys: pytest.CaptureFixtu
 )
 def test_a_network_of_images_is_refused_by_name(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"{name} takes images, and the data are 1845 features: set model.name"
+        ConfigError, match=f"{name} takes images, but the data are 1845 features: set model.name"
     ):
         build(ModelConfig(name), 61, 1845, (1, 1))
 
 
 def test_what_is_of_images_has_no_effect_or_is_refused(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load(timit(root, size=8)).train.images.shape == (9, 1845, 1, 1)
-    assert "data.size 8 has no effect: TIMIT-80 is features, not images" in caplog.text
-    with pytest.raises(ConfigError, match=r"data.augmentation is of images, and these data are features"):
+    assert "data.size 8 has no effect: TIMIT-80 has features, not images" in caplog.text
+    with pytest.raises(ConfigError, match=r"data.augmentation needs images, but these data are features"):
         load(timit(root)).augmentation({})
 
 

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import SweepConfig
-from feedbackhook.experiments.data.registry import PAPER
+from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.sweep.grid import plan
-from feedbackhook.report.tables import paper_errors
+from feedbackhook.liao2016.published import error_rates
+from feedbackhook.report.published import published
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -140,19 +141,18 @@ def sweep_of(name, *options):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment):
-    paper = paper_errors()
     config = sweep_of(f"experiment_{experiment}")
     runs = plan(config)
     conditions = {run.condition for run in runs}
     assert len(conditions) == EXPERIMENTS[experiment]
-    assert conditions <= set(paper.index)
+    assert conditions <= set(error_rates().index)
     for run in runs:  # the paper has a figure for each cell
-        assert paper.loc[run.condition, PAPER[run.dataset].paper_name] > 0
+        assert published(run.dataset, run.condition) > 0
         assert run.config.protocol.epochs == 65
     assert {run.rate for run in runs} == {100, 10, 1, 0.1, 0.01}
     assert config.data.val_fraction == 0.1
     datasets = {run.dataset for run in runs}
-    assert datasets == set(list(PAPER)[:6]) if experiment == "misc" else datasets == set(PAPER)
+    assert datasets == set(list(DATASETS)[:6]) if experiment == "misc" else datasets == set(DATASETS)
     small = plan(sweep_of(f"experiment_{experiment}", "--small", "digits"))
     assert {run.condition for run in small} == conditions
     assert {(run.dataset, run.config.protocol.epochs) for run in small} == {("digits", 8)}
@@ -160,7 +160,7 @@ def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment)
 
 def test_the_experiments_together_are_all_of_the_papers_conditions():
     runs = [run for name in EXPERIMENTS for run in plan(sweep_of(f"experiment_{name}", "--small", "digits"))]
-    assert {run.condition for run in runs} == set(paper_errors().index)
+    assert {run.condition for run in runs} == set(error_rates().index)
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_the_short_protocol_on_mnist_has_the_main_claims():
     runs = plan(sweep_of("mnist"))
     assert {run.dataset for run in runs} == {"MNIST"}
     conditions = {run.condition for run in runs}
-    assert conditions <= set(paper_errors().index)
+    assert conditions <= set(error_rates().index)
     assert {
         "SGD",
         "uSF",

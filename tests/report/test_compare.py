@@ -14,7 +14,6 @@ from support.sweeps import left
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import (
-    ConfigError,
     OptimizerConfig,
     ProtocolConfig,
     RunConfig,
@@ -22,6 +21,7 @@ from feedbackhook.experiments.config import (
     SweepProtocolConfig,
 )
 from feedbackhook.report.compare import compare
+from feedbackhook.report.errors import ReportError
 from feedbackhook.report.runs import collect
 from feedbackhook.report.statistics import Interval, interval, paired_test, percent_interval
 
@@ -201,7 +201,7 @@ def test_any_configuration_or_each_two_can_be_tested(tmp_path: Path) -> None:
     runs = collect(leave_sweep(tmp_path / "sweep"))
     assert set(compare(runs, against="SGD").tests["second"]) == {"SGD"}
     assert len(compare(runs, against="all").tests) == 2 * 6
-    with pytest.raises(ConfigError, match="no configuration has this name; did you mean 'frSF\\+BN', 'brSF"):
+    with pytest.raises(ReportError, match="no configuration has this name; did you mean 'frSF\\+BN', 'brSF"):
         compare(runs, against="FRSF+BN")
 
 
@@ -233,7 +233,7 @@ def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
     leave(tmp_path / "first", "SGD", A[:1])
     leave(tmp_path / "second", "SGD", A[:1])
     with pytest.raises(
-        ConfigError, match="first/SGD--0 and second/SGD--0 have the same configuration and se"
+        ReportError, match="first/SGD--0 and second/SGD--0 have the same configuration and se"
     ):
         compare(collect(tmp_path))
 
@@ -241,7 +241,7 @@ def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
 def test_a_run_without_an_error_is_refused_by_name(tmp_path: Path) -> None:
     config = RunConfig("SGD", protocol=ProtocolConfig(epochs=2, threads=1), output=str(tmp_path / "run"))
     leave_run(config, [(math.nan, math.nan)], 2)
-    with pytest.raises(ConfigError, match="run has no test error"):
+    with pytest.raises(ReportError, match="run has no test error"):
         compare(collect(tmp_path))
 
 

@@ -18,6 +18,7 @@ from feedbackhook import Recorder
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import ConfigError, RunConfig, SweepConfig
+from feedbackhook.experiments.stored import check_same
 from feedbackhook.experiments.sweep.grid import plan, stored
 from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report import theme
@@ -152,7 +153,7 @@ def test_each_run_has_its_configuration_and_a_command_that_repeats_it(
     assert name == "feedbackhook"
     assert main(arguments) == 2
     assert given[0].output == f"{run.folder.path}-again"
-    run.folder.check_same(given[0])  # which leaves out where it goes
+    check_same(run.folder, given[0])  # which leaves out where it goes
 
 
 def test_the_command_of_the_sweep_is_that_sweep_in_another_folder(

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from support.run_folders import leave_run
 
-from feedbackhook.experiments.config import ConfigError, FeedbackConfig, ProtocolConfig, RunConfig
+from feedbackhook.experiments.config import FeedbackConfig, ProtocolConfig, RunConfig
 from feedbackhook.report.runs import collect
+from feedbackhook.store.errors import StoreError
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
 CURVE = [(90.0, 90.0), (20.0, 21.0), (30.0, 31.0)]
@@ -160,7 +161,7 @@ def test_a_run_that_was_stopped_before_it_began_is_empty(two: Path) -> None:
 )
 def test_a_folder_without_runs_is_one_clear_error(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(StoreError, match=message):
         collect(tmp_path / path)
 
 

@@ -14,12 +14,13 @@ from support.sweeps import left
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.config import SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.sweep.grid import plan, stored
 from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report.aggregate import sweep_table
 from feedbackhook.report.tables import as_markdown, draw, write
+from feedbackhook.store.errors import StoreError
 from feedbackhook.store.run_folder import RunResult
 
 CONDITIONS = ["SGD", "uSF", "RndF", "uSF+BM2 Top"]
@@ -222,16 +223,14 @@ def test_what_is_no_sweep_is_one_clear_error(
     error = capsys.readouterr().err
     assert error.startswith("feedbackhook: error:")
     assert error.count("\n") == 1
-    with pytest.raises(
-        ConfigError, match="holds no sweep" if content is None else "manifest.json is damaged"
-    ):
+    with pytest.raises(StoreError, match="holds no sweep" if content is None else "manifest.json is damaged"):
         sweep_table(tmp_path)
 
 
 def test_a_typo_and_a_run_are_told_from_a_folder_that_holds_no_sweep(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(StoreError, match="there is no folder"):
         sweep_table(folder / "nowhere")
-    with pytest.raises(ConfigError, match=f"but is a run of the one in {folder}"):
+    with pytest.raises(StoreError, match=f"but is a run of the one in {folder}"):
         sweep_table(folder / "MNIST-SGD-rate1-seed0")
 
 

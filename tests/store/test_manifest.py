@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from feedbackhook.experiments.config import ConfigError
 from feedbackhook.store import manifest
+from feedbackhook.store.errors import StoreError
 from feedbackhook.store.manifest import Manifest, ManifestCondition, ManifestRun, Published, PublishedPoint
 
 EXAMPLE = Manifest(
@@ -63,7 +63,7 @@ def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pyte
 def test_a_damaged_one_says_how_to_write_it_again(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     command = f"feedbackhook sweep {tmp_path}/sweep.yaml --output {tmp_path}"
-    with pytest.raises(ConfigError, match=r"manifest\.json is damaged") as error:
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged") as error:
         manifest.read(tmp_path)
     assert command in str(error.value)
 
@@ -72,20 +72,18 @@ def test_one_of_another_version_is_refused(tmp_path: Path) -> None:
     manifest.write(EXAMPLE, tmp_path)
     content = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(ConfigError, match="has version 99, but this feedbackhook reads 1"):
+    with pytest.raises(StoreError, match="has version 99, but this feedbackhook reads 1"):
         manifest.read(tmp_path)
 
 
 def test_a_folder_without_one_is_told_by_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no sweep: there is no"):
+    with pytest.raises(StoreError, match="holds no sweep: there is no"):
         manifest.read(tmp_path)
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(StoreError, match="there is no folder"):
         manifest.read(tmp_path / "nowhere")
     (tmp_path / "sweep.yaml").touch()
     (tmp_path / "run").mkdir()
-    with pytest.raises(
-        ConfigError, match=r"has a sweep\.yaml but no manifest\.json: run `feedbackhook sweep"
-    ):
+    with pytest.raises(StoreError, match=r"has a sweep\.yaml but no manifest\.json: run `feedbackhook sweep"):
         manifest.read(tmp_path)
-    with pytest.raises(ConfigError, match="holds no sweep, but is a run of the one in"):
+    with pytest.raises(StoreError, match="holds no sweep, but is a run of the one in"):
         manifest.read(tmp_path / "run")

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import feedbackhook
-from feedbackhook.store.recorder import COLUMNS, Recorder, holder, read, written_aside
+from feedbackhook.store.atomic import atomic_write
+from feedbackhook.store.locks import holder
+from feedbackhook.store.recorder import COLUMNS, Recorder, read
 
 
 def fill(folder: Path, epochs: range) -> None:
@@ -281,8 +283,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_text("old")
 
     def write(text: str, fail: bool) -> None:
-        with written_aside(path) as aside:
-            aside.write_text(text)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text)
             assert path.read_text() == "old"
             if fail:
                 raise ZeroDivisionError

@@ -16,9 +16,10 @@ from PIL import Image
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import ConfigError, DataConfig
-from feedbackhook.experiments.data import registry as datasets
-from feedbackhook.experiments.data import sources as data_sources
-from feedbackhook.experiments.data.load import Split, load
+from feedbackhook.experiments.data import readers
+from feedbackhook.experiments.data.load import load
+from feedbackhook.experiments.data.registry import DATASETS
+from feedbackhook.experiments.data.split import Split
 
 SIZE = 8
 
@@ -58,7 +59,7 @@ def write_classes(folder: Path, counts: dict[str, int], name: str = "image_{:04d
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, name: str, **changes: object) -> None:
-    monkeypatch.setitem(datasets.PAPER, name, dataclasses.replace(datasets.PAPER[name], **changes))
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **changes))
 
 
 def config(name: str, root: Path, **changes: object) -> DataConfig:
@@ -112,4 +113,4 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise AssertionError("a source is read")
 
-    monkeypatch.setattr(data_sources, "find", fail)
+    monkeypatch.setattr(readers, "find", fail)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from feedbackhook.experiments.config import RunConfig
 from feedbackhook.experiments.data.load import ImageData
-from feedbackhook.experiments.training import distributed as processes
-from feedbackhook.experiments.training import run as train
+from feedbackhook.experiments.training import run
+from feedbackhook.experiments.training.distributed import DistributedContext
+from feedbackhook.experiments.training.state import TrainingState
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Job:
 
     Args:
         config: its configuration.
-        resume: whether to go on with it.
+        resume: whether to resume it.
         stop: the epoch before which it is interrupted.
         wrong_shares: whether every process takes the same share of each mini-batch: a mistake.
     """
@@ -37,15 +38,15 @@ class Job:
 @contextmanager
 def stopped_before(epoch: int | None) -> Iterator[None]:
     """Runs are interrupted before an epoch, in every process."""
-    train_epoch = train._Run._train_epoch
+    train_epoch = run.train_epoch
 
-    def stop(run: train._Run, *args: Any) -> None:
-        if run.epoch == epoch:
+    def stop(state: TrainingState, *args: Any) -> None:
+        if state.epoch == epoch:
             raise KeyboardInterrupt
-        train_epoch(run, *args)
+        train_epoch(state, *args)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train._Run, "_train_epoch", stop)
+        patched.setattr(run, "train_epoch", stop)
         yield
 
 
@@ -58,17 +59,17 @@ def precisely(config: RunConfig) -> AbstractContextManager[None]:
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Runs train in float64 wherever they would in float32. Only timm's transforms stay as they are."""
-    forward, augmentation = processes.Processes.forward, ImageData.augmentation
+    forward, augmentation = DistributedContext.forward, ImageData.augmentation
 
-    def of_doubles(team: processes.Processes, x: Tensor) -> Tensor:
-        return forward(team, x.double())
+    def of_doubles(context: DistributedContext, x: Tensor) -> Tensor:
+        return forward(context, x.double())
 
     def in_float32(data: ImageData, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         transform = default_dtype(torch.float32)(augmentation)(data, options)
         return default_dtype(torch.float32)(transform)
 
     with pytest.MonkeyPatch.context() as patched, default_dtype(torch.float64):
-        patched.setattr(processes.Processes, "forward", of_doubles)
+        patched.setattr(DistributedContext, "forward", of_doubles)
         patched.setattr(ImageData, "augmentation", in_float32)
         patched.setattr(Tensor, "float", Tensor.double)
         yield

@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from feedbackhook.experiments.config import ConfigError, ProtocolConfig
 from feedbackhook.experiments.models.batch_norm import OfAllProcesses
-from feedbackhook.experiments.training import distributed as processes
 from feedbackhook.experiments.training.run import train
+from feedbackhook.experiments.training.torchrun import TorchrunContext, join_processes
 from support.job import Job, precisely, stopped_before
 
 
-def first_share(team: processes.ManyProcesses, size: int) -> list[slice]:
-    part = size // (team._accumulation * team.count)
-    return [slice(a * part, (a + 1) * part) for a in range(team._accumulation)]
+def first_share(context: TorchrunContext, size: int) -> list[slice]:
+    part = size // (context.accumulation_steps * context.count)
+    return [slice(a * part, (a + 1) * part) for a in range(context.accumulation_steps)]
 
 
 def ended(job: Job) -> list[str]:
     with pytest.MonkeyPatch.context() as patched, stopped_before(job.stop), precisely(job.config):
         if job.wrong_shares:
-            patched.setattr(processes.ManyProcesses, "shares", first_share)
+            patched.setattr(TorchrunContext, "micro_batches", first_share)
         try:
             result = train(job.config, resume=job.resume)
         except (ConfigError, KeyboardInterrupt) as error:
@@ -74,7 +74,7 @@ def check_batch_norm() -> None:
 
 
 def main(folder: Path) -> None:
-    with processes.started(ProtocolConfig(device="cpu")):
+    with join_processes(ProtocolConfig(device="cpu")):
         check_batch_norm()
     outcomes = {}
     for name, job in pickle.loads((folder / "jobs.pickle").read_bytes()).items():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig
-from feedbackhook.experiments.training.run import resolve
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.stored import write_config
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
 
@@ -23,7 +24,7 @@ def leave_run(
             recorder.add(10 * epoch, epoch, "train_error", 0.0)
             for depth, layer in enumerate(("conv1", "fc2")):
                 recorder.add(10 * epoch, epoch, "weight_angle", 45.0 + depth, layer, depth)
-    folder.write_config(resolve(config))
+    write_config(folder, resolve(config))
     trained = [test for test, _ in curve[1:]] or [curve[0][0]]
     folder.write_result(
         RunResult(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from feedbackhook.experiments.config import DataConfig
 from feedbackhook.experiments.data.registry import DATASETS, LIBRARIES
-from feedbackhook.store.recorder import written_aside
+from feedbackhook.store.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ def cached(
     if folder is None or not sources:
         return read()
     path, key = folder / _file_name(config, sources), _key(config, sources)
-    tensors = _stored(path, key) if key is not None else None
+    tensors = read_cached(path, key) if key is not None else None
     if tensors is None:
         tensors = read()
         # the key from before reading, so that a file that changes meanwhile is read again; before a download
         # there is none
         key = key or _key(config, sources)
         if key is not None:
-            _store(path, key, tensors)
+            write_cached(path, key, tensors)
     return tensors
 
 
@@ -107,7 +107,8 @@ def _files(source: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names))
 
 
-def _stored(path: Path, key: str) -> dict[str, Tensor] | None:
+def read_cached(path: Path, key: str) -> dict[str, Tensor] | None:
+    """Return the tensors in a file of the cache; None if it is missing, damaged or has another key."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -127,15 +128,16 @@ def _stored(path: Path, key: str) -> dict[str, Tensor] | None:
     return tensors
 
 
-def _store(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+def write_cached(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to a file of the cache, or log why that is impossible."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     about = {"key": key, "checksum": _checksum(tensors)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            save_file(tensors, aside, metadata=about)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=about)
     except (OSError, SafetensorError) as error:
         logger.warning("cannot cache the decoded images: %s; set data.cache to another folder", error)
 

@@ -181,7 +181,7 @@ def _decoded(config: DataConfig) -> dict[str, Tensor]:
         first, more = sources.problems[0], len(sources.problems) - 1
         root = "" if config.name.startswith("imagefolder:") else f" --root {shlex.quote(config.root)}"
         command = f"feedbackhook data check {shlex.quote(config.name)}{root}"
-        others = f" (and {more} more problems; list them with: {command})" if more else ""
+        others = f" (and {more} more; list all with: {command})" if more else ""
         raise ConfigError(f"{config.name} could not be read: {first}{others}; {sources.hint}")
     for difference in sources.differs:
         logger.warning("%s: %s", config.name, difference)
@@ -205,14 +205,16 @@ def _warn_of_small_classes(config: DataConfig, train: int, test: int) -> None:
     dataset = DATASETS.get(config.name)
     if dataset is None or not dataset.train_at_most:
         return
-    wanted = (config.train_images or dataset.train, config.test_images or dataset.test)
-    if (train, test) != wanted:
+    counts = (
+        ("training", train, config.train_images or dataset.train),
+        ("testing", test, config.test_images or dataset.test),
+    )
+    if short := [f"{count} instead of {all_} for {use}" for use, count, all_ in counts if count != all_]:
         logger.warning(
-            "%s: some classes have fewer samples than are drawn: %d instead of %d for training, %d instead "
-            "of %d for testing; list them with: feedbackhook data check %s",
+            "%s: some classes have fewer samples than are drawn: %s; list all with: %s",
             config.name,
-            *(train, wanted[0], test, wanted[1]),
-            config.name,
+            " and ".join(short),
+            f"feedbackhook data check {config.name}",
         )
 
 

@@ -38,7 +38,7 @@ from filelock import FileLock, Timeout
 from feedbackhook.experiments.config import ClusterConfig, ConfigError, RunConfig, SweepConfig, one_line
 from feedbackhook.experiments.sweep.grid import PlannedRun
 from feedbackhook.experiments.sweep.worker import ATTEMPTS, IN_USE, fail, fail_for_lost_processes
-from feedbackhook.store.recorder import holder
+from feedbackhook.store.locks import holder
 
 try:
     import distributed

@@ -22,10 +22,11 @@ from feedbackhook.experiments.config import (
     RunConfig,
     SweepConfig,
     SweepProtocolConfig,
-    plain_words,
 )
 from feedbackhook.experiments.data.registry import network_for
-from feedbackhook.experiments.training.run import as_begun, resolve
+from feedbackhook.experiments.parser_messages import plain_words
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.stored import check_same, store_errors, with_stored_machine
 from feedbackhook.names import nearest
 from feedbackhook.store.manifest import sweep_file
 from feedbackhook.store.run_folder import RunFolder
@@ -341,13 +342,16 @@ def check(runs: Sequence[PlannedRun]) -> None:
             with the old one.
     """
     for run in runs:
-        if run.folder.trained():
-            given = resolve(as_begun(run.config, run.folder))
+        with store_errors():
+            trained = run.folder.trained()
+        if trained:
+            given = resolve(with_stored_machine(run.config, run.folder))
             of_sweep = run.folder.path.parent / "sweep.yaml"
-            run.folder.check_same(given, of_sweep if of_sweep.is_file() else None)
+            check_same(run.folder, given, of_sweep if of_sweep.is_file() else None)
 
 
 def ended(run: PlannedRun) -> bool:
     """Whether there is nothing left to do: the run has finished or diverged."""
-    result = run.folder.result()
+    with store_errors():
+        result = run.folder.result()
     return result is not None and result.ended

@@ -16,7 +16,7 @@ from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor, get_re
 from feedbackhook.experiments.config import FolderInUse, SweepConfig
 from feedbackhook.experiments.sweep.grid import PlannedRun, ended
 from feedbackhook.experiments.sweep.worker import ATTEMPTS, begin_worker, fail_for_lost_processes, run_one
-from feedbackhook.store.recorder import holder, process_name
+from feedbackhook.store.locks import holder, process_name
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from feedbackhook.experiments.published import PUBLICATIONS, published_errors
 from feedbackhook.experiments.sweep.grid import PlannedRun
 from feedbackhook.rules import make_rule, rule_values
 from feedbackhook.store import manifest
+from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.manifest import Manifest, ManifestCondition, ManifestRun, Published, PublishedPoint
-from feedbackhook.store.recorder import written_aside
 
 _REFERENCE = "SGD"
 
@@ -25,8 +25,8 @@ def write(config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
     """Write the sweep's configuration and its manifest into its folder."""
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with written_aside(folder / "sweep.yaml") as aside:
-        aside.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    with atomic_write(folder / "sweep.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
     manifest.write(describe(config, runs), folder)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from feedbackhook.experiments.config import ConfigError, SweepConfig
 from feedbackhook.experiments.data import load as data
+from feedbackhook.experiments.resolve import check_device
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep import manifest
 from feedbackhook.experiments.sweep.grid import PlannedRun, check, ended, plan, shrink
 from feedbackhook.experiments.sweep.worker import keep_interrupted
-from feedbackhook.experiments.training.opening import openings
-from feedbackhook.experiments.training.run import check_device
 from feedbackhook.experiments.training.stopping import stoppable
-from feedbackhook.store.recorder import holder
+from feedbackhook.experiments.training.summary import describe_runs
+from feedbackhook.store.locks import holder
 from feedbackhook.store.run_folder import RunResult
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def sweep(
                 on_it = [run.resolved for run in pending if run.dataset == dataset.dataset]
                 # on a cluster each worker has its own device
                 device = f"; {dataset.resolved.protocol.device}" if config.backend == "joblib" else ""
-                for line in openings(on_it, images):
+                for line in describe_runs(on_it, images):
                     tell(f"{line}{device}")
             manifest.write(config, runs)
             with monitor, _interrupted_at_the_end(pending):

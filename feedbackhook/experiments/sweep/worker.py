@@ -18,9 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from feedbackhook.experiments.config import FolderInUse, RunConfig
-from feedbackhook.experiments.training.run import resolve, train
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.stored import write_config
+from feedbackhook.experiments.training.run import train
 from feedbackhook.experiments.training.stopping import exit_status, stoppable
-from feedbackhook.store.recorder import holder
+from feedbackhook.report.plots import draw_run
+from feedbackhook.store.locks import holder
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ def run_one(config: RunConfig, parent: int) -> str:
     """
     try:
         with stoppable(always=True), _bound_to(parent):
-            train(config, resume=True)
+            train(config, resume=True, draw=draw_run)
     except FolderInUse:
         raise
     except Exception as error:  # whatever ends a run is kept in its folder and stops no other run
@@ -76,7 +79,7 @@ def fail(config: RunConfig, reason: str, details: str | None = None) -> None:
         result = RunResult(folder.path)
         folder.write_result(result)  # first, since a folder without a status is not a run folder
     if not folder.trained():
-        folder.write_config(resolve(config))
+        write_config(folder, resolve(config))
     if details is not None:
         folder.write_traceback(details)
     result.status, result.reason = "failed", reason

@@ -1,4 +1,4 @@
-"""The optimizers by name, and the schedules of their learning rates."""
+"""Optimizers by name, and schedules of the learning rate."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from feedbackhook.optim import BatchManhattan
 
 
 def check(config: OptimizerConfig) -> None:
-    """Sees that the optimizer is there, and that every option is of it.
+    """Check that the optimizer exists and has every option that is set.
 
     Raises:
-        ConfigError: it is unknown, or an option would have no effect.
+        ConfigError: the optimizer is unknown, or an option would have no effect.
     """
     name, default = config.name, OptimizerConfig()
     if name not in ("sgd", "batch_manhattan"):
         _timm_name(name)
     if name != "batch_manhattan" and config.setting != default.setting:
-        raise ConfigError(f"optimizer.setting has no effect with {name}: it is of batch_manhattan")
+        raise ConfigError(f"optimizer.setting has no effect with {name}, only with batch_manhattan")
     if not name.startswith("timm/") and config.options:
-        raise ConfigError(f"optimizer.options have no effect with {name}: they are of timm's optimizers")
+        raise ConfigError(f"optimizer.options have no effect with {name}, only with timm's optimizers")
 
 
 def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the parameters of ``model`` that learn.
+    """Build the optimizer of the parameters of `model` that require a gradient.
 
     Raises:
-        ConfigError: it has no such options.
-        ValueError: a number is out of its range.
+        ConfigError: the optimizer does not accept an option.
+        ValueError: a number is out of range.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     shared: dict[str, Any] = {
         "lr": config.lr,
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
     }
     if config.name == "sgd":
-        return torch.optim.SGD(trained, **shared)
+        return torch.optim.SGD(trainable, **shared)
     if config.name == "batch_manhattan":
-        return BatchManhattan(trained, setting=config.setting, **shared)
+        return BatchManhattan(trainable, setting=config.setting, **shared)
     from timm.optim import create_optimizer_v2
 
     try:
@@ -58,7 +58,7 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
 def lr_schedule(
     config: ProtocolConfig, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """How the learning rate goes from epoch to epoch."""
+    """Build the schedule of the learning rate, by epoch."""
     if config.lr_schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     assert config.milestones is not None
@@ -66,7 +66,7 @@ def lr_schedule(
 
 
 def _timm_name(name: str) -> str:
-    """NAME of timm/NAME, an optimizer that timm has."""
+    """Return NAME of timm/NAME; raise a `ConfigError` if timm does not have it."""
     from timm.optim import list_optimizers
 
     library, _, own = name.partition("/")
@@ -76,6 +76,6 @@ def _timm_name(name: str) -> str:
         if library != "timm" and name in known:
             wanted = f"timm/{name}"
         raise ConfigError(
-            f"optimizer.name {name!r} is none of sgd, batch_manhattan and timm/NAME{nearest(wanted, names)}"
+            f"optimizer.name {name!r} is not sgd, batch_manhattan or timm/NAME{nearest(wanted, names)}"
         )
     return own

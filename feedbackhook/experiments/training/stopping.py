@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop: its run ends as `interrupted`, with its status written."""
+"""Signals that stop a process: its run ends as `interrupted`, with its status written."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}  # and what Python does
+_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}  # Python's defaults
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has asked this process to stop."""
+    """This process has received SIGTERM."""
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
-    """128 and the number of the signal, as shells report it."""
+    """Return 128 plus the number of the signal, as shells do."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 class _Handler:
-    """Raises KeyboardInterrupt for the first signal; once it is ``held``, at the end of that."""
+    """Raises KeyboardInterrupt for the first signal, or remembers it while `held`."""
 
     def __init__(self) -> None:
         self.first: int | None = None
@@ -39,11 +39,14 @@ class _Handler:
 
 @contextmanager
 def stoppable(always: bool = False) -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block for the first SIGINT, :class:`Terminated` for the first SIGTERM.
+    """Raise KeyboardInterrupt in the block for the first SIGINT, or :class:`Terminated` for a first SIGTERM.
 
-    Later ones are ignored: Ctrl-C reaches each process of a sweep twice, from the terminal and from the
-    sweep, and the second must not cut short how a run ends. Handlers that the program has set itself
-    stay, unless ``always``. Only the main thread gets signals; in another, this does nothing.
+    Later signals are ignored: Ctrl-C reaches each process of a sweep twice, from the terminal and from the
+    sweep, and the second must not interrupt the run while it writes its status. Only the main thread receives
+    signals; in another thread this does nothing.
+
+    Args:
+        always: replace handlers that the program has set itself, too.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -60,7 +63,7 @@ def stoppable(always: bool = False) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a signal that :func:`stoppable` would raise for wait until the block is done."""
+    """Postpone what :func:`stoppable` raises until the block is done."""
     handlers = [h for number in _SIGNALS if isinstance(h := signal.getsignal(number), _Handler)]
     asked = [handler.first for handler in handlers]
     for handler in handlers:

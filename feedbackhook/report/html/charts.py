@@ -66,7 +66,7 @@ def concordance(table: SweepTable) -> Section:
         f"{cell['condition']} on {cell['dataset']} has no point: none of its runs is in the table."
         for cell in cells[cells["best_error"].isna()].to_dict("records")
     ]
-    rules = {given.series: given.rule for given in conditions.values()}
+    rules = {str(given.series): str(given.rule) for given in conditions.values()}
     chart = vega.over_concordance(points, rules).add_params(
         Select("dataset", "Dataset", datasets).parameter()
     )

@@ -19,13 +19,14 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, StrictUndefined, Template
 
-from feedbackhook.experiments.config import ConfigError, one_line
 from feedbackhook.report.aggregate import ALIKE, BETTER, THRESHOLD, WORSE, SweepTable, base_lr, sweep_table
+from feedbackhook.report.errors import ReportError
 from feedbackhook.report.html.charts import alignment, concordance, curves
 from feedbackhook.report.html.vega import ANGLES
-from feedbackhook.report.tables import COLORS, MARKS, batch_sizes_text, procedures_text
+from feedbackhook.report.tables import COLORS, MARKS, batch_sizes_text, procedures
+from feedbackhook.store.atomic import atomic_write
+from feedbackhook.store.errors import one_line
 from feedbackhook.store.manifest import ManifestRun
-from feedbackhook.store.recorder import written_aside
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
 __all__ = ["page", "write"]
@@ -57,7 +58,7 @@ def page(folder: str | os.PathLike[str]) -> str:
     """Return the page about the sweep in ``folder``. It names each run that is in no figure, with the reason.
 
     Raises:
-        ConfigError: the folder holds no sweep, or its manifest is missing or damaged.
+        StoreError: the folder holds no sweep, or its manifest is missing or damaged.
     """
     folder = Path(folder)
     table = sweep_table(folder, of_layers=ANGLES)
@@ -90,16 +91,16 @@ def write(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     """Write the page about the sweep in ``folder`` to the file ``path``.
 
     Raises:
-        ConfigError: the folder holds no sweep, its manifest is missing or damaged, or the file cannot be
-            written.
+        StoreError: the folder holds no sweep, or its manifest is missing or damaged.
+        ReportError: the file cannot be written.
     """
     content, path = page(folder), Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            aside.write_text(content, encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
+        raise ReportError(f"cannot write {path}: {error}") from error
     return path
 
 
@@ -143,7 +144,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dict[str, Any]:
     plan = table.manifest
     factors = [f"{factor:.15g}" for factor in sorted({run.lr_factor for run in plan.runs}, reverse=True)]
-    sizes = [batch_sizes_text(plan.batch_size, plan.batch_sizes), *procedures_text(plan)]
+    sizes = [batch_sizes_text(plan.batch_size, plan.batch_sizes)]
+    sizes += [f"{condition} also {also}" for condition, also in procedures(plan).items()]
     held_out = f"{plan.val_fraction:.0%} of each class of the training set"
     again = folder if folder.name not in ("", "..") else folder.resolve()
     return {

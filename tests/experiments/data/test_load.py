@@ -40,15 +40,15 @@ def test_digits_have_a_fixed_stratified_split() -> None:
 def test_a_share_of_the_training_set_is_held_out_class_by_class() -> None:
     whole, data = load(DataConfig()), load(DataConfig(val_fraction=0.1))
     assert whole.val is None
-    assert data.val_fraction is not None
-    assert (len(data.train.labels), len(data.val_fraction.labels)) == (1293, 144)
-    assert (data.val_fraction.labels.bincount() - whole.train.labels.bincount() * 0.1).abs().max() <= 1
-    rows = sorted(row.tobytes() for split in (data.train, data.val_fraction) for row in split.images.numpy())
+    assert data.val is not None
+    assert (len(data.train.labels), len(data.val.labels)) == (1293, 144)
+    assert (data.val.labels.bincount() - whole.train.labels.bincount() * 0.1).abs().max() <= 1
+    rows = sorted(row.tobytes() for split in (data.train, data.val) for row in split.images.numpy())
     assert rows == sorted(row.tobytes() for row in whole.train.images.numpy())
     assert torch.equal(data.test.images, whole.test.images)
     again = load(DataConfig(val_fraction=0.1)).val
     assert again is not None
-    assert torch.equal(again.images, data.val_fraction.images)
+    assert torch.equal(again.images, data.val.images)
     x, _ = data.batch(data.train, slice(None), CPU)
     assert abs(x.double().mean()) <= rounding_of(x)  # of what is trained on
 
@@ -160,7 +160,7 @@ def test_a_test_set_of_another_size_needs_a_size(folder: Path) -> None:
 
 def test_classes_that_differ_are_an_error(folder: Path) -> None:
     (folder / "test" / "dog").rename(folder / "test" / "ant")
-    with pytest.raises(ConfigError, match=r"test/dog is missing; .*train/dog is there \(and 1 more, "):
+    with pytest.raises(ConfigError, match=r"test/dog is missing, but .*train/dog exists \(and 1 more; "):
         loaded(folder)
 
 
@@ -176,13 +176,13 @@ def test_a_channel_of_one_value_does_not_divide_by_zero(folder: Path) -> None:
     ("config", "message"),
     [
         (DataConfig("MNIST", root="nowhere"), r"MNIST could not be read.*nowhere.*--data.download true"),
-        (DataConfig("ImageNet", root="nowhere"), r"ImageNet.*nowhere.*cannot download it; set --data.root"),
+        (DataConfig("ImageNet", root="nowhere"), r"ImageNet.*nowhere.*cannot download it: set --data.root"),
         (DataConfig("CocoDetection"), "'CocoDetection' has no classes for training and test.*CIFAR10"),
         (DataConfig("VOCSegmentation"), "'VOCSegmentation' has no classes for training and test"),
         (DataConfig("CIFAR11"), "'CIFAR11' is unknown; did you mean 'CIFAR10'"),
         (DataConfig("imagefolder:nowhere"), r"nowhere/train is missing.*; imagefolder:PATH needs PATH/train"),
-        (DataConfig(val_fraction=1.0), "data.val_fraction must be a share from 0 to less than 1, not 1.0"),
-        (DataConfig(val_fraction=0.001), "cannot set 0.001 of the 1437 images apart"),
+        (DataConfig(val_fraction=1.0), "data.val_fraction must be a fraction from 0 to less than 1, not 1.0"),
+        (DataConfig(val_fraction=0.001), "cannot split off 0.001 of the 1437 images"),
         (DataConfig(size=0), "data.size must be a positive number of pixels, not 0"),
     ],
     ids=lambda value: value.name if isinstance(value, DataConfig) else "",
@@ -197,7 +197,7 @@ def test_what_cannot_be_loaded_is_one_clear_error(
 
 def test_an_empty_class_folder_is_one_clear_error(folder: Path) -> None:
     (folder / "train" / "ant").mkdir()
-    with pytest.raises(ConfigError, match="train/ant holds no images"):
+    with pytest.raises(ConfigError, match="train/ant contains no images"):
         loaded(folder)
 
 
@@ -230,7 +230,7 @@ def test_a_part_of_the_images_is_a_fixed_draw_of_each_class_by_its_share() -> No
     again = load(DataConfig(train_images=200, test_images=100))
     assert torch.equal(again.train.images, part.train.images)
     for config, message in (
-        (DataConfig(train_images=1438), "data.train_images is 1438: digits has 1437"),
+        (DataConfig(train_images=1438), "data.train_images is 1438, but digits has 1437"),
         (DataConfig(test_images=4), "data.test_images 4 of 360"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -297,7 +297,7 @@ def test_seeded_leaves_the_generators_as_they_were() -> None:
     ("options", "message"),
     [
         ({"sclae": [0.5, 1]}, "sclae"),
-        ({"use_prefetcher": True}, "something else than one normalised image"),
+        ({"use_prefetcher": True}, "does not return one normalized image"),
         ({"is_training": False}, "is_training"),
     ],
 )

@@ -23,7 +23,7 @@ from feedbackhook.experiments.config import ClusterConfig, SweepConfig, SweepPro
 from feedbackhook.experiments.sweep.grid import plan, stored
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.report.aggregate import sweep_table
-from feedbackhook.store.recorder import holder, process_name
+from feedbackhook.store.locks import holder, process_name
 
 
 @pytest.fixture

@@ -15,13 +15,15 @@ from feedbackhook.experiments.config import (
     FolderInUse,
     SweepProtocolConfig,
 )
+from feedbackhook.experiments.stored import write_config
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep import run as sweep_module
 from feedbackhook.experiments.sweep import worker
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.experiments.training import run as train_module
-from feedbackhook.store.recorder import Recorder, process_name
+from feedbackhook.store.locks import process_name
+from feedbackhook.store.recorder import Recorder
 from feedbackhook.store.run_folder import RunResult
 
 
@@ -98,7 +100,7 @@ def test_a_process_that_does_not_touch_its_folder_is_named(
 
     with Recorder(run.folder.path):
         run.folder.write_result(RunResult(run.folder.path))
-        run.folder.write_config(run.config)
+        write_config(run.folder, run.config)
         assert [after(seconds) for seconds in (0, 299, 1, 1000)] == [0, 0, 1, 1]
         me = process_name(os.getpid())
         assert told[0].startswith(f"{run.name}: {me} has not touched its folder for 5 minutes; if it hangs")
@@ -112,7 +114,7 @@ def test_a_stopped_sweep_leaves_no_run_running_unless_a_process_is_at_work_in_it
     (run, *_) = plan(tiny(tmp_path, conditions=["SGD"]))
     run.folder.path.mkdir()
     run.folder.write_result(RunResult(run.folder.path))
-    run.folder.write_config(run.config)
+    write_config(run.folder, run.config)
     with Recorder(run.folder.path):
         worker.keep_interrupted(run.config)
         assert how_many(tmp_path, "running") == 1

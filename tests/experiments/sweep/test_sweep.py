@@ -26,7 +26,8 @@ from feedbackhook.experiments.sweep import worker
 from feedbackhook.experiments.sweep.grid import ended, plan, stored
 from feedbackhook.experiments.sweep.local import workers
 from feedbackhook.experiments.sweep.run import sweep
-from feedbackhook.experiments.training.run import Progress, train
+from feedbackhook.experiments.training.progress import Progress
+from feedbackhook.experiments.training.run import train
 from feedbackhook.report.aggregate import sweep_table
 
 
@@ -61,12 +62,14 @@ def test_a_sweep_of_another_configuration_is_refused_before_anything_is_run(tmp_
     config = tiny(tmp_path, conditions=["SGD"], workers=1)
     sweep(config)
     longer = replace(config, conditions=["RndF", "SGD"], protocol=replace(config.protocol, epochs=3))
-    with pytest.raises(ConfigError, match=r"digits-SGD-rate1-seed0: its protocol\.epochs is 2, here it is 3"):
+    with pytest.raises(
+        ConfigError, match=r"digits-SGD-rate1-seed0: `protocol\.epochs` was 2 in this run and is 3 now"
+    ):
         sweep(longer)
     assert not (tmp_path / "digits-RndF-rate1-seed0").exists()
     assert stored(tmp_path) == config
     file = re.escape(str(tmp_path / "sweep.yaml"))
-    with pytest.raises(ConfigError, match=f"start from {file}, or give another output"):
+    with pytest.raises(ConfigError, match=f"start from {file}, or choose another output"):
         sweep(longer)
     assert main(["sweep", str(tmp_path / "sweep.yaml")]) == 0  # which the command takes
     more = replace(config, conditions=["RndF", "SGD"])
@@ -254,7 +257,7 @@ def test_a_sweep_begins_with_its_networks_data_and_rules(tmp_path: Path) -> None
     told: list[str] = []
     results = sweep(config, tell=told.append)
     assert [result.status for result in results.values()] == ["finished"] * 3 + ["failed"]
-    counts = "digits: 1,293 training, 144 held out, 360 test, 10 classes"
+    counts = "digits: 1,293 training, 144 validation, 360 test, 10 classes"
     lines = [line for line in told if "digits: " in line]
     assert lines == [
         f"liao2016/mnist on 1x28x28 pixels, 431,080 parameters; {counts}; backprop, sign; cpu",

@@ -34,9 +34,10 @@ from feedbackhook.experiments.config import (
     RunConfig,
 )
 from feedbackhook.experiments.models.batch_norm import other_batch_statistics
-from feedbackhook.experiments.training.distributed import Processes
-from feedbackhook.experiments.training.run import RunResult, resolve
+from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.training.distributed import DistributedContext
 from feedbackhook.experiments.training.run import train as train_as_it_is
+from feedbackhook.store.run_folder import RunResult
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"
@@ -255,7 +256,10 @@ def refused(folder: Path) -> dict[str, tuple[RunConfig, str]]:
             odd,
             "a mini-batch of 25 images cannot be split evenly over 2 processes .* multiple of 2, such",
         ),
-        "later": (later, "a mini-batch of 30 images .* 2 processes times 2 backwards .* multiple of 4, such"),
+        "later": (
+            later,
+            "a mini-batch of 30 images .* 2 processes with 2 gradient accumulation .* multiple of 4, such",
+        ),
         "angles": (angles, "gradient_angle_every cannot be measured with protocol.strategy fsdp2"),
         "device": (device, "'cuda:1' is one device, and torchrun has started 2 processes"),
         "occupied": (made(folder, "plain", "plain"), "holds a run .finished, epoch 2."),
@@ -380,7 +384,7 @@ def test_a_diverging_run_ends_in_all_processes(quick: Any, folder: Path) -> None
 @pytest.mark.parametrize("name", ["odd", "later", "angles", "device", "occupied"])
 def test_what_cannot_be_is_refused_and_said_once(name: str, quick: Any, folder: Path) -> None:
     first, second = quick[f"refused {name}"]
-    assert [first[0], second[0]] == ["ConfigError", "ToldElsewhere"]
+    assert [first[0], second[0]] == ["ConfigError", "ReportedByMain"]
     with pytest.raises(ConfigError, match=refused(folder)[name][1]):
         raise ConfigError(first[1])
 
@@ -430,14 +434,14 @@ def test_the_gradient_angle_of_a_part_is_not_recorded_for_the_whole(tmp_path: Pa
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_shares_make_up_the_whole(count: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Processes, "count", count)
-    team = Processes(ProtocolConfig(gradient_accumulation_steps=accumulation))
+    monkeypatch.setattr(DistributedContext, "count", count)
+    context = DistributedContext(ProtocolConfig(gradient_accumulation_steps=accumulation))
     shares, tested = [], []
     for rank in range(count):
-        monkeypatch.setattr(team, "_rank", lambda rank=rank: rank)
-        shares += [list(range(12))[share] for share in team.shares(12)]
+        monkeypatch.setattr(context, "rank", rank)
+        shares += [list(range(12))[share] for share in context.micro_batches(12)]
         for stop in (1, 2, 7):
-            part, counted = team.portion(0, stop)
+            part, counted = context.evaluation_share(0, stop)
             images = list(range(stop))[part]
             assert images
             tested.append((stop, images[:counted]))

@@ -13,7 +13,8 @@ import pytest
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import DataConfig, ModelConfig, ProtocolConfig, RecordConfig, RunConfig
-from feedbackhook.experiments.training.run import Progress, train
+from feedbackhook.experiments.training.progress import Progress
+from feedbackhook.experiments.training.run import train
 from feedbackhook.experiments.training.stopping import Terminated, stoppable, uninterrupted
 from feedbackhook.store.run_folder import RunFolder, RunResult
 

@@ -1,4 +1,4 @@
-"""The lines with which a run or a sweep begins: what is about to be trained, on what."""
+"""Describe in a line what is trained, on what, before a run or a sweep starts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from feedbackhook.experiments.data.load import ImageData
 from feedbackhook.experiments.models import build as models
 
 
-def opening(config: RunConfig, images: ImageData, model: nn.Module) -> str:
-    """The line of one run.
+def describe_run(config: RunConfig, images: ImageData, model: nn.Module) -> str:
+    """Return the line that describes a run: network, data, rule and device.
 
     Args:
-        config: of the run, resolved.
+        config: the configuration of the run, resolved.
         images: its data.
         model: its network.
     """
@@ -27,17 +27,17 @@ def opening(config: RunConfig, images: ImageData, model: nn.Module) -> str:
     rule = "".join([_rule(config), *(f" {name}={value}" for name, value in config.feedback.options.items())])
     if config.condition is not None:
         rule += f" ({config.condition})"
-    return f"{_described(config, images, model)}; {rule}; {config.protocol.device}{cpu}"
+    return f"{_describe(config, images, model)}; {rule}; {config.protocol.device}{cpu}"
 
 
-def openings(configs: Iterable[RunConfig], first: ImageData) -> list[str]:
-    """The lines of a sweep's runs on one dataset, one for each network with the rules that train it.
+def describe_runs(configs: Iterable[RunConfig], first: ImageData) -> list[str]:
+    """Return the lines that describe a sweep's runs on one dataset: one per network, with its rules.
 
-    What cannot be built has a line that says why; its runs will fail with the same reason.
+    For a network that cannot be built, the line says why; its runs will fail for the same reason.
 
     Args:
-        configs: of the runs, resolved.
-        first: the data of the first of them.
+        configs: the configurations of the runs, resolved.
+        first: the data of the first run.
     """
     loaded: dict[str, ImageData] = {}
     lines: dict[str, str] = {}
@@ -48,30 +48,30 @@ def openings(configs: Iterable[RunConfig], first: ImageData) -> list[str]:
             try:
                 if (of_data := str(config.data)) not in loaded:
                     loaded[of_data] = data.load(config.data) if loaded else first
-                lines[key] = _built(config, loaded[of_data])
+                lines[key] = _describe_built(config, loaded[of_data])
             except ConfigError as error:
                 lines[key] = f"{config.data.name}: {config.model.name} cannot be trained ({error})"
         rules.setdefault(lines[key], []).append(_rule(config))
     return [f"{line}; {', '.join(dict.fromkeys(of_line))}" for line, of_line in rules.items()]
 
 
-def _built(config: RunConfig, images: ImageData) -> str:
+def _describe_built(config: RunConfig, images: ImageData) -> str:
     _, channels, height, width = images.train.images.shape
-    drawn = replace(config.model, weights=None)  # which has as many parameters, and needs no download
+    drawn = replace(config.model, weights=None)  # the same number of parameters, and no download
     with torch.random.fork_rng(devices=[]):
         model = models.build(drawn, images.classes, channels, (height, width))
-    return _described(config, images, model)
+    return _describe(config, images, model)
 
 
-def _described(config: RunConfig, images: ImageData, model: nn.Module) -> str:
-    """Network and data, with their sizes."""
+def _describe(config: RunConfig, images: ImageData, model: nn.Module) -> str:
+    """Describe network and data, with their sizes."""
     _, channels, height, width = images.train.images.shape
     size = f"{channels}x{height}x{width} pixels" if (height, width) != (1, 1) else f"{channels} features"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    held_out = "" if images.val is None else f"{len(images.val.labels):,} held out, "
+    val = "" if images.val is None else f"{len(images.val.labels):,} validation, "
     return (
         f"{config.model.name} on {size}, {parameters:,} parameters; {config.data.name}: "
-        f"{len(images.train.labels):,} training, {held_out}{len(images.test.labels):,} test, "
+        f"{len(images.train.labels):,} training, {val}{len(images.test.labels):,} test, "
         f"{images.classes} classes"
     )
 

@@ -25,11 +25,12 @@ from support.datasets import (
     write_image,
 )
 
-from feedbackhook.experiments.data import folders as data_folders
-from feedbackhook.experiments.data import registry as datasets
-from feedbackhook.experiments.data import sources as data_sources
+from feedbackhook.experiments.data import readers
 from feedbackhook.experiments.data.load import load
+from feedbackhook.experiments.data.registry import DATASETS, Draw
 from feedbackhook.experiments.data.verify import check
+from feedbackhook.liao2016 import draws
+from feedbackhook.liao2016 import flowers17 as flowers17_reader
 
 
 class Tree(NamedTuple):
@@ -47,7 +48,7 @@ def flowers17(root: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
         write_image(folder / "jpg" / f"image_{number:04d}.jpg", number)
     splits = {"trn1": [5, 1, 2, 9], "val1": [3, 6, 10], "tst1": [12, 4, 8], "trn2": [7], "tst2": [11]}
     scipy.io.savemat(folder / "datasplits.mat", {name: np.array([v]) for name, v in splits.items()})
-    monkeypatch.setattr(data_folders, "_FLOWERS17_A_CLASS", 4)
+    monkeypatch.setattr(flowers17_reader, "IMAGES_PER_CLASS", 4)
     shrink(monkeypatch, "Flowers17", classes=3, train=4, test=3)
     needed = ["flowers-17/jpg", "flowers-17/datasplits.mat"]
     return Tree([0, 0, 1, 2], [0, 1, 2], needed, "flowers-17/jpg/image_0005.jpg")
@@ -80,7 +81,7 @@ def icubworld(root: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
 
 def pubfig83(root: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     write_classes(root / "pubfig83", {"Adam Sandler": 4, "Alec Baldwin": 3, "Ali Landry": 3}, "{}.jpg")
-    draw = datasets.Draw(of=3, train=2, test=1, least_test=1, large_enough=True, least_train=1)
+    draw = Draw(folder_classes=3, train=2, test=1, min_test=1, large_enough=True, min_train=1)
     shrink(monkeypatch, "PubFig83-ID", classes=3, train=6, test=3, draw=draw)
     return Tree([0, 0, 1, 1, 2, 2], [0, 1, 2], ["pubfig83"], "pubfig83/Ali Landry/2.jpg")
 
@@ -92,7 +93,7 @@ def sufr(root: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
         write_image(folder / f"{number}.jpg", number)
     lines = (f"{person} # {'ABC'[person - 1]}. O'Name, Jr" for person in people)
     (folder / "SUFR_in_the_wild_info.txt").write_text("\n".join(lines) + "\n")
-    draw = datasets.Draw(of=3, train=2, test=1, least_test=1, large_enough=True, least_train=1)
+    draw = Draw(folder_classes=3, train=2, test=1, min_test=1, large_enough=True, min_train=1)
     shrink(monkeypatch, "SUFR-W-ID", classes=3, train=6, test=3, draw=draw)
     where = "SUFR-W/SUFR_in_the_wild"
     needed = [where, f"{where}/SUFR_in_the_wild_info.txt"]
@@ -114,7 +115,7 @@ NEEDED = [
 
 
 def faults(name: str, root: Path) -> list[str]:
-    return check(config(name, root)).faults
+    return check(config(name, root)).problems
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -127,7 +128,7 @@ def test_a_dataset_is_read_from_its_published_layout_and_then_from_the_cache(
     assert data.train.labels.tolist() == tree.train
     assert data.test.labels.tolist() == tree.test
     found = check(given)
-    assert (found.faults, found.short) == ([], [])
+    assert (found.problems, found.short) == ([], [])
     assert [split.name for split in found.splits] == [
         *(["all"] if name.endswith("-ID") else []),
         "train",
@@ -141,13 +142,13 @@ def test_a_dataset_is_read_from_its_published_layout_and_then_from_the_cache(
 @pytest.mark.parametrize("name", TREES)
 def test_what_is_not_there_is_said_with_its_home_page(name: str, tmp_path: Path) -> None:
     message = error(config(name, tmp_path, download=True))
-    dataset = datasets.PAPER[name]
-    assert f"{name} could not be read: {tmp_path / dataset.where[0]}" in message
-    assert f"; torchvision cannot download it; fetch it from {dataset.source} and set --data.root" in message
+    dataset = DATASETS[name]
+    assert f"{name} could not be read: {tmp_path / dataset.paths[0]}" in message
+    assert f"; torchvision cannot download it: get it from {dataset.home_page} and set --data.root" in message
     found = check(config(name, tmp_path))
     assert found.splits == []
-    assert all(fault.endswith(" is missing") for fault in found.faults)
-    assert dataset.source in found.way_out
+    assert all(fault.endswith(" is missing") for fault in found.problems)
+    assert dataset.home_page in found.hint
 
 
 @pytest.mark.parametrize(("name", "place"), NEEDED)
@@ -158,10 +159,10 @@ def test_a_part_that_is_missing_is_named(
     missing.rename(tmp_path / "elsewhere")
     found = check(config(name, tmp_path))
     if name == "SUFR-W-ID" and place == 0:  # the other part is inside
-        assert found.faults == [f"{missing} is missing", f"{missing}/SUFR_in_the_wild_info.txt is missing"]
+        assert found.problems == [f"{missing} is missing", f"{missing}/SUFR_in_the_wild_info.txt is missing"]
     else:
-        assert found.faults == [f"{missing} is missing"]
-        assert found.way_out == f"fetch what is missing from {datasets.PAPER[name].source}"
+        assert found.problems == [f"{missing} is missing"]
+        assert found.hint == f"get the missing files from {DATASETS[name].home_page}"
     assert f"{missing} is missing" in error(config(name, tmp_path))
 
 
@@ -184,7 +185,7 @@ def test_entries_without_an_image_are_named_beside_the_damaged(
     other = next(path for path in sorted(gone.parent.glob("*.jpg")) if path.stem[-1] == "1")
     truncate(other)
     first, second = faults(name, tmp_path)
-    assert first == f"{gone} is missing; {listed} names it"
+    assert first == f"{gone} is missing, but {listed} lists it"
     assert second.startswith(f"{other} cannot be decoded")
     assert f"{name} could not be read: {first}; " in error(config(name, tmp_path))
 
@@ -195,14 +196,14 @@ def test_entries_without_an_image_are_named_beside_the_damaged(
         (truncate, "is damaged: "),
         (lambda path: path.write_bytes(b""), "is damaged: "),
         (lambda path: path.write_bytes(b"no matlab" * 40), "is damaged: "),
-        (lambda path: scipy.io.savemat(path, {"trn1": [1]}), "is damaged: it does not hold tst1"),
+        (lambda path: scipy.io.savemat(path, {"trn1": [1]}), "is damaged: it does not contain tst1"),
         (
             lambda path: scipy.io.savemat(path, {"trn1": [1], "tst1": [0]}),
-            "is damaged: it names image 0 of 12",
+            "is damaged: it lists image 0 of 12",
         ),
         (
             lambda path: scipy.io.savemat(path, {"trn1": [13], "tst1": [1]}),
-            "is damaged: it names image 13 of 12",
+            "is damaged: it lists image 13 of 12",
         ),
         (lambda path: scipy.io.savemat(path, {"trn1": ["a"], "tst1": [1]}), "is damaged: "),
     ],
@@ -215,7 +216,7 @@ def test_a_split_of_flowers17_that_is_damaged_is_named(
     damage(path)
     [fault] = faults("Flowers17", tmp_path)
     assert fault.startswith(f"{path} {what}")
-    assert f"{fault}; fetch Flowers17 anew from" in error(config("Flowers17", tmp_path))
+    assert f"{fault}; get Flowers17 again from" in error(config("Flowers17", tmp_path))
 
 
 def test_lines_that_are_damaged_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,20 +231,20 @@ def test_lines_that_are_damaged_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text("\n".join([lines[0], "who", *lines[2:-1]]))
     assert faults("SUFR-W-ID", tmp_path) == [
         f"{path} is damaged: line 2 is not 'ID # NAME'",
-        f"{path.parent / '9.jpg'} is not in {path}, which ends at line 8",
+        f"{path.parent / '9.jpg'} is not listed in {path}, which ends at line 8",
     ]
 
 
 def test_a_list_that_is_cut_is_told_by_its_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / indoor67(tmp_path, monkeypatch).needed[1]
     path.write_text("bar/room 1.jpg\n")
-    what = "train holds 1 classes, 1 images in the place of 2 classes, 3 images"
+    what = "train has 1 classes, 1 images instead of 2 classes, 3 images"
     assert faults("MIT-Indoor67", tmp_path) == [f"{tmp_path / 'indoorCVPR_09'}: {what}"]
 
 
 def test_the_classes_of_flowers17_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flowers17(tmp_path, monkeypatch)
-    found = data_sources.find(config("Flowers17", tmp_path)).splits
+    found = readers.find(config("Flowers17", tmp_path)).splits
     names = {split: [(Path(item.name).stem, item.label) for item in items] for split, items in found.items()}
     assert names == {
         "train": [("image_0001", 0), ("image_0002", 0), ("image_0005", 1), ("image_0009", 2)],
@@ -256,7 +257,7 @@ def test_the_classes_of_flowers17_follow_one_another(tmp_path: Path, monkeypatch
 
 def test_the_people_of_sufr_are_those_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sufr(tmp_path, monkeypatch)
-    found = data_sources.find(config("SUFR-W-ID", tmp_path)).splits
+    found = readers.find(config("SUFR-W-ID", tmp_path)).splits
     by_label: dict[int | None, set[int]] = {0: set(), 1: set(), 2: set()}
     for item in itertools.chain(*found.values()):
         by_label[item.label].add(int(Path(item.name).stem))
@@ -272,13 +273,13 @@ def test_the_categories_of_icubworld_must_be_the_same(
     (test / "bananas" / "banana_3" / "00000001.ppm").unlink()
     train = tmp_path / "iCubWorld" / "train"
     assert faults("iCubWorld", tmp_path)[:2] == [
-        f"{test / 'cans'} is missing; {train / 'cans'} is there",
-        f"{test / 'bananas'} holds no images",
+        f"{test / 'cans'} is missing, but {train / 'cans'} exists",
+        f"{test / 'bananas'} contains no images",
     ]
 
 
 def names(name: str, root: Path) -> dict[str, set[str]]:
-    found = data_sources.find(config(name, root)).splits
+    found = readers.find(config(name, root)).splits
     return {split: {item.name.removeprefix(str(root)) for item in items} for split, items in found.items()}
 
 
@@ -295,7 +296,7 @@ def test_a_draw_is_fixed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names(name, roots[1]) == first
     others = []
     for seed in range(1, 6):
-        monkeypatch.setattr(data_folders, "_DRAW_SEED", seed)
+        monkeypatch.setattr(draws, "SEED", seed)
         others.append(names(name, roots[0]))
     assert any(other != first for other in others)
 
@@ -313,25 +314,25 @@ def test_what_is_left_of_a_small_class_is_used_and_told(
         caplog.clear()
         assert load(given).train.labels.bincount().tolist() == [2, 1, 2]
         assert load(given).test.labels.bincount().tolist() == [1, 1, 1]
-        assert "PubFig83-ID: some classes have fewer samples than are drawn: 5 of 6 to train on, 3 of 3" in (
+        assert "PubFig83-ID: some classes have fewer samples than are drawn: 5 instead of 6 for training" in (
             caplog.text
         )
     status, lines = run(capsys, "check", "PubFig83-ID", "--root", str(tmp_path))
     assert status == 0
-    what = "holds 2 images: 1 for training in the place of 2, 1 for testing in the place of 1"
+    what = "contains 2 images: 1 for training instead of 2, 1 for testing instead of 1"
     assert f"{folder / 'Alec Baldwin'} {what}" in [line.rstrip() for line in lines]
     (folder / "Alec Baldwin" / "1.jpg").unlink()
     message = error(config("PubFig83-ID", tmp_path))
-    assert f"{folder} holds 2 classes of 2 images or more, 1 fewer than are drawn" in message
+    assert f"{folder} contains 2 classes of 2 images or more, 1 too few for the draw" in message
 
 
 def test_classes_that_have_enough_are_drawn_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / pubfig83(tmp_path, monkeypatch).needed[0]
     (folder / "Alec Baldwin" / "2.jpg").unlink()
-    draw = datasets.PAPER["PubFig83-ID"].draw
+    draw = DATASETS["PubFig83-ID"].draw
     shrink(monkeypatch, "PubFig83-ID", classes=2, train=4, test=2, draw=draw)
     for seed in range(8):
-        monkeypatch.setattr(data_folders, "_DRAW_SEED", seed)
+        monkeypatch.setattr(draws, "SEED", seed)
         assert not any("Alec" in name for name in names("PubFig83-ID", tmp_path)["train"])
     assert check(config("PubFig83-ID", tmp_path)).short == []
 
@@ -339,15 +340,15 @@ def test_classes_that_have_enough_are_drawn_first(tmp_path: Path, monkeypatch: p
 def test_what_is_not_the_papers_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    noted = [name for name, dataset in datasets.PAPER.items() if dataset.note]
+    noted = [name for name, dataset in DATASETS.items() if dataset.note]
     assert noted == ["iCubWorld", "Flowers17", "TIMIT-80"]
     words = " ".join(run(capsys, "list")[1])
     for name in noted:
-        assert f"{name}: {datasets.PAPER[name].note}" in words
+        assert f"{name}: {DATASETS[name].note}" in words
     icubworld(tmp_path, monkeypatch)
     status, lines = run(capsys, "check", "iCubWorld", "--root", str(tmp_path))
     assert status == 0
-    assert f"Note: {datasets.PAPER['iCubWorld'].note}" in [line.rstrip() for line in lines]
+    assert f"Note: {DATASETS['iCubWorld'].note}" in [line.rstrip() for line in lines]
     assert any("2 classes, about 2,001 images" in line for line in lines)
 
 
@@ -355,7 +356,7 @@ def test_sufr_needs_its_whole_list_and_the_images_that_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / sufr(tmp_path, monkeypatch).needed[0]
-    draw = datasets.Draw(of=3, train=1, test=1, least_test=1, large_enough=True, least_train=1)
+    draw = Draw(folder_classes=3, train=1, test=1, min_test=1, large_enough=True, min_train=1)
     shrink(monkeypatch, "SUFR-W-ID", classes=2, train=2, test=2, draw=draw)
     whole = names("SUFR-W-ID", tmp_path)
     used = {Path(name).name for split in whole.values() for name in split}
@@ -365,14 +366,14 @@ def test_sufr_needs_its_whole_list_and_the_images_that_are_drawn(
         path.unlink()
     assert names("SUFR-W-ID", tmp_path) == whole
     found = check(config("SUFR-W-ID", tmp_path))
-    assert found.faults == []
+    assert found.problems == []
     assert found.differs == [
-        f"{folder} holds 4 of the 9 images that SUFR_in_the_wild_info.txt names; what is drawn is the same "
-        "as from the whole set"
+        f"{folder} contains 4 of the 9 images that SUFR_in_the_wild_info.txt lists; the draw is the same as "
+        "from the complete set"
     ]
     (folder / min(used)).unlink()
     assert faults("SUFR-W-ID", tmp_path) == [
-        f"{folder / min(used)} is missing; {folder / 'SUFR_in_the_wild_info.txt'} names it"
+        f"{folder / min(used)} is missing, but {folder / 'SUFR_in_the_wild_info.txt'} lists it"
     ]
 
 
@@ -381,4 +382,4 @@ def test_pubfig83_needs_all_its_people(tmp_path: Path, monkeypatch: pytest.Monke
     folder = tmp_path / pubfig83(tmp_path, monkeypatch).needed[0]
     shrink(monkeypatch, "PubFig83-ID", classes=2, train=4, test=2)
     (folder / "Ali Landry").rename(tmp_path / "elsewhere")
-    assert faults("PubFig83-ID", tmp_path) == [f"{folder} holds 2 classes in the place of 3"]
+    assert faults("PubFig83-ID", tmp_path) == [f"{folder} contains 2 classes instead of 3"]
