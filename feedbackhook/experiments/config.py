@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
+
+from feedbackhook.names import rule_name as rule_name
+from feedbackhook.store.errors import one_line as one_line
 
 Frozen = Literal["Top", "Bottom"]
 
@@ -29,11 +31,6 @@ def check_choice(section: Any, prefix: str, name: str) -> None:
     value, choices = getattr(section, name), get_args(get_type_hints(type(section))[name])
     if value not in choices:
         raise ConfigError(f"{prefix}.{name} must be {' or '.join(choices)}, not {value!r}")
-
-
-def one_line(error: Exception) -> str:
-    """The text of an error on one line, for use inside another message."""
-    return " ".join(str(error).split())
 
 
 @dataclass
@@ -137,11 +134,6 @@ class FeedbackConfig:
             check_at_least("an epoch in feedback.schedule", epoch, 1)
         if self.schedule and self.mode is None:
             raise ConfigError("feedback.schedule has no effect without feedback.mode")
-
-
-def rule_name(mode: str | Mapping[str, Any] | None) -> str | None:
-    """The rule that `feedback.mode` names; "mixed" for a mapping, None for backprop."""
-    return "mixed" if isinstance(mode, Mapping) else mode
 
 
 @dataclass

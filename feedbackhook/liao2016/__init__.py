@@ -10,5 +10,6 @@ from feedbackhook.experiments.models.registry import set_fallback_network
 from feedbackhook.liao2016 import conditions as conditions
 from feedbackhook.liao2016 import datasets as datasets
 from feedbackhook.liao2016 import networks as networks
+from feedbackhook.liao2016 import published as published
 
 set_fallback_network("liao2016/mnist")

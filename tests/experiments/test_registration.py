@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from feedbackhook.report.published import published, published_errors, reference_condition
 from torch import nn
 
 from feedbackhook.experiments import conditions
@@ -26,7 +27,6 @@ from feedbackhook.experiments.data.registry import (
 )
 from feedbackhook.experiments.models.build import build, default_size, natural_size
 from feedbackhook.experiments.models.registry import NETWORKS, register_network
-from feedbackhook.report.published import published, published_errors, reference_condition
 
 CHECK = """
 from feedbackhook.experiments.conditions import Condition
