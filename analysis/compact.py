@@ -3,7 +3,8 @@
     python analysis/compact.py runs/mnist analysis/runs/mnist
 
 Copies sweep.yaml, manifest.json, and the configuration, status and metrics of each run. The metrics are
-merged into one file and rounded to single precision. Weights, checkpoints and the paths of the machine are left out.
+merged into one file and rounded to single precision. Weights, checkpoints and the paths of the machine are
+left out.
 """
 
 from __future__ import annotations
