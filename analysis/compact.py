@@ -2,8 +2,9 @@
 
     python analysis/compact.py runs/mnist analysis/runs/mnist
 
-Copies sweep.yaml, and the configuration, status and metrics of each run. The metrics are merged into one file
-and rounded to single precision. Weights, checkpoints and the paths of the machine are left out.
+Copies sweep.yaml, manifest.json, and the configuration, status and metrics of each run. The metrics are
+merged into one file and rounded to single precision. Weights, checkpoints and the paths of the machine are
+left out.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main(sweep: Path, output: Path) -> None:
     _write(
         output / "sweep.yaml", {**config, "data": _with_relative_root(config["data"]), "output": output.name}
     )
+    shutil.copy(sweep / "manifest.json", output)
     for status in sorted(sweep.glob("*/status.json")):
         _compact(status.parent, output / status.parent.name)
 

@@ -20,15 +20,15 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
-import yaml
 from common import RESULTS
 from jsonargparse import auto_cli
 
 from feedbackhook import Recorder
 from feedbackhook.experiments.config import RunConfig, SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.resolve import resolve
-from feedbackhook.experiments.stored import as_mapping, write_config
+from feedbackhook.experiments.stored import write_config
 from feedbackhook.experiments.sweep.grid import check, ended, plan
+from feedbackhook.experiments.sweep.manifest import write
 from feedbackhook.liao2016.published import error_rates
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
@@ -60,7 +60,7 @@ def main(runs: int = 10_000, folder: Path = Path("runs/scale")) -> None:
     )
     planned = plan(config)
     made = joblib.Parallel(n_jobs=-1)(joblib.delayed(_leave)(run.config, i) for i, run in enumerate(planned))
-    (Path(config.output) / "sweep.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+    write(config, planned)
     print(f"{len(planned)} runs in {config.output}, {sum(made)} of them new")
     rows = []
     for command in ("table", "report"):

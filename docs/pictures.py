@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 from feedbackhook import read
+from feedbackhook.report.aggregate import sweep_table
 from feedbackhook.report.plots import draw_all, error_against_concordance
 from feedbackhook.report.runs import collect
-from feedbackhook.report.tables import draw, sweep_table
+from feedbackhook.report.tables import draw
 
 HERE = Path(__file__).parent
 SWEEPS = HERE.parent / "analysis" / "runs"

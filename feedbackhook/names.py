@@ -1,9 +1,10 @@
-"""Suggestions for misspelled names."""
+"""Names in messages and tables: suggestions for misspelled ones, and the name of a mode."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -16,3 +17,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.casefold(), by_case, n=3)
     *others, last = [repr(by_case[each]) for each in near] or [""]
     return f"; did you mean {' or '.join(filter(None, (', '.join(others), last)))}?" if near else ""
+
+
+def rule_name(mode: str | Mapping[str, Any] | None) -> str | None:
+    """Return the rule that a mode names; "mixed" for a mapping, None for backprop."""
+    return "mixed" if isinstance(mode, Mapping) else mode

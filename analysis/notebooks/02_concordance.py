@@ -44,7 +44,7 @@ paper = pd.DataFrame(
     ],
     columns=["rule", "concordance", "error"],
 )
-display(error_against_concordance(runs[["rule", "concordance", "error"]], paper))
+display(error_against_concordance(runs[["rule", "concordance", "error"]], paper, "Liao et al. 2016"))
 
 # %% [markdown]
 # The mean over seeds with its 95% interval, and the difference of each condition to the first, `BN+BM`. With three

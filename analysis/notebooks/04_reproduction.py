@@ -21,7 +21,8 @@ from IPython.display import Markdown, display
 
 from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report import theme
-from feedbackhook.report.tables import as_markdown, draw, sweep_table
+from feedbackhook.report.aggregate import sweep_table
+from feedbackhook.report.tables import as_markdown, draw
 
 table = sweep_table("../runs/mnist")
 display(draw(table))
@@ -55,7 +56,7 @@ with theme.style():
     axes = figure.subplots()
     for rule, part in known.groupby("rule", sort=False):
         look = theme.look("backprop" if rule in ("SGD", "BN") else rule)
-        axes.scatter(part["paper_error"], part["best_error"], c=look.colour, marker=look.marker, label=rule)
+        axes.scatter(part["paper_error"], part["best_error"], c=look.color, marker=look.marker, label=rule)
     axes.axline((1, 1), slope=1, linestyle=":", color=theme.ink())
     axes.set(
         xscale="log",

@@ -114,7 +114,7 @@ with theme.style():
     axes.plot(sparse.columns, sparse.mean(), marker="o", label="sparse")
     axes.fill_between(list(sparse.columns), sparse.min(), sparse.max(), alpha=0.2)
     axes.axhline(
-        table["backprop"].mean(), color=theme.look("backprop").colour, linestyle="--", label="backprop"
+        table["backprop"].mean(), color=theme.look("backprop").color, linestyle="--", label="backprop"
     )
     axes.set(xscale="log", xlabel="share of synapses in V", ylabel="test error [%]", title="Sparse feedback")
     axes.set_ylim(bottom=0)

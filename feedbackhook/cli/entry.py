@@ -44,6 +44,7 @@ def _run(arguments: list[str]) -> int:
     from feedbackhook.experiments.config import ConfigError
     from feedbackhook.experiments.parser_messages import plain_words
     from feedbackhook.experiments.training.stopping import exit_status
+    from feedbackhook.report.errors import ReportError
     from feedbackhook.store.errors import StoreError
 
     try:
@@ -52,7 +53,7 @@ def _run(arguments: list[str]) -> int:
         return run_command(COMMANDS, given)
     except ArgumentError as error:
         return _refuse(plain_words(error), error)
-    except (ConfigError, StoreError, ExactGradientError) as error:
+    except (ConfigError, StoreError, ReportError, ExactGradientError) as error:
         return _refuse(str(error), error)
     except UnicodeDecodeError as error:
         return _refuse(f"the configuration file is not UTF-8 text: {error}", error)

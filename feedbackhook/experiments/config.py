@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
+
+from feedbackhook.names import rule_name as rule_name
+from feedbackhook.store.errors import one_line as one_line
 
 Frozen = Literal["Top", "Bottom"]
 
@@ -31,19 +33,14 @@ def check_choice(section: Any, prefix: str, name: str) -> None:
         raise ConfigError(f"{prefix}.{name} must be {' or '.join(choices)}, not {value!r}")
 
 
-def one_line(error: Exception) -> str:
-    """The text of an error on one line, for use inside another message."""
-    return " ".join(str(error).split())
-
-
 @dataclass
 class DataConfig:
     """The images.
 
     Args:
-        name: `digits` (scikit-learn's 1,797 images of 8x8, no download), one of the paper's datasets
+        name: `digits` (scikit-learn's 1,797 images of 8x8, no download), a registered dataset
             (`feedbackhook data list`), another classification dataset of torchvision.datasets
-            (`FashionMNIST`, ...), or `imagefolder:PATH`, where PATH holds train/CLASS/IMAGE and
+            (`FashionMNIST`, ...), or `imagefolder:PATH`, where PATH contains train/CLASS/IMAGE and
             test/CLASS/IMAGE (or val/).
         root: the folder in which torchvision keeps its datasets.
         download: let torchvision download the dataset into `root`.
@@ -81,13 +78,12 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: one of the paper's networks, `liao2016/mnist`, `liao2016/cifar`, `liao2016/svhn`,
-            `liao2016/timit`, `liao2016/images` (its Table 1); `cifar/resnet20`, `cifar/resnet18`,
-            `cifar/vgg16`, `cifar/mixer`, for images of 32 pixels; or `timm/NAME` or `torchvision/NAME`.
-            null: the paper's for the dataset, and `liao2016/mnist` for datasets that it does not have.
-        batch_norm: Batch Normalization before each hidden ReLU of the paper's networks, or after each
-            convolution of other networks that have no normalization: `none`; `paper`, without a learnable
-            scale and shift; `affine`, with them.
+        name: a registered network, such as `cifar/resnet20` (an unknown name lists all of them), or
+            `timm/NAME` or `torchvision/NAME`. null: the network registered for the dataset, or else the
+            fallback network.
+        batch_norm: Batch Normalization, where the network has a place for it, or else after each convolution
+            of a network without normalization: `none`; `paper`, without a learnable scale and shift;
+            `affine`, with them.
         frozen: `Bottom` freezes the last layer, `Top` freezes all others; null: nothing is frozen.
         trainable: the parameters to train, as a regular expression that matches the full name; null: as
             `frozen` says. BatchNorm layers that it freezes keep their running statistics too.
@@ -140,11 +136,6 @@ class FeedbackConfig:
             raise ConfigError("feedback.schedule has no effect without feedback.mode")
 
 
-def rule_name(mode: str | Mapping[str, Any] | None) -> str | None:
-    """The rule that `feedback.mode` names; "mixed" for a mapping, None for backprop."""
-    return "mixed" if isinstance(mode, Mapping) else mode
-
-
 @dataclass
 class OptimizerConfig:
     """The optimizer.
@@ -154,9 +145,8 @@ class OptimizerConfig:
             timm's, such as `timm/adamw`.
         lr: learning rate of the first epoch. For Batch Manhattan, the size of each weight's step.
         momentum: for optimizers that have it.
-        weight_decay: for all optimizers; timm's do not decay biases and normalization. The paper does not
-            state its value; 5e-4 was the default of its software.
-        setting: variant of Batch Manhattan, 0 to 3; 1 is the paper's default.
+        weight_decay: for all optimizers; timm's do not decay biases and normalization.
+        setting: variant of Batch Manhattan, 0 to 3.
         options: for timm's optimizers, further arguments of `timm.optim.create_optimizer_v2`, such as
             `layer_decay`.
     """
@@ -179,8 +169,8 @@ class ProtocolConfig:
         batch_sizes: batch sizes that take effect when an epoch ends: {3: 500} is 500 images after the third.
         lr_schedule: learning rate from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a period
             that ends at zero.
-        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: the paper's
-            50 and 60 of 65, scaled to `epochs`.
+        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: 50 and 60
+            of 65, scaled to `epochs`.
         lr_factor: see `milestones`.
         seed: seed of the initial weights, of the order of the data, and of the feedback weights unless they
             have their own.
@@ -262,7 +252,7 @@ class RunConfig:
     """One run.
 
     Args:
-        condition: one of the paper's, such as `SGD`, `uSF+BN+BM`, `brSF+BN+BM concordance=0.75` or
+        condition: a short name, such as `SGD`, `BN+BM`, `uSF+BN+BM`, `brSF+BN+BM concordance=0.75` or
             `RndF Bottom`; it sets the mode and options of the feedback, normalization, the frozen part, and
             the name and setting of the optimizer. null: these are as given.
         label: name of the run in tables and figures; null: its condition, or its rule.
@@ -293,7 +283,7 @@ class SweepModelConfig:
     """The network of each run.
 
     Args:
-        name: as in a run; null: the paper's for the dataset (its Table 1), on digits that for MNIST.
+        name: as in a run; null: the network registered for each dataset.
         trainable: as in a run.
         weights: as in a run.
         options: as in a run.
@@ -315,8 +305,8 @@ class SweepProtocolConfig(ProtocolConfig):
         batch_sizes: batch sizes that take effect when an epoch ends: {3: 500} is 500 images after the third.
         lr_schedule: learning rate from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a period
             that ends at zero.
-        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: the paper's
-            50 and 60 of 65, scaled to `epochs`.
+        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: 50 and 60
+            of 65, scaled to `epochs`.
         lr_factor: see `milestones`.
         seed: the first seed; see `seeds`.
         threads: CPU threads of each run; null: 1.
@@ -327,8 +317,8 @@ class SweepProtocolConfig(ProtocolConfig):
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
-        lr_factors: factors of `optimizer.lr`, one run for each; a number takes that many of the paper's: 5
-            are 100, 10, 1, 0.1 and 0.01; 3 are 10, 1 and 0.1; 1 is 1.
+        lr_factors: factors of `optimizer.lr`, one run for each; 5 stands for 100,
+            10, 1, 0.1 and 0.01; 3 for 10, 1 and 0.1; 1 for 1.
         seeds: number of seeds, one run for each: `seed` and those that follow it.
     """
 
@@ -374,7 +364,7 @@ class SweepConfig:
             `lr`
         protocol: how to train each run, with how many seeds, and at which learning rates
         record: what to record
-        small: run on one dataset, such as `digits` or `MNIST`, instead of all, in its own folder, with 8
+        small: run on one dataset, such as `digits`, instead of all, in its own folder, with 8
             epochs instead of 65 and 3 learning rates instead of 5.
         backend: `joblib`: processes on this machine; `dask`: a cluster, see `cluster`.
         cluster: where backend `dask` runs

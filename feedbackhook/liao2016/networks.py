@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from feedbackhook.experiments.models.batch_norm import PaperBatchNorm
+from feedbackhook.experiments.models.batch_norm import AveragedBatchNorm
 from feedbackhook.experiments.models.registry import register_network
 
 BatchNormName = Literal["none", "paper", "affine"]
@@ -21,8 +21,10 @@ BatchNormName = Literal["none", "paper", "affine"]
 
 @dataclass(frozen=True)
 class Convolution:
-    """A hidden convolution: maps, kernel, stride and padding, and the pool behind it, 3x3 or 2x2 by stride
-    2. A pool of 3 is padded by 1 on the right and bottom, of which an average takes no notice."""
+    """A hidden convolution (maps, kernel, stride, padding) and the pool after it (3x3 or 2x2, stride 2).
+
+    A 3x3 pool is padded by 1 on the right and bottom, which averages do not count.
+    """
 
     maps: int
     kernel: int
@@ -37,9 +39,9 @@ class Network:
     """One row of the table.
 
     Args:
-        input: C, H, W; of a network without convolutions the number of features.
+        input: C, H, W; for a network without convolutions, the number of features.
         convolutions: its hidden convolutions.
-        hidden: the widths of its hidden fully connected layers, by the number of classes.
+        hidden: returns the widths of its hidden fully connected layers for a number of classes.
     """
 
     input: tuple[int, ...]
@@ -74,21 +76,23 @@ NETWORKS: dict[str, Network] = {
         lambda classes: (max(256, 3 * classes), 2 * classes),
     ),
 }
-"""By the names that `model.name` takes: those of MNIST, of CIFAR-10 and CIFAR-100, of SVHN, of TIMIT-80,
-and of all other datasets."""
+"""By the names that `model.name` takes: for MNIST, CIFAR-10 and CIFAR-100, SVHN, TIMIT-80, and all other
+datasets."""
 
 
 def build_network(
     name: str, classes: int, channels: int, batch_norm: BatchNormName = "none"
 ) -> nn.Sequential:
-    """A network of `NETWORKS`: (N, C, H, W), or (N, features), to logits (N, K).
+    """Build a network of `NETWORKS`, which maps (N, C, H, W), or (N, features), to logits (N, K).
 
-    Layers are called conv1, conv2, ..., fc1, ...; the last is the classifier, and the softmax is the loss's.
-    Not stated in the paper, and chosen here: normalisation sits between a layer and its ReLU, ReLU before the
-    pool, layers keep their bias before a normalisation, and weights start as PyTorch's do.
+    Its layers are named conv1, conv2, ..., fc1, ...; the last is the classifier, and softmax is part of the
+    loss. The paper does not state the following, chosen here: normalization comes between a layer and its
+    ReLU, ReLU before the pool, layers keep their bias before normalization, and PyTorch initializes the
+    weights.
     """
     network = NETWORKS[name]
-    norm = {"none": None, "paper": PaperBatchNorm, "affine": partial(PaperBatchNorm, affine=True)}[batch_norm]
+    affine = partial(AveragedBatchNorm, affine=True)
+    norm = {"none": None, "paper": AveragedBatchNorm, "affine": affine}[batch_norm]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
 
     def hidden(name: str, layer: nn.Module, width: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
-import pandas as pd
+from feedbackhook.experiments.published import COLUMNS, Publication, register_publication
 
-from feedbackhook.report.published import COLUMNS, Publication, register_publication
+if TYPE_CHECKING:
+    import pandas as pd
 
 DATASETS = {"CIFAR-10": "CIFAR10", "CIFAR-100": "CIFAR100", "STL-10": "STL10"}
 """What `data.name` calls the datasets to which the paper gives other names."""
@@ -15,6 +17,8 @@ DATASETS = {"CIFAR-10": "CIFAR10", "CIFAR-100": "CIFAR100", "STL-10": "STL10"}
 def error_rates() -> pd.DataFrame:
     """Return the paper's error rates in percent: a row for each condition, a column for each dataset, both by
     the paper's names; missing where the paper has none."""
+    import pandas as pd
+
     with (files("feedbackhook.liao2016") / "error_rates.csv").open() as file:
         return pd.read_csv(file, index_col="condition")
 

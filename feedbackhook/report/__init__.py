@@ -1,3 +1,1 @@
-"""Figures and tables, from a run folder's tidy table alone."""
-
-import feedbackhook.liao2016.published  # noqa: F401 - registers the paper's error rates
+"""Tables, figures and pages about runs and sweeps, from what they stored."""

@@ -1,4 +1,4 @@
-"""Configurations beside one another: their errors over seeds, and paired tests."""
+"""Compare configurations: their errors over seeds, and paired tests."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from typing import Any
 
 import pandas as pd
 
-from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError
-from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.names import nearest
+from feedbackhook.report.aggregate import run_errors
+from feedbackhook.report.errors import ReportError
 from feedbackhook.report.runs import Runs
 from feedbackhook.report.statistics import LEVEL, PairedTest, paired_test, percent_interval
-from feedbackhook.report.tables import run_errors
+from feedbackhook.store import manifest
 
 ERRORS = {"final": "last_error", "best": "best_error"}
 
 _BLOCK = ["dataset", "seed"]  # what the two runs of a pair share
-_DECIDED = ["rule", "options", "batch_norm", "frozen", "optimizer", "setting"]  # by a condition
+_SET_BY_CONDITION = ["rule", "options", "batch_norm", "frozen", "optimizer", "setting"]
 _OTHERS = ["model", "val_fraction", "epochs", "batch_size", "batch_sizes"]
 _RATE = "learning_rate"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """Result of a comparison.
 
     Args:
-        means: a row a configuration and dataset: `configuration`, `dataset`, `learning_rate`, `rates` (how
-            many that one was chosen from), `runs`, `diverged`, and of the final and of the best test error in
-            percent `..._mean`, `..._low` and `..._high`, the ends of the 95% interval over seeds (missing
-            with one).
-        tests: a row two configurations and kind of error: `first`, `second`, `error`, the fields of
-            :class:`feedbackhook.report.statistics.PairedTest`, and `verdict`, the test in words. Pairs are
-            runs on the same dataset with the same seed.
-        chosen_by: how learning rates were chosen, in words; empty where there was nothing to choose.
+        means: a row for each configuration and dataset: `configuration`, `dataset`, `learning_rate`, `rates`
+            (the number of learning rates to choose from), `runs`, `diverged`, and for the final and the best
+            test error in percent `..._mean`, `..._low` and `..._high`, the ends of the 95% interval over
+            seeds (missing with one seed).
+        tests: a row for each two configurations and kind of error: `first`, `second`, `error`, the fields of
+            :class:`feedbackhook.report.statistics.PairedTest`, and `verdict`, the result in words. A pair is
+            two runs on the same dataset with the same seed.
+        chosen_by: how learning rates were chosen, in words; empty if there was nothing to choose.
     """
 
     means: pd.DataFrame
@@ -47,27 +46,27 @@ class Comparison:
 
 
 def compare(runs: Runs, against: str | None = None, rates: bool = False) -> Comparison:
-    """Compare the runs. Those that differ in dataset, learning rate and seed alone are one configuration.
+    """Compare runs. Runs that differ only in dataset, learning rate and seed are one configuration.
 
-    For each configuration and dataset the runs at one learning rate count: the rate whose held-out error,
-    smallest over epochs, is smallest in the mean over seeds. If a run held nothing out, it is the rate with
-    the smallest best test error instead.
+    For each configuration and dataset, one learning rate counts: the one with the smallest validation error
+    (smallest over epochs, mean over seeds). If a run has no validation error, it is the one with the smallest
+    best test error instead.
 
     Args:
         runs: the runs.
-        against: the configuration that each of the others is tested against, or `all`, which tests each two;
-            None: the first, in the order of a sweep's conditions.
-        rates: take the learning rate for a part of the configuration, and choose none.
+        against: the configuration to test each of the others against, or `all` to test every pair; None: the
+            first one, in the order of the sweep's conditions.
+        rates: treat the learning rate as part of the configuration, instead of choosing one.
 
     Raises:
-        ConfigError: no run has ended, one has diverged before there was an error, two are of the same
-            configuration, dataset and seed, or no configuration is called ``against``.
+        ReportError: no run has ended, a run diverged before it had an error, two runs have the same
+            configuration, dataset and seed, or no configuration has the name ``against``.
     """
     table = runs.runs
     if table.empty:
-        raise ConfigError(f"no run has ended: {'; '.join(f'{n}: {why}' for n, why in runs.skipped.items())}")
+        raise ReportError(f"no run has ended: {'; '.join(f'{n}: {why}' for n, why in runs.skipped.items())}")
     if len(without := table[table[list(ERRORS.values())].isna().any(axis=1)]):
-        raise ConfigError(
+        raise ReportError(
             f"{without['run'].iloc[0]} has no test error ({without['reason'].iloc[0]}): leave it out"
         )
     table = _in_order(table)
@@ -75,34 +74,29 @@ def compare(runs: Runs, against: str | None = None, rates: bool = False) -> Comp
     for _, same in table.groupby(["configuration", _RATE, *_BLOCK]):
         if len(same) > 1:
             names = " and ".join(same["run"])
-            raise ConfigError(f"{names} are of one configuration and seed: leave one of them out")
+            raise ReportError(f"{names} have the same configuration and seed: leave one of them out")
     table, chosen_by = _at_chosen_rates(table, runs)
     tests = pd.DataFrame(_tests(table, against), columns=_TEST_COLUMNS)
     return Comparison(pd.DataFrame(_means(table)), tests, chosen_by)
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """The runs of a sweep in the order of its conditions, and the sweeps in the order in which they come."""
+    """Sort the runs of each sweep by the order of its conditions, and keep the order of the sweeps."""
     sweeps: dict[Path, dict[str, int]] = {}
     places = []
     for folder, condition in table[["folder", "condition"]].to_numpy():
         sweep = Path(folder).parent
         if sweep not in sweeps:
-            names = _conditions(sweep) if (sweep / "sweep.yaml").is_file() else []
+            names = list(manifest.read(sweep).conditions) if manifest.exists(sweep) else []
             sweeps[sweep] = {name: place for place, name in enumerate(names)}
         places.append((list(sweeps).index(sweep), sweeps[sweep].get(condition, len(sweeps[sweep]))))
-    order = sorted(range(len(places)), key=places.__getitem__)  # which keeps the order of equals
+    order = sorted(range(len(places)), key=places.__getitem__)  # a stable sort
     return table.iloc[order].reset_index(drop=True)
 
 
-def _conditions(sweep: Path) -> list[str]:
-    given = stored(sweep).conditions
-    return list(given) if isinstance(given, dict) else [Condition.parse(name).name for name in given]
-
-
 def _at_chosen_rates(table: pd.DataFrame, runs: Runs) -> tuple[pd.DataFrame, str]:
-    """The runs at the learning rate that is chosen for each configuration and dataset, with the number of
-    `rates` that there were, and how it was chosen."""
+    """The runs at the learning rate chosen for each configuration and dataset, with the number of `rates` to
+    choose from, and how it was chosen, in words."""
     cell = ["configuration", "dataset"]
     table = table.assign(rates=table.groupby(cell)[_RATE].transform("nunique"))
     several = table[table["rates"] > 1]
@@ -111,10 +105,13 @@ def _at_chosen_rates(table: pd.DataFrame, runs: Runs) -> tuple[pd.DataFrame, str
     if (several["val_fraction"] > 0).all():
         rows = Runs(several, runs.skipped).rows(["test_error", "val_error"])
         score = several["run"].map(run_errors(rows)["val_error"])
-        several = several[score.notna()]  # a table that cannot be read is among `skipped` now
-        chosen_by = "error on what is held out of the training set"
+        several = several[score.notna()]  # an unreadable table is in `skipped` now
+        chosen_by = "validation error"
     else:
-        score, chosen_by = several["best_error"], "best test error, which flatters it: nothing is held out"
+        score, chosen_by = (
+            several["best_error"],
+            "best test error, which is too optimistic: there is no validation set",
+        )
     by_rate = several.assign(score=score).groupby([*cell, _RATE], sort=False)
     rates = by_rate["score"].agg(["count", "mean"]).reset_index()
     rates = rates.sort_values(["count", "mean"], ascending=[False, True], kind="stable")  # seeds first
@@ -127,9 +124,9 @@ def _at_chosen_rates(table: pd.DataFrame, runs: Runs) -> tuple[pd.DataFrame, str
 
 
 def _labels(table: pd.DataFrame, rates: bool) -> list[str]:
-    """What tells each configuration from the others on the same dataset, in words."""
+    """The name of each run's configuration: what differs between configurations on the same dataset."""
     by_condition = bool(table["condition"].notna().all())
-    columns = [*([] if by_condition else _DECIDED[1:]), *([_RATE] if rates else []), *_OTHERS]
+    columns = [*([] if by_condition else _SET_BY_CONDITION[1:]), *([_RATE] if rates else []), *_OTHERS]
     texts = table[["dataset", *columns]].astype(str)
     varying = [name for name in columns if texts.groupby("dataset")[name].nunique().max() > 1]
     shown = ["condition" if by_condition else "rule", *varying]
@@ -140,7 +137,7 @@ def _labels(table: pd.DataFrame, rates: bool) -> list[str]:
 
 
 def _words(name: str, value: Any) -> str:
-    """A setting in words; empty where there is none."""
+    """A setting in words; empty if there is none."""
     if isinstance(value, dict) and name == "options":
         return ", ".join(f"{option} {setting}" for option, setting in value.items())
     if value == {} or (name == "frozen" and pd.isna(value)):
@@ -179,21 +176,21 @@ def _tests(table: pd.DataFrame, against: str | None) -> Iterator[dict[str, Any]]
 
 
 def _pairs(names: list[str], against: str | None) -> list[tuple[str, str]]:
-    """Each configuration with the one that it is tested against."""
+    """Each configuration with the one to test it against."""
     if against == "all":
         return [(first, second) for second, first in itertools.combinations(names, 2)]
     reference = names[0] if against is None else against
     if reference not in names:
-        raise ConfigError(f"against {against!r}: no configuration is called so{nearest(reference, names)}")
+        raise ReportError(f"against {against!r}: no configuration has this name{nearest(reference, names)}")
     return [(name, reference) for name in names if name != reference]
 
 
 def _verdict(test: PairedTest, first: str, second: str) -> str:
     if test.pairs == 0:
-        return "nothing to compare: no two runs share dataset and seed"
+        return "nothing to compare: no two runs share a dataset and a seed"
     if test.p is None:
         return "too few runs"
     if test.p >= LEVEL:
         return f"no difference shown (p = {test.p:.2g})"
     smaller, larger = (first, second) if (test.effect or 0) < 0 else (second, first)
-    return f"{smaller} errs less than {larger} (p = {test.p:.2g})"
+    return f"{smaller} has a lower error than {larger} (p = {test.p:.2g})"

@@ -1,7 +1,7 @@
-"""Figures from the tidy table (see feedbackhook.store.recorder) and nothing else.
+"""Draw figures from the tidy table (see feedbackhook.store.recorder).
 
-Each function returns a matplotlib Figure of its own, without pyplot's global state, so that it draws with
-and without a display. What is not a number in the table has no point in a figure; the figure says how many.
+Each function returns a new matplotlib Figure, without pyplot's global state, so it works with and without a
+display. Values that are not finite are left out; the figure says how many.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feedbackhook.report import theme
+from feedbackhook.report import rules, theme
 from feedbackhook.report.statistics import percent_interval
 from feedbackhook.store.recorder import read
 
@@ -32,22 +32,22 @@ __all__ = [
     "layers_against_epoch",
 ]
 
-_SIZE = (7.0, 4.2)  # inches, of a README's; the theme scales it
-_NAMED_LAYERS = 12  # more than these and a legend of names is no longer read
-_CELLS = 120  # so many columns of a heat map can be told apart
+_SIZE = (7.0, 4.2)  # inches in a README; the theme scales it
+_NAMED_LAYERS = 12  # number of layers up to which a legend of names can be read
+_CELLS = 120  # number of columns of a heat map that can be told apart
 
 QUANTITIES: dict[str, tuple[str, str]] = {
     "weight_angle": ("Weight angle", "angle between V and W [°]"),
-    "error_angle": ("Error angle", "angle of V's to W's error signal [°]"),
+    "error_angle": ("Error angle", "angle between error signals of V and W [°]"),
     "gradient_angle": ("Gradient angle", "angle to backprop's gradient [°]"),
     "norm_ratio": ("Norm ratio", "norm of V / norm of W"),
     "sign_agreement": ("Sign agreement", "share of agreeing signs"),
 }
-"""Title and axis label, with unit, of each metric that is drawn layer by layer."""
+"""Title and axis label, with unit, of each metric that is drawn for each layer."""
 
 
 def error_against_epoch(table: DataFrame) -> Figure:
-    """Error in percent against epoch: a line a run, on the test set (solid) and in training (dashed).
+    """Draw error in percent against epoch: a line for each run, test (solid) and training (dashed).
 
     Raises:
         ValueError: the table holds no error.
@@ -55,7 +55,7 @@ def error_against_epoch(table: DataFrame) -> Figure:
     rows, left_out = _rows(table, {"test_error": "test", "train_error": "training"})
     runs = list(rows["run"].unique())
     with _figure(left_out) as (figure, axes, sns):
-        # ten colours that colour-blind readers tell apart; more runs than that are an ordered scale
+        # ten colors that color-blind readers can tell apart; more runs get an ordered scale
         palette = sns.color_palette("colorblind", len(runs)) if len(runs) <= 10 else theme.sequence(len(runs))
         by_run = {"hue": "run", "hue_order": runs, "palette": palette}
         sns.lineplot(
@@ -75,13 +75,12 @@ def error_against_epoch(table: DataFrame) -> Figure:
 
 
 def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
-    """A metric of `QUANTITIES` against epoch (against the step, where the table does not tell when epochs
-    end): a line a layer, coloured by its depth.
+    """Draw a metric of `QUANTITIES` against epoch: a line for each layer, colored by its depth.
 
-    Dotted lines are what the values are read against: for angles 90 degrees, where the one says nothing about
-    the other, and for the weight angle also the mean over layers of the angle that the rule lets expect at
-    the start; 1 for ratios of norms; half for agreeing signs. Of several runs the mean is drawn, in a band of
-    one standard deviation.
+    The x axis is the step if the table does not tell when epochs end. Dotted lines are references: 90 degrees
+    for angles (unrelated directions), and for the weight angle also the angle that the rule implies at the
+    start, as a mean over layers; 1 for ratios of norms; one half for agreeing signs. Several runs are drawn
+    as their mean in a band of one standard deviation.
 
     Raises:
         ValueError: the table holds no such metric.
@@ -133,8 +132,9 @@ def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
 
 
 def layer_heat_map(table: DataFrame, metric: str = "error_angle") -> Figure:
-    """A metric of `QUANTITIES` as colour: a row a layer, the input at the top, a column a measured step. Of
-    several runs the mean is shown; many steps are thinned out evenly.
+    """Draw a metric of `QUANTITIES` as color: a row for each layer, input at the top, a column for each step.
+
+    Several runs are shown as their mean; many steps are thinned out evenly.
 
     Raises:
         ValueError: the table holds no such metric.
@@ -163,8 +163,9 @@ def layer_heat_map(table: DataFrame, metric: str = "error_angle") -> Figure:
 
 
 def accuracy_and_angle(table: DataFrame) -> Figure:
-    """Test accuracy above, and below it the mean over layers of the angle between gradients and backprop's,
-    in a band from the smallest to the largest layer's; a line a run.
+    """Draw test accuracy, and below it the angle between gradients and backprop's: a line for each run.
+
+    The angle is the mean over layers, in a band from the smallest to the largest.
 
     Raises:
         ValueError: the table holds no accuracy or no gradient angle.
@@ -180,7 +181,7 @@ def accuracy_and_angle(table: DataFrame) -> Figure:
         sns.lineplot(_timed(table, accuracy)[0], ax=upper, errorbar=None, legend=len(runs) > 1, **by_run)
         sns.lineplot(timed, ax=lower, errorbar=("pi", 100), legend=False, **by_run)
         lower.axhline(90, linestyle=":", color=theme.ink())
-        upper.set(xlabel="", ylabel="test accuracy [%]", title="Accuracy beside the mean gradient angle")
+        upper.set(xlabel="", ylabel="test accuracy [%]", title="Accuracy and mean gradient angle")
         lower.set(xlabel=clock, ylabel=f"gradient angle [°]\nmean of {angles['layer'].nunique()} layers")
         _scale(lower, "gradient_angle", float(angles["value"].max()))
         if len(runs) > 1:
@@ -188,14 +189,16 @@ def accuracy_and_angle(table: DataFrame) -> Figure:
     return figure
 
 
-def error_against_concordance(runs: DataFrame, paper: DataFrame | None = None) -> Figure:
-    """Test error against concordance: a line a rule, fixed feedback beside redrawn, in a band of the
-    95% interval over seeds, and the paper's own errors as dashed lines.
+def error_against_concordance(
+    runs: DataFrame, published: DataFrame | None = None, source: str = "published"
+) -> Figure:
+    """Draw test error against concordance: a line for each rule, in a band of the 95% interval over seeds.
 
     Args:
-        runs: a row a rule, concordance and seed: `rule`, `concordance` (0 to 1), `error` (percent), and
-            perhaps rows of rules without a concordance, which are drawn as lines across.
-        paper: the paper's, a row a rule and concordance, with the same columns.
+        runs: a row for each rule, concordance and seed: `rule`, `concordance` (0 to 1), `error` (percent).
+            Rules without a concordance are drawn as horizontal lines.
+        published: published errors to draw as dashed lines, with the same columns.
+        source: where they are published, for the legend.
 
     Raises:
         ValueError: no rule has a concordance.
@@ -208,15 +211,16 @@ def error_against_concordance(runs: DataFrame, paper: DataFrame | None = None) -
             look = theme.look(rule)
             if part["concordance"].isna().all():
                 axes.axhline(
-                    part["error"].mean(), color=look.colour, label=rule, dashes=look.dashes or (None, None)
+                    part["error"].mean(), color=look.color, label=rule, dashes=look.dashes or (None, None)
                 )
                 continue
-            line = {"x": "concordance", "y": "error", "color": look.colour, "marker": look.marker, "ax": axes}
-            sns.lineplot(part, label=_WORDS.get(rule, rule), errorbar=_interval_ends, **line)
-            if paper is not None and not (theirs := paper[paper["rule"] == rule]).empty:
-                label = f"{rule}, Liao et al. 2016"
+            line = {"x": "concordance", "y": "error", "color": look.color, "marker": look.marker, "ax": axes}
+            label = f"{rule}: {_DRAWING[drawing]}" if (drawing := rules.drawing(rule)) else rule
+            sns.lineplot(part, label=label, errorbar=_interval_ends, **line)
+            if published is not None and not (theirs := published[published["rule"] == rule]).empty:
+                label = f"{rule}, {source}"
                 sns.lineplot(theirs, label=label, errorbar=None, linestyle="--", alpha=0.6, **line)
-        if (finite["error"] > 0).all():  # on a logarithmic axis no error would be no point
+        if (finite["error"] > 0).all():  # a logarithmic axis has no 0
             axes.set_yscale("log")
         axes.set(
             xlabel="concordance: share of feedback signs that agree with W's",
@@ -233,7 +237,7 @@ def _interval_ends(errors: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-_WORDS = {"frSF": "frSF: drawn once", "brSF": "brSF: redrawn"}
+_DRAWING = {"fixed": "drawn once", "redrawn": "redrawn"}
 
 
 FIGURES: dict[str, Callable[[DataFrame], Figure]] = {
@@ -242,16 +246,16 @@ FIGURES: dict[str, Callable[[DataFrame], Figure]] = {
     **{f"{metric}_map": partial(layer_heat_map, metric=metric) for metric in QUANTITIES if "angle" in metric},
     "accuracy_and_angle": accuracy_and_angle,
 }
-"""Every figure of a run, by the name of its file."""
+"""The figures of a run, by the names of their files."""
 
 
 def draw_all(
     table: DataFrame, folder: str | os.PathLike[str], formats: Sequence[str] = ("png",), dpi: int = 150
 ) -> tuple[list[Path], dict[str, str]]:
-    """Writes every figure for which the table has values.
+    """Write every figure for which the table has values.
 
     Returns:
-        The files written, and why each of the other figures was not drawn.
+        The files written, and the reason for each figure that was not drawn.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,8 +283,7 @@ class NothingToDraw(ValueError):
 
 
 def _layers(table: DataFrame) -> DataFrame:
-    """The rows that belong to a layer; a layer of which no row tells the depth comes after those that have
-    one, in the order of the rows."""
+    """The rows that belong to a layer. Layers without a depth come last, in the order of the rows."""
     rows = table[table["layer"].notna()]
     depth = rows.groupby("layer", sort=False)["depth"].min()
     unknown = depth[depth.isna()].index
@@ -290,8 +293,8 @@ def _layers(table: DataFrame) -> DataFrame:
 
 
 def _rows(table: DataFrame, metrics: dict[str, str]) -> tuple[DataFrame, int]:
-    """The finite rows of these metrics, under the names that they have in the figure, and how many rows are
-    not finite."""
+    """The finite rows of these metrics, with the names that they have in the figure, and the number of other
+    rows."""
     import numpy as np
 
     rows = table[table["metric"].isin(list(metrics))]
@@ -302,9 +305,8 @@ def _rows(table: DataFrame, metrics: dict[str, str]) -> tuple[DataFrame, int]:
 
 
 def _timed(table: DataFrame, rows: DataFrame) -> tuple[DataFrame, str]:
-    """The rows with the name of the column in which time is: "epoch", counted in fractions between the steps
-    at which each run's table says that epochs ended (and on, at the last one's pace, for one that has not),
-    or "step" where a table does not tell the length of an epoch."""
+    """The rows, and the column for the x axis: "epoch", in fractions between the steps at which epochs ended
+    (beyond the last one, at its pace), or "step" if a table does not tell the length of an epoch."""
     import numpy as np
     import pandas as pd
 
@@ -337,7 +339,7 @@ def _references(table: DataFrame, metric: str) -> Iterator[tuple[float, str]]:
 def _scale(axes: Axes, metric: str, highest: float) -> None:
     if metric.endswith("angle"):
         top = min(max(95.0, highest + 5), 180.0)
-        axes.set(ylim=(-2, top), yticks=range(0, int(top) + 1, 15))  # so that a line at 0 is seen
+        axes.set(ylim=(-2, top), yticks=range(0, int(top) + 1, 15))  # so that a line at 0 is visible
     elif metric == "norm_ratio":
         axes.set_yscale("log")
     else:
@@ -348,8 +350,8 @@ def _scale(axes: Axes, metric: str, highest: float) -> None:
 def _figure(
     left_out: int, rows: int = 1, size: tuple[float, float] = _SIZE, whole: bool = True
 ) -> Iterator[tuple[Figure, Any, Any]]:
-    """A figure with its axes (of several rows, one above the other), and seaborn; the figure says how many
-    values were left out. On the x axis are whole numbers, or else shares of one."""
+    """Make a figure, its axes (one below another if there are several rows), and seaborn. The figure says how
+    many values were left out. The x axis has whole numbers if ``whole``, else fractions of one."""
     import seaborn as sns
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, MultipleLocator
@@ -374,12 +376,12 @@ def _legend_beside(axes: Axes, title: str | None = None) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=title)
 
 
-def _depth_bar(figure: Figure, axes: Axes, colours: list[tuple[float, float, float]], first: int) -> None:
+def _depth_bar(figure: Figure, axes: Axes, colors: list[tuple[float, float, float]], first: int) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.ticker import MaxNLocator
 
-    ends = Normalize(first - 0.5, first + len(colours) - 0.5)
-    scale = ScalarMappable(ends, ListedColormap(colours))
+    ends = Normalize(first - 0.5, first + len(colors) - 0.5)
+    scale = ScalarMappable(ends, ListedColormap(colors))
     ticks = MaxNLocator(integer=True)
     figure.colorbar(scale, ax=axes, label="depth of the layer, 0 at the input", ticks=ticks)

@@ -1,4 +1,4 @@
-"""Any number of runs as tidy tables: what each is, and the rows that they recorded, read when asked for."""
+"""Describe any number of runs in one table, and read the rows that they recorded on demand."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from feedbackhook.experiments.config import ConfigError, one_line, rule_name
+from feedbackhook.names import rule_name
+from feedbackhook.report import rules
+from feedbackhook.store.errors import StoreError, one_line
 from feedbackhook.store.recorder import parts_of, schema
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
-# the columns of Runs.runs that a configuration gives, and where they stand in it
+# columns of Runs.runs that come from a configuration, and their keys there
 _FROM_CONFIG = {
     "condition": ("condition",),
     "dataset": ("data", "name"),
@@ -40,17 +42,17 @@ _FROM_CONFIG = {
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs that have ended, and by name those that are not among them.
+    """Runs that have ended, and the names of those that are left out.
 
     Args:
-        runs: a row a run: `run` (its name), `folder`, `status`, `reason`, `last_error`, `best_error` (of the
-            test set, in percent), `best_epoch`, `concordance` (of the rules that have one, else missing),
-            and of its configuration `condition` (the label, where it has one), `dataset`, `val_fraction`,
-            `model`, `rule`, `options`, `batch_norm`, `frozen`, `optimizer`, `setting`, `learning_rate`,
-            `epochs`, `batch_size`, `batch_sizes` and `seed`.
-        skipped: why each of the others is left out: it has not ended, has failed, is empty, damaged, or of a
-            version whose configuration or table is another. :meth:`rows` adds those whose damage shows when
-            they are read.
+        runs: a row for each run: `run` (its name), `folder`, `status`, `reason`, `last_error` and
+            `best_error` (of the test set, in percent), `best_epoch`, `concordance` (missing for rules without
+            one), and from its configuration `condition` (or the label, if it has one), `dataset`,
+            `val_fraction`, `model`, `rule`, `options`, `batch_norm`, `frozen`, `optimizer`, `setting`,
+            `learning_rate`, `epochs`, `batch_size`, `batch_sizes` and `seed`.
+        skipped: the runs that are left out, and why: a run has not ended, has failed, is empty or damaged, or
+            belongs to a version with another configuration or table. :meth:`rows` adds runs whose damage is
+            found only when they are read.
     """
 
     runs: pd.DataFrame
@@ -59,12 +61,12 @@ class Runs:
     def rows(
         self, metrics: Iterable[str] = (), of_layers: Iterable[str] = (), categories: bool = False
     ) -> pd.DataFrame:
-        """The rows of these metrics: `run, step, epoch, layer, depth, metric, value`, read from disk now.
+        """Read the rows of these metrics from disk: `run, step, epoch, layer, depth, metric, value`.
 
         Args:
-            metrics: names of whole networks' metrics, such as `test_error`.
-            of_layers: names of single layers' metrics, such as `weight_angle`.
-            categories: give the texts among them as categories, which take a tenth of the memory.
+            metrics: metrics of the whole network, such as `test_error`.
+            of_layers: metrics of single layers, such as `weight_angle`.
+            categories: return text columns as categories, which take a tenth of the memory.
         """
         metric, layer = ds.field("metric"), ds.field("layer")
         of_network, of_layer = (
@@ -99,38 +101,37 @@ class Runs:
 
 
 def collect(*paths: str | os.PathLike[str]) -> Runs:
-    """The runs in these folders, each a run folder or a folder that holds some at any depth.
+    """Describe the runs in these folders: run folders, or folders that hold some at any depth.
 
-    A run's name is that of its folder, with the names of the folders above it as far as two runs need them to
-    differ.
+    A run is named after its folder, preceded by as many parent folders as it takes to tell all runs apart.
 
     Raises:
-        ConfigError: a path is no folder, or holds no run.
+        StoreError: a path is not a folder, or holds no run.
     """
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise ConfigError(f"{path} is no folder")
+            raise StoreError(f"{path} is not a folder")
         found = sorted({file.parent.resolve() for name in _MARKS for file in path.rglob(name)})
         if not found:
-            raise ConfigError(f"no run in {path.resolve()}: neither a run folder nor a folder of such")
+            raise StoreError(f"no run in {path.resolve()}: name a run folder, or a folder that holds some")
         folders |= dict.fromkeys(found)
     return describe(list(folders))
 
 
 def describe(folders: Iterable[Path]) -> Runs:
-    """The runs in these run folders."""
+    """Describe the runs in these run folders."""
     rows, skipped = [], {}
     for folder, name in _names(list(folders)).items():
         try:
             rows.append({"run": name, "folder": str(folder), **_described(folder)})
-        except (ValueError, OSError) as error:  # of which one is a ConfigError
+        except (ValueError, OSError) as error:  # also a StoreError
             skipped[name] = one_line(error)
     columns = ["run", "folder", "status", "reason", "last_error", "best_error", "best_epoch"]
     return Runs(pd.DataFrame(rows, columns=[*columns, *_FROM_CONFIG, "concordance"]), skipped)
 
 
-_AT_ONCE = 500  # files, of which a dataset keeps what their footers say
+_AT_ONCE = 500  # files at a time, since pyarrow keeps the footer of each
 _TEXTS = [column.name for column in schema() if column.type == pa.string()]
 _MARKS = ("status.json", "config.yaml", "metrics")
 
@@ -143,36 +144,34 @@ def _names(folders: list[Path]) -> dict[Path, str]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """What a run is, from its configuration and status.
+    """Describe a run from its configuration and status.
 
     Raises:
-        ConfigError: it has not ended, is of another version, or its table is damaged.
+        StoreError: it has not ended, belongs to another version, or its table is damaged.
         ValueError: a part of its table is missing.
     """
     run = RunFolder(folder)
     result = run.result()
     if result is None:
-        raise ConfigError("it is empty: it was stopped before it had begun")
+        raise StoreError("it is empty: it was stopped before it started")
     if not result.ended:
-        raise ConfigError(_unended(result))
+        raise StoreError(_unended(result))
     config = run.stored_config()
     described = {name: _value(config, keys) for name, keys in _FROM_CONFIG.items()}
     parts = parts_of(folder / "metrics")
     if not parts:
-        raise ConfigError("it has no table")
+        raise StoreError("it has no table")
     for part in parts:
         try:
             columns = pq.read_schema(part)
         except (OSError, pa.ArrowException) as error:
-            raise ConfigError(f"{part} is damaged: {one_line(error)}") from error
+            raise StoreError(f"{part} is damaged: {one_line(error)}") from error
         if not columns.equals(schema()):
-            raise ConfigError(f"its table is of another version: it has the columns {columns.names}")
-    options = described["options"]
+            raise StoreError(f"its table belongs to another version: it has the columns {columns.names}")
     if config.get("label") is not None:
         described["condition"] = config["label"]
     described["rule"] = rule_name(described["rule"])
-    has_concordance = described["rule"] in ("sign", "brSF", "frSF")
-    concordance = options.get("concordance", 1.0) if has_concordance else None
+    concordance = rules.concordance(described["rule"], described["options"])
     status = {
         name: getattr(result, name) for name in ("status", "reason", "last_error", "best_error", "best_epoch")
     }
@@ -191,15 +190,15 @@ def _value(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
     for key in keys:
         if not isinstance(value, dict) or key not in value:
             made_by = config.get("provenance", {}).get("versions", {}).get("feedbackhook", "unknown")
-            raise ConfigError(
-                f"it is of another version ({made_by}): its config.yaml has no {'.'.join(keys)}"
+            raise StoreError(
+                f"it belongs to another version ({made_by}): its config.yaml has no {'.'.join(keys)}"
             )
         value = value[key]
     return value
 
 
 def _scan(parts: Mapping[str, str], condition: ds.Expression) -> pd.DataFrame:
-    """The rows of these files for which a condition holds, under the names that the runs have here."""
+    """Read the rows of these files for which a condition holds, with the names that the runs have here."""
     reading = ds.ParquetFileFormat(
         read_options=ds.ParquetReadOptions(dictionary_columns=_TEXTS),  # a tenth of the memory
         default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True),

@@ -1,4 +1,4 @@
-"""Means with their intervals, and a paired test, of errors over seeds."""
+"""Mean errors over seeds with intervals, and a paired test."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike
 CONFIDENCE = 0.95
 LEVEL = 0.05
 LEAST_PAIRS = 6
-"""Pairs that differ, below which no signed-rank test is below 0.05: its smallest p of n pairs is 2 / 2^n."""
+"""Number of differing pairs that a signed-rank test needs to reach 0.05: its smallest p of n is 2 / 2^n."""
 
 
 class Interval(NamedTuple):
-    """A mean, and the ends of its 95% interval; NaN where there are too few values."""
+    """A mean and the ends of its 95% interval; NaN if there are too few values."""
 
     mean: float
     low: float
@@ -22,11 +22,11 @@ class Interval(NamedTuple):
 
 
 class PairedTest(NamedTuple):
-    """Wilcoxon's signed-rank test of paired values, two-sided; pairs that do not differ are left out.
+    """Wilcoxon's two-sided signed-rank test of paired values, without the pairs that do not differ.
 
-    ``difference`` is the median of first less second. ``p`` is None with fewer than `LEAST_PAIRS` pairs that
-    differ. ``effect`` is the matched-pairs rank-biserial correlation (Kerby 2014), from -1 (the first is
-    smaller in each pair) to 1; None where no pair differs.
+    ``difference`` is the median of first minus second. ``p`` is None with fewer than `LEAST_PAIRS` differing
+    pairs. ``effect`` is the matched-pairs rank-biserial correlation (Kerby 2014), from -1 (the first is
+    smaller in each pair) to 1; None if no pair differs.
     """
 
     pairs: int
@@ -37,18 +37,18 @@ class PairedTest(NamedTuple):
 
 
 def interval(values: ArrayLike) -> Interval:
-    """The mean of n values and its interval by Student's t, for values without bounds."""
+    """Return the mean of n values without bounds, and its interval by Student's t."""
     mean, half = _mean_and_half(values)
     return Interval(mean, mean - half, mean + half)
 
 
 def percent_interval(values: ArrayLike) -> Interval:
-    """The mean m of n percentages, such as errors, and its interval, which stays within 0 and 100.
+    """Return the mean m of n percentages, such as errors, and its interval, which stays within 0 and 100.
 
     Student's interval for the logit of the mean, logit(m) ± t s / (sqrt(n) m (1 - m)) with m and the standard
     deviation s as shares, mapped back by the inverse of the logit: the "xlogit" interval of R's
-    `survey::svyciprop`; docs/intervals.md says how well it covers. For a small spread it is Student's own
-    interval. Values that do not vary give an interval without width.
+    `survey::svyciprop`; see docs/intervals.md for its coverage. For a small spread it is Student's interval.
+    Values that do not vary give an interval of width 0.
 
     Raises:
         ValueError: a value is not between 0 and 100.
@@ -58,7 +58,7 @@ def percent_interval(values: ArrayLike) -> Interval:
     shares = np.asarray(values, float) / 100
     if ((shares < 0) | (shares > 1)).any():
         found = f"{100 * shares.min():g} to {100 * shares.max():g}"
-        raise ValueError(f"percentages lie between 0 and 100, and these go from {found}")
+        raise ValueError(f"percentages must lie between 0 and 100, but these go from {found}")
     mean, half = _mean_and_half(shares)
     if not half > 0:  # also where it is NaN; a mean of 0 or 1 is among these
         return Interval(100 * mean, 100 * (mean - half), 100 * (mean + half))
@@ -68,7 +68,7 @@ def percent_interval(values: ArrayLike) -> Interval:
 
 
 def _mean_and_half(values: ArrayLike) -> tuple[float, float]:
-    """The mean, and half the width of its interval by Student's t."""
+    """Mean, and half the width of its interval by Student's t."""
     from scipy.stats import t
 
     values = np.asarray(values, float)
@@ -80,10 +80,10 @@ def _mean_and_half(values: ArrayLike) -> tuple[float, float]:
 
 
 def paired_test(first: ArrayLike, second: ArrayLike) -> PairedTest:
-    """The test of two lists of n values, the i-th of each a pair."""
+    """Test two lists of n values; the i-th values of both are a pair."""
     from scipy.stats import rankdata, wilcoxon
 
-    # rounded, so that equal errors that were summed in another order are ties
+    # rounded, so that errors that differ only by the order of a sum are ties
     differences = np.round(np.asarray(first, float) - np.asarray(second, float), 9)
     differing = differences[differences != 0]
     median = float(np.median(differences)) if len(differences) else np.nan

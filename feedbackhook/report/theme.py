@@ -1,7 +1,7 @@
-"""One look for every picture: a colour and a marker for each rule, three sizes, light and dark.
+"""One look for all figures: a color and a marker for each rule, three sizes, light and dark.
 
-The colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; since some of them are
-alike in grey, each rule has a marker and a dash of its own as well.
+The colors are those of Okabe and Ito (2008), which color-blind readers can tell apart. Since some of them
+look alike in gray, each rule also has its own marker or dash.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Size = Literal["readme", "column", "slide"]
 
 
 class Look(NamedTuple):
-    """How a rule is drawn: a colour, a matplotlib marker, and dashes (on, off, ... in points)."""
+    """How a rule is drawn: a color, a matplotlib marker, and dashes (on, off, ... in points)."""
 
-    colour: str
+    color: str
     marker: str
     dashes: tuple[float, ...] = ()
 
@@ -42,7 +42,7 @@ RULES: Mapping[str, Look] = {
 
 
 class _Format(NamedTuple):
-    """Of figures that are drawn for one place: how much larger than a README's, and the text in points."""
+    """Format of figures for one place: scale, relative to a README, and text size in points."""
 
     scale: float
     text: float
@@ -57,13 +57,13 @@ _current: ContextVar[tuple[Size, bool]] = ContextVar("size and darkness", defaul
 
 
 def look(rule: str) -> Look:
-    """How a rule is drawn; one that is not the library's own as `tensor` is."""
+    """Return how a rule is drawn; rules that are not the library's look like `tensor`."""
     return RULES.get(rule, RULES["tensor"])
 
 
 @contextmanager
 def use(size: Size = "readme", dark: bool = False) -> Iterator[None]:
-    """Figures that are drawn within the block have this size: for a README, a paper's column, a slide."""
+    """Set the size of the figures drawn within the block: for a README, a column of a paper, or a slide."""
     token = _current.set((size, dark))
     try:
         yield
@@ -72,22 +72,22 @@ def use(size: Size = "readme", dark: bool = False) -> Iterator[None]:
 
 
 def figsize(width: float, height: float) -> tuple[float, float]:
-    """Inches of a figure that in a README is as wide and as high as this."""
+    """Return, in inches, the size of a figure that has this width and height in a README."""
     scale = _FORMATS[_current.get()[0]].scale
     return scale * width, scale * height
 
 
 def sequence(count: int) -> list[tuple[float, float, float]]:
-    """Colours from one end of an ordered scale to the other, all of which stand out from the ground."""
+    """Return colors from one end of an ordered scale to the other; all stand out from the background."""
     import matplotlib as mpl
     import numpy as np
 
     first, last = (0.3, 1.0) if _current.get()[1] else (0.0, 0.85)
-    return [tuple(colour[:3]) for colour in mpl.colormaps["viridis"](np.linspace(first, last, count))]
+    return [tuple(color[:3]) for color in mpl.colormaps["viridis"](np.linspace(first, last, count))]
 
 
 def ink() -> str:
-    """The colour of text and of lines that values are read against, where :func:`style` is at work."""
+    """Return the color of text and reference lines, within :func:`style`."""
     import matplotlib as mpl
 
     return str(mpl.rcParams["text.color"])
@@ -95,7 +95,7 @@ def ink() -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's settings of the theme that is in use, within the block."""
+    """Apply the current theme to matplotlib within the block."""
     import matplotlib as mpl
     import seaborn as sns
 

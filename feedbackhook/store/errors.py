@@ -8,3 +8,8 @@ class StoreError(ValueError):
 
     The message names the file and what is wrong with it.
     """
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of an error on one line, for use inside another message."""
+    return " ".join(str(error).split())

@@ -150,7 +150,7 @@ def _draw_epochs(axes: plt.Axes, errors: pd.DataFrame, rule: str, title: str) ->
         "y": "error",
         "hue": "concordance",
         "hue_order": [*order, "backprop"],
-        "palette": [*sns.color_palette("viridis_r", len(order)), theme.look("backprop").colour],
+        "palette": [*sns.color_palette("viridis_r", len(order)), theme.look("backprop").color],
         "ax": axes,
     }
     by_concordance = errors[errors["rule"] == rule].assign(
@@ -172,7 +172,7 @@ def _draw_last_errors(axes: plt.Axes, runs: pd.DataFrame) -> None:
         x="concordance",
         y="last_error",
         hue="rule",
-        palette={rule: look.colour for rule, look in looks.items()},
+        palette={rule: look.color for rule, look in looks.items()},
         style="rule",
         markers={rule: look.marker for rule, look in looks.items()},
         dashes=False,
@@ -188,7 +188,7 @@ def _draw_last_errors(axes: plt.Axes, runs: pd.DataFrame) -> None:
         ("uSF", "uSF without BN and BM", ":"),
     ):
         mean = runs.loc[runs["rule"] == rule, "last_error"].mean()
-        axes.axhline(mean, color=theme.look(rule).colour, linestyle=style, label=label)
+        axes.axhline(mean, color=theme.look(rule).color, linestyle=style, label=label)
     axes.set(title="after the last epoch", xlabel="concordance: probability of the same sign")
     ticks = [0.5, 1, 3, 10, 30, 100]
     axes.set(yscale="log", ylim=(0.4, 110), yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])

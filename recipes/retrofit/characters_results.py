@@ -86,7 +86,7 @@ def draw(
     order = list(runs["rule"].unique())
     colors = {
         **rule_colors(),
-        "random, attention exact": theme.look("brSF").colour,
+        "random, attention exact": theme.look("brSF").color,
         "head alone": LAST_LAYER_COLOR,
     }
     rows = metrics.merge(runs.loc[runs["chosen"], ["run", "rule"]], on="run")

@@ -100,9 +100,9 @@ def draw(folder: Path) -> Figure:
             y="condition",
             order=all_layers,
             ax=rest_axes,
-            color=theme.look("sign").colour,
+            color=theme.look("sign").color,
         )
-        rest_axes.axvline(backprop, color=theme.look("backprop").colour, linestyle="--")
+        rest_axes.axvline(backprop, color=theme.look("backprop").color, linestyle="--")
         rest_axes.set(xlabel="test error after the last epoch [%]", ylabel="", title="all layers rerouted")
         rest_axes.set_xlim(left=0)
     return figure

@@ -72,9 +72,9 @@ def rule_colors() -> dict[str, object]:
     """Return a color for each of `RULES`: sign feedback has a scale, by its concordance."""
     signs = [rule for rule in RULES if rule.startswith("sign")]
     return {
-        "backprop": theme.look("backprop").colour,
+        "backprop": theme.look("backprop").color,
         **dict(zip(signs, theme.sequence(len(signs)), strict=True)),
-        "random": theme.look("random").colour,
+        "random": theme.look("random").color,
     }
 
 

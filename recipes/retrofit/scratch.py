@@ -24,7 +24,7 @@ import sweep_recipes
 from matplotlib.figure import Figure
 
 from feedbackhook.report import theme
-from feedbackhook.report.tables import sweep_table
+from feedbackhook.report.aggregate import sweep_table
 
 YAML = Path(__file__).with_suffix(".yaml")
 SGD = {"optimizer.name": "sgd", "optimizer.lr": "0.05"}

@@ -54,6 +54,6 @@ def sweep(yaml: Path, folder: Path, given: Sequence[str]) -> None:
 
 def condition_colors(conditions: Iterable[str]) -> dict[str, object]:
     """Return the theme's colors for backprop and random feedback, and a scale for the other conditions."""
-    fixed = {name: theme.look(name).colour for name in ("backprop", "random")}
+    fixed = {name: theme.look(name).color for name in ("backprop", "random")}
     others = [name for name in conditions if name not in fixed]
     return fixed | dict(zip(others, theme.sequence(len(others)), strict=True))

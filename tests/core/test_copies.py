@@ -6,8 +6,24 @@ import pickle
 
 import pytest
 import torch
-from support.oracle import assert_matches_oracle, by_backprop, gradients
-from support.problems import draw, mlp, random_feedback
+from support.oracle import (
+    assert_bit_equal,
+    assert_matches_oracle,
+    by_backprop,
+    gradients,
+    probe,
+    read_gradients,
+)
+from support.problems import (
+    CNN_INPUT,
+    CNN_UPSTREAM,
+    Net,
+    draw,
+    mlp,
+    patched_copy,
+    random_feedback,
+    redrawn,
+)
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 
@@ -163,3 +179,77 @@ def test_data_parallel_is_refused():
     with pytest.raises(RuntimeError, match=r"cannot run under nn\.DataParallel"):
         replica(draw(3, 4))
     assert torch._C._len_torch_function_stack() == 0
+
+
+def test_a_deep_copy_is_patched_on_its_own():
+    plain, x = redrawn(Net()), draw(*CNN_INPUT)
+    model, feedback = patched_copy(plain)
+    duplicate = copy.deepcopy(model)
+    assert_matches_oracle(gradients(duplicate, x), plain, feedback, x, unlike=CNN_UPSTREAM)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    own = feedbackhook.get_patch(duplicate)
+    assert own is not None
+    assert own is not feedbackhook.get_patch(model)
+    assert list(duplicate.state_dict()) == list(plain.state_dict())
+
+
+def test_a_deep_copy_after_training_has_begun_and_both_are_used():
+    plain, x, y = redrawn(Net()), draw(*CNN_INPUT), draw(*CNN_INPUT, seed=1)
+    model, feedback = patched_copy(plain)
+    gradients(model, x)
+    duplicate = copy.deepcopy(model)
+    leaf_x, leaf_y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    model.zero_grad()
+    duplicate.zero_grad()
+    of_model, of_duplicate = model(leaf_x), duplicate(leaf_y)
+    probe(of_model).backward()
+    probe(of_duplicate).backward()
+    assert_matches_oracle(read_gradients(model, leaf_x, of_model), plain, feedback, x, unlike=CNN_UPSTREAM)
+    assert_matches_oracle(
+        read_gradients(duplicate, leaf_y, of_duplicate), plain, feedback, y, unlike=CNN_UPSTREAM
+    )
+
+
+@pytest.mark.parametrize("removed", ["original", "copy"])
+def test_removal_of_one_does_not_disturb_the_other(removed):
+    plain, x = redrawn(Net()), draw(*CNN_INPUT)
+    model, feedback = patched_copy(plain)
+    duplicate = copy.deepcopy(model)
+    gone, kept = (model, duplicate) if removed == "original" else (duplicate, model)
+    feedbackhook.unpatch(gone)
+    assert_matches_oracle(gradients(kept, x), plain, feedback, x, unlike=CNN_UPSTREAM)
+    assert_bit_equal(gradients(gone, x), by_backprop(plain, x))
+
+
+def test_disabling_the_copy_leaves_the_original_enabled():
+    plain, x = redrawn(Net()), draw(*CNN_INPUT)
+    model, feedback = patched_copy(plain)
+    duplicate = copy.deepcopy(model)
+    feedbackhook.get_patch(duplicate).enabled = False
+    assert_bit_equal(gradients(duplicate, x), by_backprop(plain, x))
+    assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=CNN_UPSTREAM)
+
+
+def test_the_original_may_be_gone_when_its_copy_is_used():
+    plain, x = redrawn(Net()), draw(*CNN_INPUT)
+    model, feedback = patched_copy(plain)
+    duplicate = copy.deepcopy(model)
+    del model
+    assert_matches_oracle(gradients(duplicate, x), plain, feedback, x, unlike=CNN_UPSTREAM)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_copy_of_a_part_is_not_patched_and_says_so(duplicate):
+    plain, x = redrawn(Net()), draw(2, 3, 5, 5)
+    model, feedback = patched_copy(plain)
+    part = duplicate(model.blocks)
+    with pytest.warns(UserWarning, match=r"copy of a part \('blocks'\) of a patched model"):
+        assert_bit_equal(gradients(part, x), by_backprop(plain.blocks, x))
+    assert not any(name.startswith("_feedbackhook") for module in part.modules() for name in vars(module))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in part.modules())
+    got = gradients(part, x)
+    assert_bit_equal(got, by_backprop(plain.blocks, x))
+    own = {name[len("blocks.") :]: v for name, v in feedback.items() if name.startswith("blocks.")}
+    feedbackhook.patch(part, "tensor", feedback=own)
+    assert_matches_oracle(gradients(part, x), plain.blocks, own, x, unlike=["input", "0.conv1.weight"])
+    assert_matches_oracle(gradients(model.blocks, x), plain.blocks, own, x)

@@ -15,11 +15,9 @@ from support.oracle import (
     by_saved_tensors,
     probe,
 )
-from support.problems import MLP_UPSTREAM, Net, draw, mlp, patched_copy, redrawn
+from support.problems import CNN_INPUT, MLP_UPSTREAM, Net, draw, mlp, patched_copy, redrawn
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-
-CNN_INPUT = (2, 2, 9, 9)
 
 
 def test_functional_call_with_other_parameters():

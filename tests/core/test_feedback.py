@@ -11,8 +11,8 @@ from support.problems import draw, mlp
 from torch import Tensor, nn
 
 import feedbackhook
-from feedbackhook.rng import CounterRNG
 from feedbackhook import LayerInfo
+from feedbackhook.rng import CounterRNG
 
 RULES = ["uSF", "NuSF", "frSF", "brSF", "RndF", "sign", "random"]
 LAYER = LayerInfo("fc", "Linear", (2, 3), 3)

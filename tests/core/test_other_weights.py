@@ -148,7 +148,9 @@ def test_nested_tensors_of_the_jagged_layout(upstream):
     parts = [draw(2, 4), draw(3, 4, seed=1)]
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=upstream)
     told = []
-    feedbackhook.get_patch(model).on_error_signal("0", lambda grad_input, grad_output: told.append(grad_input))
+    feedbackhook.get_patch(model).on_error_signal(
+        "0", lambda grad_input, grad_output: told.append(grad_input)
+    )
     probe(model(jagged).values()).backward()
     want = by_saved_tensors(plain, feedback, torch.cat(parts), input_requires_grad=upstream)
     for name, parameter in model.named_parameters():

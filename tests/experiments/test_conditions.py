@@ -69,17 +69,17 @@ def test_what_a_condition_decides(name, decided):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("uSf", "'uSf' is no part of a condition; did you mean 'uSF' or 'NuSF'\\? One is made of SGD, uSF"),
-        ("brsf+BN+BM", "'brsf' is no part of a condition; did you mean 'brSF' or 'frSF'\\?"),
-        ("uSF+qqq", "'qqq' is no part of a condition\\. One is made of SGD"),
-        ("brSF concordnace=0.5", "Top nor Bottom; did you mean 'concordance='\\?"),
-        ("BM4", "'BM4' is no part of a condition; did you mean 'BM"),
+        ("uSf", "'uSf' is not a term of a condition; did you mean 'uSF' or 'NuSF'\\? The terms are SGD, uSF"),
+        ("brsf+BN+BM", "'brsf' is not a term of a condition; did you mean 'brSF' or 'frSF'\\?"),
+        ("uSF+qqq", "'qqq' is not a term of a condition\\. The terms are SGD"),
+        ("brSF concordnace=0.5", "Top or Bottom; did you mean 'concordance='\\?"),
+        ("BM4", "'BM4' is not a term of a condition; did you mean 'BM"),
         ("uSF+RndF", "says twice what feedback is"),
         ("SGD+BN", "SGD stands alone"),
-        ("uSF concordance=0.5", "belongs to brSF and frSF"),
+        ("uSF concordance=0.5", "only brSF and frSF have a concordance"),
         ("brSF concordance=1.5", "a number from 0 to 1, not '1.5'"),
         ("brSF concordance=x", "not 'x'"),
-        ("SGD Middle", "neither concordance=NUMBER nor Top nor Bottom"),
+        ("SGD Middle", "is not concordance=NUMBER, Top or Bottom"),
         ("", "''"),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_is_no_condition_says_why(name, message):
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
-        ("SGD", "conditions must be a list of names, such as [SGD, uSF+BN], or a mapping, such as {half: "),
+        ("SGD", "conditions must be a list of names, such as [SGD, BN+BM], or a mapping, such as {half: "),
         ({"half": 5}, "'half' must map settings of a run to values, such as {feedback: {mode: sign"),
         ({"half": None}, "'half' must map settings of a run to values, such as {feedback: {mode: sign"),
         ({"half": "uSF+BN"}, "such as {condition: uSF+BN}, or {feedback: "),

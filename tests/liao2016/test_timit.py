@@ -19,6 +19,7 @@ from feedbackhook.experiments.data.verify import check
 from feedbackhook.experiments.models.build import build
 from feedbackhook.experiments.sweep.estimate import estimate
 from feedbackhook.experiments.sweep.grid import plan
+from feedbackhook.liao2016 import draws
 from feedbackhook.liao2016 import timit as audio
 from feedbackhook.store.recorder import read
 
@@ -117,7 +118,7 @@ def test_the_features_of_a_frame_are_the_defined_ones(frame: int, tmp_path: Path
     assert np.abs(found[frame, :41] - static(samples, frame + 2)).max() > 0.1  # another frame's differ
 
 
-def test_fifteen_frames_are_centred_on_the_segment() -> None:
+def test_fifteen_frames_are_centered_on_the_segment() -> None:
     features = np.arange(40 * 123, dtype=np.float32).reshape(40, 123)
     segment = audio.Segment(3200, 3680, 0)  # its middle is sample 3440, at 21.5 frames
     assert segment.frame == 22
@@ -152,7 +153,7 @@ def test_segments_are_read_with_their_features_and_then_from_the_cache(
     assert same(load(given).train, data.train)
 
 
-def test_features_are_normalised_each_by_the_training_set(root: Path) -> None:
+def test_features_are_normalized_each_by_the_training_set(root: Path) -> None:
     data = load(timit(root))
     x, y = data.batch(data.train, slice(None), torch.device("cpu"))
     raw = data.train.images.double()
@@ -179,11 +180,11 @@ def test_a_draw_is_fixed_whatever_the_case_of_names(root: Path, monkeypatch: pyt
         if path.suffix == ".wav":  # a converted copy beside the original, as some have
             path.with_name(f"{path.name}.wav").write_bytes(sentence.read_bytes())
     assert drawn(other) == first
-    draws = set()
+    found = set()
     for seed in range(6):
         monkeypatch.setattr(draws, "SEED", seed)
-        draws.add(tuple(drawn(root)))
-    assert len(draws) > 1
+        found.add(tuple(drawn(root)))
+    assert len(found) > 1
 
 
 def test_a_check_of_a_whole_copy_ends_well(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,9 +210,7 @@ def test_a_rare_phone_is_used_with_what_there_is_and_told(
     ]
     monkeypatch.setattr(audio, "PHONES", (*PHONES, "zh"))
     message = error(timit(root, cache="none"))
-    assert (
-        f"{train} contains no segment of zh (and 1 more; list all with: feedbackhook data check " in message
-    )
+    assert f"{train} contains no segment of zh (and 1 more; list all with: feedbackhook data check" in message
 
 
 def test_what_is_missing_or_damaged_is_named(root: Path) -> None:
@@ -227,7 +226,7 @@ def test_what_is_missing_or_damaged_is_named(root: Path) -> None:
         f"{speaker / 'SX38.WAV'} is missing, but {speaker / 'SX38.PHN'} exists",
         f"{phn} is damaged: line 6 is not 'START END PHONE'",
         f"{phn} is damaged: line 7 is not 'START END PHONE'",
-        f"{phn} is damaged: line 8 has 'ih', not a phone of TIMIT",
+        f"{phn} is damaged: line 8 has 'ih', which is not a phone of TIMIT",
     ]
     assert len(faults) == 9
     assert all(fault.startswith(f"{test / 'SX43.WAV'} (") for fault in faults[5:])
@@ -304,7 +303,7 @@ def test_a_network_of_images_is_refused_by_name(name: str) -> None:
 
 def test_what_is_of_images_has_no_effect_or_is_refused(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load(timit(root, size=8)).train.images.shape == (9, 1845, 1, 1)
-    assert "data.size has no effect: TIMIT-80 has features, not images" in caplog.text
+    assert "data.size 8 has no effect: TIMIT-80 has features, not images" in caplog.text
     with pytest.raises(ConfigError, match=r"data.augmentation needs images, but these data are features"):
         load(timit(root)).augmentation({})
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml  # type: ignore[import-untyped]
 from scipy import stats
 from support.run_folders import leave_run
+from support.sweeps import left
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import (
-    ConfigError,
     OptimizerConfig,
     ProtocolConfig,
     RunConfig,
     SweepConfig,
     SweepProtocolConfig,
 )
-from feedbackhook.experiments.sweep.grid import plan
 from feedbackhook.report.compare import compare
+from feedbackhook.report.errors import ReportError
 from feedbackhook.report.runs import collect
 from feedbackhook.report.statistics import Interval, interval, paired_test, percent_interval
 
@@ -68,7 +66,7 @@ def test_an_interval_of_errors_is_students_on_the_scale_of_logits() -> None:
 
 
 def test_what_is_no_percentage_has_no_such_interval() -> None:
-    with pytest.raises(ValueError, match="between 0 and 100, and these go from -1 to 3"):
+    with pytest.raises(ValueError, match="between 0 and 100, but these go from -1 to 3"):
         percent_interval([3.0, -1.0])
 
 
@@ -138,7 +136,7 @@ def test_configurations_are_compared_over_seeds(tmp_path: Path) -> None:
     assert means["runs"].tolist() == [7, 7]
     best = found.tests[found.tests["error"] == "best"].iloc[0]
     assert (best["first"], best["second"], best["pairs"]) == ("uSF+BN", "SGD", 7)
-    assert best["verdict"] == "SGD errs less than uSF+BN (p = 0.031)"
+    assert best["verdict"] == "SGD has a lower error than uSF+BN (p = 0.031)"
 
 
 def test_pairs_share_their_seed_whatever_the_order(tmp_path: Path) -> None:
@@ -172,11 +170,9 @@ def leave_sweep(path: Path, val_fraction: float = 0.1, seeds: int = 2) -> Path:
     config = SweepConfig(names, ["digits", "MNIST"], output=str(path))
     config.data.val_fraction = val_fraction
     config.protocol = SweepProtocolConfig(epochs=2, lr_factors=[1.0, 0.1], seeds=seeds)
-    path.mkdir()
-    (path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
-    for run in plan(config):
-        test = 10 + names.index(run.condition) + run.seed / 8 + (5 if run.rate == 0.1 else 0)
-        leave_run(run.config, [(90.0, 90.0), (test + 1, 60.0), (test, 20 * run.rate + run.seed)], 2)
+    for run in left(config):
+        test = 10 + names.index(run.condition) + run.seed / 8 + (5 if run.lr_factor == 0.1 else 0)
+        leave_run(run.config, [(90.0, 90.0), (test + 1, 60.0), (test, 20 * run.lr_factor + run.seed)], 2)
     return path
 
 
@@ -185,9 +181,7 @@ def test_conditions_are_compared_at_the_rate_chosen_for_each_and_against_the_fir
     val_fraction: float, rate: float, error: float, tmp_path: Path
 ) -> None:
     found = compare(collect(leave_sweep(tmp_path / "sweep", val_fraction)))
-    assert found.chosen_by.startswith(
-        "error on what is held out" if val_fraction else "best test error, which"
-    )
+    assert found.chosen_by.startswith("validation error" if val_fraction else "best test error, which")
     assert found.means["learning_rate"].tolist() == pytest.approx([rate] * 8)
     on_digits = found.means[found.means["dataset"] == "digits"]
     assert on_digits["configuration"].tolist() == ["uSF+BN", "SGD", "frSF+BN", "brSF+BN"]  # as in the sweep
@@ -207,7 +201,7 @@ def test_any_configuration_or_each_two_can_be_tested(tmp_path: Path) -> None:
     runs = collect(leave_sweep(tmp_path / "sweep"))
     assert set(compare(runs, against="SGD").tests["second"]) == {"SGD"}
     assert len(compare(runs, against="all").tests) == 2 * 6
-    with pytest.raises(ConfigError, match="no configuration is called so; did you mean 'frSF\\+BN', 'brSF"):
+    with pytest.raises(ReportError, match="no configuration has this name; did you mean 'frSF\\+BN', 'brSF"):
         compare(runs, against="FRSF+BN")
 
 
@@ -231,21 +225,23 @@ def test_tests_that_can_be_made_have_their_verdict(
     assert main(["compare", str(leave_sweep(tmp_path / "sweep", seeds=6))]) == 0
     out = capsys.readouterr().out
     assert "minus uSF+BN, on the same data with the same seed: Wilcoxon" in out
-    assert out.count("uSF+BN errs less than SGD (p = ") == 2
+    assert out.count("uSF+BN has a lower error than SGD (p = ") == 2
     assert "oo few" not in out
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
     leave(tmp_path / "first", "SGD", A[:1])
     leave(tmp_path / "second", "SGD", A[:1])
-    with pytest.raises(ConfigError, match="first/SGD--0 and second/SGD--0 are of one configuration and seed"):
+    with pytest.raises(
+        ReportError, match="first/SGD--0 and second/SGD--0 have the same configuration and se"
+    ):
         compare(collect(tmp_path))
 
 
 def test_a_run_without_an_error_is_refused_by_name(tmp_path: Path) -> None:
     config = RunConfig("SGD", protocol=ProtocolConfig(epochs=2, threads=1), output=str(tmp_path / "run"))
     leave_run(config, [(math.nan, math.nan)], 2)
-    with pytest.raises(ConfigError, match="run has no test error"):
+    with pytest.raises(ReportError, match="run has no test error"):
         compare(collect(tmp_path))
 
 
@@ -262,4 +258,4 @@ def test_the_command_prints_means_tests_and_what_is_left_out(
     assert "left out: SGD--0" in out
     assert "uSF+BN" in out
     assert main(["compare", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere is no folder" in capsys.readouterr().err
+    assert "nowhere is not a folder" in capsys.readouterr().err

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from support.run_folders import leave_run
 
-from feedbackhook.experiments.config import ConfigError, FeedbackConfig, ProtocolConfig, RunConfig
+from feedbackhook.experiments.config import FeedbackConfig, ProtocolConfig, RunConfig
 from feedbackhook.report.runs import collect
+from feedbackhook.store.errors import StoreError
 from feedbackhook.store.run_folder import RunFolder, RunResult
 
 CURVE = [(90.0, 90.0), (20.0, 21.0), (30.0, 31.0)]
@@ -117,7 +118,7 @@ def _status(status: str) -> Callable[[Path], None]:
             "missing",
         ),
         (_other_columns, "another version: it has the columns ['step']"),
-        (_old_config, "of another version (0.0.9): its config.yaml has no data.val_fraction"),
+        (_old_config, "belongs to another version (0.0.9): its config.yaml has no data.val_fraction"),
         (lambda f: (f / "config.yaml").write_text("nothing: ["), "config.yaml is damaged"),
         (lambda f: (f / "config.yaml").unlink(), "config.yaml is damaged"),
         (lambda f: (f / "status.json").write_text("{"), "status.json is damaged"),
@@ -152,13 +153,15 @@ def test_what_cannot_be_used_is_named_with_its_reason_and_the_rest_is_read(
 
 def test_a_run_that_was_stopped_before_it_began_is_empty(two: Path) -> None:
     (two / "c" / "metrics").mkdir(parents=True)
-    assert collect(two).skipped == {"c": "it is empty: it was stopped before it had begun"}
+    assert collect(two).skipped == {"c": "it is empty: it was stopped before it started"}
 
 
-@pytest.mark.parametrize(("path", "message"), [("nowhere", "nowhere is no folder"), ("empty", "no run in ")])
+@pytest.mark.parametrize(
+    ("path", "message"), [("nowhere", "nowhere is not a folder"), ("empty", "no run in")]
+)
 def test_a_folder_without_runs_is_one_clear_error(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(StoreError, match=message):
         collect(tmp_path / path)
 
 

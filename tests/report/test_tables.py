@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
 import pytest
-import yaml
 from support.run_folders import leave_run
+from support.sweeps import left
 
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
-from feedbackhook.experiments.config import ConfigError, SweepConfig, SweepProtocolConfig
-from feedbackhook.experiments.data.registry import PAPER
-from feedbackhook.experiments.sweep.grid import plan
-from feedbackhook.report.tables import as_markdown, draw, paper_errors, sweep_table, write
+from feedbackhook.experiments.config import SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.data.registry import DATASETS
+from feedbackhook.experiments.sweep.grid import plan, stored
+from feedbackhook.liao2016.published import error_rates
+from feedbackhook.report.aggregate import sweep_table
+from feedbackhook.report.tables import as_markdown, draw, write
+from feedbackhook.store.errors import StoreError
 from feedbackhook.store.run_folder import RunResult
 
 CONDITIONS = ["SGD", "uSF", "RndF", "uSF+BM2 Top"]
@@ -48,10 +50,8 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "sweep"
     protocol = SweepProtocolConfig(epochs=2, lr_factors=[1.0, 0.1], seeds=2)
     config = SweepConfig(CONDITIONS, ["MNIST"], protocol=protocol, output=str(path))
-    path.mkdir()
-    (path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
-    for run in plan(config):
-        curve = CURVES.get((run.condition, run.rate, run.seed))
+    for run in left(config):
+        curve = CURVES.get((run.condition, run.lr_factor, run.seed))
         if curve is not None:
             leave_run(run.config, curve, 2)
     return path
@@ -65,7 +65,7 @@ def cell(folder: Path, condition: str) -> pd.Series:
 def test_best_is_the_smallest_test_error_over_epochs_and_rates_of_each_seed(folder: Path) -> None:
     sgd = cell(folder, "SGD")
     assert sgd["best_error"] == pytest.approx((10 + 14) / 2)  # not the untrained network's 0.01
-    assert (sgd["rate"], sgd["best_epoch"], sgd["seeds"]) == (1.0, 2, 2)
+    assert (sgd["lr_factor"], sgd["best_epoch"], sgd["seeds"]) == (1.0, 2, 2)
     # t of one degree of freedom times the standard error of 10 and 14, on the scale of logits at their mean
     half = 12.706 * 0.02 / (0.12 * 0.88)
     logits = [math.log(sgd[f"best_{end}"] / (100 - sgd[f"best_{end}"])) for end in ("low", "error", "high")]
@@ -102,8 +102,8 @@ def test_cells_are_classed_at_three_points_from_sgd(folder: Path) -> None:
 
 def test_runs_that_are_in_no_mean_are_named(folder: Path) -> None:
     table, markdown = sweep_table(folder), as_markdown(sweep_table(folder))
-    assert table.missing == {"MNIST-RndF-rate0.1-seed1": "not begun"}
-    assert "- MNIST-RndF-rate0.1-seed1: not begun" in markdown
+    assert table.missing == {"MNIST-RndF-rate0.1-seed1": "not started"}
+    assert "- MNIST-RndF-rate0.1-seed1: not started" in markdown
     row = next(line for line in markdown.splitlines() if line.startswith("| RndF |"))
     assert "9.00 ▲ *" in row
     assert "3 of 4 *" in row
@@ -114,12 +114,10 @@ def test_runs_that_are_in_no_mean_are_named(folder: Path) -> None:
 def test_a_note_on_a_dataset_stands_below_its_tables(tmp_path: Path) -> None:
     def shown(*datasets: str) -> list[str]:
         output = tmp_path / "-".join(datasets)
-        output.mkdir()
-        config = SweepConfig(["SGD"], list(datasets), output=str(output))
-        (output / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
+        left(SweepConfig(["SGD"], list(datasets), output=str(output)))
         return as_markdown(sweep_table(output)).splitlines()
 
-    note = f"TIMIT-80: {PAPER['TIMIT-80'].note}"
+    note = f"TIMIT-80: {DATASETS['TIMIT-80'].note}"
     assert "61 phones" in note
     lines = shown("TIMIT-80")
     assert lines.index(note) > lines.index("## TIMIT-80")
@@ -130,14 +128,14 @@ def test_a_note_on_a_dataset_stands_below_its_tables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["failed", "running", "interrupted"])
 def test_what_a_run_reached_before_it_stopped_is_not_taken_for_its_result(folder: Path, status: str) -> None:
-    run = next(run for run in plan(sweep_table(folder).config) if run.name == "MNIST-RndF-rate0.1-seed1")
+    run = next(run for run in plan(stored(folder)) if run.name == "MNIST-RndF-rate0.1-seed1")
     leave_run(run.config, [(90.0, 90.0), (1.0, 1.0)], 2, status)
     assert cell(folder, "RndF")["best_error"] == 9.0
     assert run.name in sweep_table(folder).missing
 
 
 def test_a_condition_of_which_nothing_has_ended_has_no_figure(folder: Path) -> None:
-    for run in plan(sweep_table(folder).config):
+    for run in plan(stored(folder)):
         if run.condition == "SGD":
             run.folder.write_result(RunResult(run.folder.path, "failed", "disk full"))
     table = sweep_table(folder)
@@ -161,9 +159,8 @@ def test_a_damaged_run_is_named_and_in_no_mean(folder: Path) -> None:
 def test_the_markdown_of_several_datasets_begins_with_the_grid(tmp_path: Path) -> None:
     protocol = SweepProtocolConfig(epochs=1, lr_factors=1)
     config = SweepConfig(["SGD", "BN"], ["MNIST", "CIFAR10"], protocol=protocol, output=str(tmp_path))
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
     for error, run in zip(
-        [1.0, 30.0, 5.0, 20.0], sorted(plan(config), key=lambda r: r.condition), strict=True
+        [1.0, 30.0, 5.0, 20.0], sorted(left(config), key=lambda r: r.condition), strict=True
     ):
         leave_run(run.config, [(90.0, 90.0), (error, error)], 1)
     markdown = as_markdown(sweep_table(tmp_path))
@@ -186,23 +183,22 @@ def test_the_files_hold_the_table(folder: Path, capsys: pytest.CaptureFixture[st
     assert again[0].read_text() == (folder / "out" / "table.md").read_text()
 
 
-def test_the_figure_shows_the_cells_and_their_colours(folder: Path) -> None:
+def test_the_figure_shows_the_cells_and_their_colors(folder: Path) -> None:
     figure = draw(sweep_table(folder))
     ours, theirs = figure.axes
     assert [text.get_text() for text in ours.texts] == ["12.00", "79.50 ▼", "9.00 ▲ *", "9.00 ▲"]
     assert [text.get_text() for text in theirs.texts] == ["0.67", "88.65 ▼", "1.81", "-"]
     assert [label.get_text() for label in ours.get_yticklabels()] == CONDITIONS
-    assert figure.legends[0].get_texts()[-1].get_text() == "* not all of its runs are in it"
-    colours = [patch.get_facecolor() for patch in ours.patches]
-    assert colours[0] != colours[1] != colours[2] == colours[3]
+    assert figure.legends[0].get_texts()[-1].get_text() == "* some runs are missing"
+    colors = ours.collections[0].get_facecolors().tolist()
+    assert colors[0] != colors[1] != colors[2] == colors[3]
 
 
 def test_data_that_the_paper_does_not_have_stand_alone(tmp_path: Path) -> None:
     config = SweepConfig(
         ["SGD"], ["digits"], protocol=SweepProtocolConfig(1, lr_factors=1), output=str(tmp_path)
     )
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(asdict(config)))
-    leave_run(plan(config)[0].config, [(90.0, 90.0), (5.0, 5.0)], 1)
+    leave_run(left(config)[0].config, [(90.0, 90.0), (5.0, 5.0)], 1)
     table = sweep_table(tmp_path)
     assert len(draw(table).axes) == 1
     assert table.rank_correlation == {}
@@ -214,32 +210,32 @@ def test_a_copy_of_a_run_is_named_and_takes_no_other_runs_place(folder: Path) ->
     shutil.copytree(run, folder / "aside" / run.name)
     table = sweep_table(folder)
     assert cell(folder, "SGD")["ended"] == 4
-    assert table.missing["old"] == "sweep.yaml does not plan it"
+    assert table.missing["old"] == "not planned by this sweep"
 
 
-@pytest.mark.parametrize("content", [None, "conditions: 3", "nothing: [", "conditions: [SGD]"], ids=repr)
+@pytest.mark.parametrize("content", [None, "[3]", "{", '{"version": 1}'], ids=repr)
 def test_what_is_no_sweep_is_one_clear_error(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
-        (tmp_path / "sweep.yaml").write_text(content)
+        (tmp_path / "manifest.json").write_text(content)
     assert main(["table", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("feedbackhook: error:")
     assert error.count("\n") == 1
-    with pytest.raises(ConfigError, match="holds no sweep" if content is None else "sweep.yaml is damaged"):
+    with pytest.raises(StoreError, match="holds no sweep" if content is None else "manifest.json is damaged"):
         sweep_table(tmp_path)
 
 
 def test_a_typo_and_a_run_are_told_from_a_folder_that_holds_no_sweep(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(StoreError, match="there is no folder"):
         sweep_table(folder / "nowhere")
-    with pytest.raises(ConfigError, match=f"but is a run of the one in {folder}"):
+    with pytest.raises(StoreError, match=f"but is a run of the one in {folder}"):
         sweep_table(folder / "MNIST-SGD-rate1-seed0")
 
 
 def test_the_papers_table_is_whole() -> None:
-    paper = paper_errors()
+    paper = error_rates()
     assert paper.shape == (39, 15)
     assert int(paper.notna().sum().sum()) == 531  # 543 with SGD and uSF+BN twice on six datasets
     assert all(Condition.parse(name).name == name for name in paper.index)

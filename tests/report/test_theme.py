@@ -1,4 +1,4 @@
-"""One look for every picture: colours that are told apart, three sizes, light and dark."""
+"""One look for every picture: colors that are told apart, three sizes, light and dark."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from feedbackhook.report import theme
 from feedbackhook.report.plots import error_against_concordance
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance, 0 to 1 (WCAG 2)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -32,12 +32,12 @@ def test_every_rule_has_a_look() -> None:
     assert theme.look("of one's own") == theme.look("tensor")
 
 
-def test_rules_that_share_a_colour_differ_in_marker_or_dashes() -> None:
+def test_rules_that_share_a_color_differ_in_marker_or_dashes() -> None:
     assert len(set(theme.RULES.values())) == len(theme.RULES)
     drawn_together = ("backprop", "uSF", "NuSF", "brSF", "frSF", "RndF", "sign")
     for first, second in itertools.combinations(drawn_together, 2):
         assert theme.look(first).marker != theme.look(second).marker
-        difference = np.subtract(to_rgb(theme.look(first).colour), to_rgb(theme.look(second).colour))
+        difference = np.subtract(to_rgb(theme.look(first).color), to_rgb(theme.look(second).color))
         assert np.abs(difference).sum() > 0.3
 
 
@@ -47,9 +47,9 @@ def test_text_and_lines_stand_out_from_the_ground(dark: bool) -> None:
         ground = mpl.rcParams["axes.facecolor"]
         assert contrast(theme.ink(), ground) > 7
         for look in theme.RULES.values():
-            assert contrast(look.colour, ground) > 1.9
-        for colour in theme.sequence(6):
-            assert contrast(mpl.colors.to_hex(colour), ground) > 1.4
+            assert contrast(look.color, ground) > 1.9
+        for color in theme.sequence(6):
+            assert contrast(mpl.colors.to_hex(color), ground) > 1.4
     assert mpl.rcParams["axes.facecolor"] == mpl.rcParamsDefault["axes.facecolor"]
 
 
@@ -66,7 +66,7 @@ def test_a_size_scales_figure_and_text_and_ends_with_its_block() -> None:
 
 
 def test_a_sequence_runs_from_one_hue_to_another() -> None:
-    hues = [rgb_to_hsv(colour)[0] for colour in theme.sequence(5)]
+    hues = [rgb_to_hsv(color)[0] for color in theme.sequence(5)]
     assert hues == sorted(hues, reverse=True)
 
 
@@ -83,7 +83,7 @@ PAPER = pd.DataFrame([("frSF", 0.0, 4.25), ("frSF", 1.0, 0.91)], columns=["rule"
 
 
 def test_errors_are_drawn_against_concordance_beside_the_papers() -> None:
-    figure = error_against_concordance(RUNS, PAPER)
+    figure = error_against_concordance(RUNS, PAPER, "Liao et al. 2016")
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     assert set(lines) == {"frSF: drawn once", "frSF, Liao et al. 2016", "brSF: redrawn", "SGD"}
@@ -92,7 +92,7 @@ def test_errors_are_drawn_against_concordance_beside_the_papers() -> None:
     assert list(ours.get_ydata()) == pytest.approx([30.1, 1.6, 0.6])
     assert list(theirs.get_ydata()) == [4.25, 0.91]
     assert theirs.get_linestyle() == "--"
-    assert to_rgb(ours.get_color()) == to_rgb(theirs.get_color()) == to_rgb(theme.look("frSF").colour)
+    assert to_rgb(ours.get_color()) == to_rgb(theirs.get_color()) == to_rgb(theme.look("frSF").color)
     assert axes.get_yscale() == "log"
     assert axes.get_ylabel() == "best test error [%]"
     assert axes.get_xlabel() == "concordance: share of feedback signs that agree with W's"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +14,6 @@ import pytest
 import torch
 
 import feedbackhook
-from feedbackhook.store.atomic import atomic_write
-from feedbackhook.store.locks import holder
 from feedbackhook.store.recorder import COLUMNS, Recorder, read
 
 
@@ -214,56 +210,6 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_two_recorders_on_one_folder_are_refused(tmp_path: Path) -> None:
-    with Recorder(tmp_path), pytest.raises(BlockingIOError, match="being written by another run"):
-        Recorder(tmp_path)
-    Recorder(tmp_path).close()
-
-
-def test_the_process_at_work_in_a_folder_is_named(tmp_path: Path) -> None:
-    assert holder(tmp_path) is None
-    with Recorder(tmp_path), Recorder(tmp_path / "other"):
-        me = f"process {os.getpid()} on {socket.gethostname()}"
-        assert holder(tmp_path) == me
-        with pytest.raises(BlockingIOError, match=re.escape(f"another run ({me})")):
-            Recorder(tmp_path)
-    assert (tmp_path / "metrics" / ".lock").read_text().strip() == me  # nobody holds it, whatever it says
-    assert holder(tmp_path) is None
-
-
-def test_the_lock_file_is_touched_once_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr("feedbackhook.store.recorder.time.monotonic", lambda: now)
-    with Recorder(tmp_path, interval=30) as recorder:
-        lock = tmp_path / "metrics" / ".lock"
-        os.utime(lock, (1, 1))
-        recorder.touch_if_due()
-        assert lock.stat().st_mtime == 1
-        now += 30
-        recorder.touch_if_due()
-        assert lock.stat().st_mtime > 1
-        os.utime(lock, (1, 1))
-        recorder.touch_if_due()
-        assert lock.stat().st_mtime == 1
-
-
-def test_a_process_that_was_forked_off_does_not_keep_the_folder(tmp_path: Path) -> None:
-    """As a data loader's workers are, which may outlive the recorder."""
-    with Recorder(tmp_path) as recorder:
-        recorder.add(0, 0, "loss", 1.0)
-        child = os.fork()
-        if not child:
-            signal.pause()
-            os._exit(0)
-    try:
-        with Recorder(tmp_path) as again:
-            again.add(1, 0, "loss", 0.5)
-        assert read(tmp_path)["value"].tolist() == [1.0, 0.5]
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
 def test_rows_before_an_error_are_kept_and_the_folder_is_free(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
 
@@ -278,25 +224,6 @@ def test_rows_before_an_error_are_kept_and_the_folder_is_free(tmp_path: Path) ->
     with pytest.raises(ValueError, match="closed"):
         recorder.add(2, 1, "train_loss", 2.0)
     recorder.close()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "status.json"
-    path.write_text("old")
-
-    def write(text: str, fail: bool) -> None:
-        with atomic_write(path) as temporary:
-            temporary.write_text(text)
-            assert path.read_text() == "old"
-            if fail:
-                raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write("ne", fail=True)
-    assert path.read_text() == "old"
-    write("new", fail=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
-    assert path.read_text() == "new"
 
 
 WRITER = """

@@ -267,6 +267,24 @@ MLP_UPSTREAM = ["input", "0.weight", "0.bias", "2.weight", "2.bias"]
 """What of `mlp` an error signal reaches through a patched weight."""
 
 
+CNN_INPUT = (2, 2, 9, 9)
+"""The shape of an input of `Net`."""
+
+CNN_UPSTREAM = ["input", "stem.weight", "blocks.0.conv1.weight", "blocks.1.conv2.weight"]
+"""What of `Net` an error signal reaches through a patched weight."""
+
+
+def patched(problem_or_model, mode="tensor", **options):
+    """A fresh model and its patch, with independent random feedback unless told otherwise."""
+    model = problem_or_model.model() if isinstance(problem_or_model, Problem) else problem_or_model
+    if mode == "tensor" and "feedback" not in options:
+        options["feedback"] = random_feedback(model)
+    return model, feedbackhook.patch(model, mode, **options)
+
+
+# --- removal ---------------------------------------------------------------------------------------------
+
+
 def patched_copy(plain: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """A patched copy of `plain`, and its feedback: random, and independent of the weights."""
     model, feedback = copy.deepcopy(plain), random_feedback(plain)

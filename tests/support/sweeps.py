@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from feedbackhook.experiments.config import DataConfig, SweepConfig, SweepModelConfig, SweepProtocolConfig
+from feedbackhook.experiments.sweep.grid import PlannedRun, plan
+from feedbackhook.experiments.sweep.manifest import write
 
 TINY = SweepModelConfig("timm/test_resnet")  # with images of 16x16 an epoch on digits takes half a second
 
@@ -51,3 +53,14 @@ def runs(pid: int) -> bool:
 
 def how_many(folder: Path, status: str) -> int:
     return sum(json.loads(path.read_text())["status"] == status for path in folder.glob("*/status.json"))
+
+
+def names(runs: list[PlannedRun]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def left(config: SweepConfig) -> list[PlannedRun]:
+    """The plan of a sweep whose own files are left in its folder; its runs are not."""
+    runs = plan(config)
+    write(config, runs)
+    return runs

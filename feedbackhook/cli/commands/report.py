@@ -22,7 +22,8 @@ def _table_arguments(parser: ArgumentParser) -> None:
 
 
 def _table(given: Namespace) -> int:
-    from feedbackhook.report.tables import as_markdown, sweep_table, write
+    from feedbackhook.report.aggregate import sweep_table
+    from feedbackhook.report.tables import as_markdown, write
 
     table = sweep_table(given.sweep)
     print(as_markdown(table))

@@ -41,7 +41,7 @@ def _sweep(given: Namespace) -> int:
         return 0
     try:
         with sweep_progress(console, runs) as progress:
-            results = sweep(config, progress, console.print)
+            results = sweep(config, progress, console.print, runs)
     except KeyboardInterrupt:
         console.print("interrupted; rerun the same command to resume")
         raise

@@ -1,4 +1,4 @@
-"""Batch normalisation as in Liao, Leibo and Poggio 2016, and its statistics for evaluation.
+"""Batch normalization with averaged statistics for evaluation, and over several processes.
 
 Shapes: N images, C channels.
 """
@@ -17,17 +17,18 @@ from torch.overrides import TorchFunctionMode
 from feedbackhook.experiments.config import ConfigError
 
 
-class PaperBatchNorm(nn.Module):
-    """Batch normalisation as in Liao, Leibo and Poggio 2016: no learnable scale and shift unless asked for.
+class AveragedBatchNorm(nn.Module):
+    """Normalize by batch statistics in training, and by averages of them in evaluation.
 
-    In training, (x - mean) / std with the mini-batch's own mean and std, per channel over batch and pixels.
-    In evaluation, with the averages that :func:`estimate_statistics` took last (before that, 0 and 1). The
-    paper leaves open whether the variance is biased; here std = sqrt(biased variance + eps) in both, as
-    training normalises by it. The backward pass is PyTorch's own, through mean and std.
+    As in Liao, Leibo and Poggio 2016: by default there is no learnable scale and shift, and the averages are
+    those that :func:`estimate_statistics` took last (before that, mean 0 and std 1) instead of running ones.
+    In training, x becomes (x - mean) / std with mean and std of each channel over the mini-batch and pixels.
+    The paper does not say whether the variance is biased; here std = sqrt(biased variance + eps) in training
+    and evaluation. The backward pass is PyTorch's, through mean and std.
 
     Args:
-        channels: C of the input, shape (N, C) or (N, C, H, W).
-        affine: a learnable scale and shift by channel (the paper's columns BN and BN+BM).
+        channels: C of the input, of shape (N, C) or (N, C, H, W).
+        affine: add a learnable scale and shift for each channel.
         eps: added to the variance.
     """
 
@@ -43,15 +44,15 @@ class PaperBatchNorm(nn.Module):
         self.register_buffer("std", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) to the same shape."""
+        """Map (N, C, ...) to the same shape."""
         if self.training:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         return F.batch_norm(x, self.mean, self.std.square(), self.weight, self.bias, eps=0.0)
 
     def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of a mini-batch (N, C, ...), each of shape (C,)."""
+        """Return mean and std of a mini-batch (N, C, ...), each of shape (C,)."""
         mean, unbiased = torch.zeros_like(self.mean), torch.zeros_like(self.std)
-        # a momentum of 1 fills in the mini-batch's own; several times as fast as torch.var_mean
+        # with momentum 1 the running statistics are the mini-batch's; much faster than torch.var_mean
         F.batch_norm(x, mean, unbiased, training=True, momentum=1.0)
         count = x.numel() // self.channels
         return mean, (unbiased * ((count - 1) / count) + self.eps).sqrt()
@@ -61,50 +62,50 @@ class PaperBatchNorm(nn.Module):
 
 
 def insert_batch_norm(model: nn.Module, affine: bool = False) -> None:
-    """Puts a :class:`PaperBatchNorm` behind each `nn.Conv2d` of a model, in place.
+    """Insert a :class:`AveragedBatchNorm` after each `nn.Conv2d` of a model, in place.
 
-    The convolution NAME becomes NAME.conv, and NAME.norm follows it. Weights stay as they are.
+    The convolution NAME becomes NAME.conv, followed by NAME.norm. Weights do not change.
 
     Raises:
-        ConfigError: the model normalises already, or has no convolution.
+        ConfigError: the model already has normalization, or has no convolutions.
     """
-    if own := sorted({type(module).__name__ for module in model.modules() if _normalises(module)}):
-        raise ConfigError(f"model.batch_norm is for models without normalisation; this one has {own[0]}")
+    if own := sorted({type(module).__name__ for module in model.modules() if _normalizes(module)}):
+        raise ConfigError(f"model.batch_norm needs a model without normalization, but this one has {own[0]}")
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not convolutions:
-        raise ConfigError("model.batch_norm goes behind convolutions, and this model has none")
+        raise ConfigError("model.batch_norm needs a model with convolutions, but this one has none")
     for name, convolution in convolutions.items():
         parent, _, attribute = name.rpartition(".")
-        norm = PaperBatchNorm(convolution.out_channels, affine).train(convolution.training)
+        norm = AveragedBatchNorm(convolution.out_channels, affine).train(convolution.training)
         both = OrderedDict(conv=convolution, norm=norm)
         setattr(model.get_submodule(parent), attribute, nn.Sequential(both))
 
 
-def _normalises(module: nn.Module) -> bool:
+def _normalizes(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, batches: Iterable[Tensor], alpha: float = 0.05) -> None:
-    """Take the statistics for evaluation of every :class:`PaperBatchNorm` in ``model``, in place.
+    """Estimate the statistics for evaluation of every :class:`AveragedBatchNorm` in ``model``, in place.
 
-    Exponential moving average of each mini-batch's mean and std, average <- (1 - alpha) average +
-    alpha batch (Liao et al. 2016: alpha = 0.05, 20 mini-batches, after each epoch). Where the average
-    starts is not stated in the paper; here it starts anew at each call, with the first mini-batch.
-    All other layers run as in evaluation, so dropout draws nothing. A model without PaperBatchNorm is
-    left alone and the batches are not drawn.
+    They are exponential moving averages of the mean and std of mini-batches: average <- (1 - alpha) average
+    + alpha batch (Liao et al. 2016: alpha = 0.05, 20 mini-batches, after each epoch). The paper does not say
+    where the average starts; here each call starts it again with its first mini-batch. All other layers run
+    in evaluation mode, so dropout draws nothing. If the model has no AveragedBatchNorm, nothing happens and
+    no batch is drawn.
 
     Args:
-        model: left in the mode (training or evaluation) in which it came, module by module.
-        batches: inputs of the training set.
-        alpha: the weight of the newest mini-batch, 0 to 1.
+        model: the network; each module's training mode is restored.
+        batches: inputs from the training set.
+        alpha: weight of the newest mini-batch, 0 to 1.
     """
-    norms = [m for m in model.modules() if isinstance(m, PaperBatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, AveragedBatchNorm)]
     if not norms:
         return
-    averages: dict[PaperBatchNorm, tuple[Tensor, Tensor]] = {}
+    averages: dict[AveragedBatchNorm, tuple[Tensor, Tensor]] = {}
 
-    def update(norm: PaperBatchNorm, inputs: tuple[Tensor]) -> None:
+    def update(norm: AveragedBatchNorm, inputs: tuple[Tensor]) -> None:
         batch = norm.batch_statistics(inputs[0])
         old = averages.get(norm, batch)
         averages[norm] = (old[0].lerp(batch[0], alpha), old[1].lerp(batch[1], alpha))
@@ -128,15 +129,14 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Tensor], alpha: floa
 
 
 class OfAllProcesses(TorchFunctionMode):
-    """Within it, batch normalisation in training takes the statistics of all processes' shares of a
-    mini-batch, which are of one size, and so do its running averages.
+    """Compute batch statistics in training over the mini-batches of all processes, which have equal sizes.
 
-    It stands in for `F.batch_norm`, which every kind of normalisation by batch statistics calls, ours and
-    timm's with their activations among them; `nn.SyncBatchNorm` would take the place of modules, knows
-    torch's own alone, and needs a GPU. Mean and biased variance in two passes, in float32 or better.
+    It replaces `F.batch_norm`, which every kind of batch normalization calls, including ours and timm's
+    layers with activations. `nn.SyncBatchNorm` would replace modules, knows only torch's own, and needs a
+    GPU. Mean and biased variance take two passes, in float32 or better; running averages use them too.
 
     Args:
-        count: of the processes.
+        count: number of processes.
     """
 
     def __init__(self, count: int) -> None:
@@ -161,20 +161,20 @@ class OfAllProcesses(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """(N, C, ...) to the same shape."""
+        """Map (N, C, ...) to the same shape."""
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         x = input if input.dtype == torch.float64 else input.float()
         dims, shape = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
         mean = self._mean(x.mean(dims))
-        centred = x - mean.view(shape)
-        variance = self._mean(centred.square().mean(dims))
+        centered = x - mean.view(shape)
+        variance = self._mean(centered.square().mean(dims))
         if running_mean is not None and running_var is not None:
             entries = self._count * x.numel() // x.shape[1]
             running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
             unbiased = variance.detach() * (entries / (entries - 1))
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        output = centred * (variance + eps).rsqrt().view(shape)
+        output = centered * (variance + eps).rsqrt().view(shape)
         if weight is not None:
             output = output * weight.view(shape)
         if bias is not None:
@@ -187,7 +187,7 @@ class OfAllProcesses(TorchFunctionMode):
 
 
 class _MeanOfAll(torch.autograd.Function):
-    """The mean of a tensor over all processes. Its transpose is itself: the loss is the sum of theirs."""
+    """The mean of a tensor over all processes. It is its own transpose, as the loss is the sum over them."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, count: int) -> Tensor:
@@ -204,7 +204,7 @@ class _MeanOfAll(torch.autograd.Function):
 
 
 def other_batch_statistics(model: nn.Module) -> str | None:
-    """The kind of a module that takes statistics of the mini-batch without `F.batch_norm`, if there is one:
-    timm's EvoNorm-B and torch's SyncBatchNorm."""
+    """Return the class of a module that computes batch statistics without `F.batch_norm`, if there is one:
+    timm's EvoNorm-B or torch's SyncBatchNorm."""
     kinds = (type(module).__name__ for module in model.modules())
     return next((kind for kind in kinds if kind.startswith(("EvoNorm2dB", "SyncBatchNorm"))), None)

@@ -24,13 +24,13 @@ def resnet20(classes: int, channels: int) -> nn.Module:
 
 @register_network("cifar/resnet18", _INPUT)
 def resnet18(classes: int, channels: int) -> nn.Module:
-    """ResNet-18 with a stem of one 3x3 convolution and no pool, as is usual on CIFAR."""
+    """ResNet-18 whose stem is one 3x3 convolution without a pool, as usual for CIFAR."""
     return _resnet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels)
 
 
 def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channels: int) -> nn.Module:
-    """Stages of basic blocks, each but the first halving height and width; shortcuts are 1x1 convolutions
-    where the shape changes."""
+    """Stages of basic blocks; each stage except the first halves height and width. Shortcuts are 1x1
+    convolutions where the shape changes."""
     from timm.models.resnet import BasicBlock, downsample_conv
 
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -51,7 +51,7 @@ def _resnet(blocks: tuple[int, ...], maps: tuple[int, ...], classes: int, channe
 @register_network("cifar/vgg16", _INPUT)
 def vgg16(classes: int, channels: int, width: float = 1.0) -> nn.Module:
     """The thirteen convolutions of VGG-16 (Simonyan and Zisserman 2015, configuration D) and one fully
-    connected layer, without normalisation and dropout; ``width`` is a factor of the maps."""
+    connected layer, without normalization and dropout; ``width`` multiplies the number of maps."""
     if not isinstance(width, (int, float)) or not 1 / 64 <= width <= 4:
         raise ConfigError(f"model.options.width must be a factor from 1/64 to 4, not {width!r}")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -76,7 +76,7 @@ def mixer(
     num_blocks: int = 8,
     embed_dim: int = 128,
 ) -> nn.Module:
-    """A small MLP-Mixer (Tolstikhin et al. 2021), as timm builds them; ``img_size`` is in pixels."""
+    """A small MLP-Mixer (Tolstikhin et al. 2021), built by timm; ``img_size`` is in pixels."""
     from timm.models.mlp_mixer import MlpMixer
 
     model: nn.Module = MlpMixer(
@@ -91,7 +91,7 @@ def mixer(
 
 
 def _drawn(model: nn.Module) -> nn.Module:
-    """The model with its convolutions drawn anew, by the layers' outputs (He et al. 2015)."""
+    """Initialize the convolutions by their number of outputs (He et al. 2015), in place; return the model."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

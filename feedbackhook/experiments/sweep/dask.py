@@ -1,15 +1,14 @@
-"""The runs of a sweep on a cluster, by dask.distributed.
+"""Run a sweep on a cluster, with dask.distributed.
 
-The scheduler has a task for each run. A task starts a process of its own for it, so that runs share neither
-random state nor memory, however many threads a worker has, and a run that is killed takes no worker with it.
-The scheduler alone does not decide which worker has a run: it may take a worker for lost that only stands
-still, and give its run to another. So the process at work in a run's folder locks it, and a worker that finds
-a folder locked gives the run back and takes another. The file system must share its locks, which is tried
-first.
+The scheduler has one task for each run. A task starts a separate process for its run: runs then share
+neither random state nor memory, however many threads a worker has, and a run that is killed does not take its
+worker with it. The scheduler may take a worker that only hangs for lost and give its run to another. So the
+process that trains a run locks its folder, and a worker that finds a folder locked gives the run back and
+takes another. The file system must share locks, which is tested first.
 
-Giving back needs no client, which may have ended: the task secedes, so that its thread takes another run, and
-asks the scheduler to run it again, anywhere, once the folder is free. Asked at once, the scheduler would hand
-it out again before all others, since it came first.
+Giving a run back needs no client, which may have ended: the task secedes, so that its thread takes another
+run, and asks the scheduler to run it again, anywhere, once the folder is free. If it asked at once, the
+scheduler would hand the same run out again before all others, since it came first.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds
-_PATIENCE = 120.0  # seconds: a network file system may show another machine's files late
-# by itself, or by a signal that asked it to: while it ran, or while it began
+_PATIENCE = 120.0  # seconds: a network file system may be late to show the files of another machine
+# exit statuses of a process that ended by itself, or because a signal asked it to
 _ENDED = (0, *(s for number in (signal.SIGINT, signal.SIGTERM) for s in (128 + number, -number)))
 _ANY_GPU = ("auto", "cuda")
 _CLOSING = (Status.closing, Status.closed, Status.failed)
@@ -63,7 +62,7 @@ _VERSIONS = ("feedbackhook", "torch")
 
 
 class _View(NamedTuple):
-    """What a worker's machine is, and what it sees."""
+    """What a worker's machine has and sees."""
 
     versions: dict[str, str]
     gpus: int
@@ -71,13 +70,13 @@ class _View(NamedTuple):
     sees_lock: bool
 
 
-# by the sweep's folder
+# both by the folder of the sweep
 _children: dict[Path, set[subprocess.Popen[bytes]]] = defaultdict(set)
-_stops: dict[Path, threading.Event] = defaultdict(threading.Event)  # set and replaced when its runs stop
+_stops: dict[Path, threading.Event] = defaultdict(threading.Event)  # set, then replaced, when its runs stop
 
 
 def _look(folder: Path) -> _View:
-    """``folder`` is that of a sweep, which has locked it."""
+    """Look at a sweep's folder, which the sweep has locked, from a worker."""
     sees_folder, sees_lock = (folder / ".lock").exists(), False
     if sees_folder:
         try:
@@ -93,11 +92,11 @@ def _versions() -> dict[str, str]:
 
 
 def _run(config: RunConfig, place: str, runs_per_gpu: int) -> bool:
-    """One run, in a process of its own, which begins in the folder ``place``; whether it has used up its
+    """Train one run in a separate process, started in the folder ``place``; return whether it has used up its
     attempts.
 
     Raises:
-        Reschedule: another process held the run's folder, which is free now.
+        Reschedule: another process held the run folder, which is free now.
     """
     folder = Path(place, str(config.output))
     if holder(folder) is not None:
@@ -109,16 +108,18 @@ def _run(config: RunConfig, place: str, runs_per_gpu: int) -> bool:
                 return False
             if status == IN_USE:
                 break
-            logger.warning("the process of %s ended by %d (attempt %d)", config.output, status, attempt)
+            logger.warning(
+                "the process of %s ended with status %d (attempt %d)", config.output, status, attempt
+            )
         else:
             return True
     return _give_back(folder)
 
 
 def _give_back(folder: Path) -> NoReturn:
-    """Free this task's thread for another run, and hand the task back when its folder is free."""
+    """Free this task's thread for another run, and give the task back once its folder is free."""
     worker, stop = distributed.get_worker(), _stops[folder.parent]
-    logger.warning("%s is in use by %s: it is given back until it is free", folder, holder(folder))
+    logger.warning("%s is in use by %s: the run is given back until it is free", folder, holder(folder))
     distributed.secede()
     while holder(folder) is not None and worker.status not in _CLOSING and not stop.wait(_POLL):
         pass
@@ -140,7 +141,7 @@ def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> in
         try:
             process.communicate(message, timeout=_POLL)
         except subprocess.TimeoutExpired:
-            message = None  # it is on its way
+            message = None  # already sent
             if worker.status in _CLOSING and process in siblings:
                 _interrupt_one(siblings, process)  # the worker would wait for it
     siblings.discard(process)
@@ -148,23 +149,25 @@ def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> in
 
 
 def _interrupt(folder: Path) -> None:
-    """Stop the runs of the sweep in a folder, and the wait for those that were given back."""
+    """Stop the runs of the sweep in a folder, and the waiting for runs that were given back."""
     _stops.pop(folder, threading.Event()).set()
     for process in list(_children[folder]):
         _interrupt_one(_children[folder], process)
 
 
 def _interrupt_one(siblings: set[subprocess.Popen[bytes]], process: subprocess.Popen[bytes]) -> None:
-    """Once: a second signal would cut short how it ends."""
+    """Interrupt a process once: a second signal would keep it from ending in order."""
     siblings.discard(process)
     process.send_signal(signal.SIGINT)
 
 
 @contextmanager
 def _gpu(device: str, runs_per_gpu: int) -> Iterator[dict[str, str]]:
-    """The environment in which a process sees one GPU alone, which no more than ``runs_per_gpu`` runs of this
-    user have at a time, whichever worker they belong to; waits for one. Nothing where runs use no GPU, or a
-    certain one."""
+    """Wait for a GPU, and give the environment variables with which a process sees only that GPU.
+
+    At most ``runs_per_gpu`` runs of this user have a GPU at a time, whichever worker they belong to. If runs
+    use no GPU, or one that is given, there is nothing to set.
+    """
     gpus = _visible_gpus() if device in _ANY_GPU else []
     if not gpus:
         yield {}
@@ -193,10 +196,10 @@ def _visible_gpus() -> list[str]:
 
 @contextmanager
 def connected(config: SweepConfig, tell: Callable[[str], None] = logger.info) -> Iterator[Cluster]:
-    """The cluster of a sweep whose folder is locked; waits for its first worker.
+    """Connect to the cluster of a sweep whose folder is locked, and wait for its first worker.
 
     Raises:
-        ConfigError: there is no scheduler, or a worker cannot do the sweep's runs.
+        ConfigError: there is no scheduler, or a worker cannot train the sweep's runs.
     """
     with _client(config) as client:
         tell(f"dashboard: {client.dashboard_link}")
@@ -225,15 +228,15 @@ def _client(config: SweepConfig) -> Iterator[distributed.Client]:
             client = distributed.Client(cluster.address)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no scheduler answers at cluster.address {cluster.address}: {one_line(error)} (dask scheduler "
-            "starts one, dask worker ADDRESS its workers)"
+            f"no scheduler answers at cluster.address {cluster.address}: {one_line(error)} (start one with "
+            "`dask scheduler`, and its workers with `dask worker ADDRESS`)"
         ) from error
     with client:
         yield client
 
 
 def job_queue() -> Any:
-    """The package dask_jobqueue, whose import replaces the handler of Ctrl-C; it is put back."""
+    """Import dask_jobqueue, and restore the handler of Ctrl-C, which the import replaces."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         import dask_jobqueue
@@ -251,13 +254,13 @@ def _slurm(cluster: ClusterConfig, threads: int) -> Any:
     if cluster.gpus and not any("gres" in line or "gpus" in line for line in directives):
         directives.append(f"--gres=gpu:{cluster.gpus}")
     at_once = cluster.gpus * cluster.runs_per_gpu or max(1, int(options.get("cores", 1)) // threads)
-    # one worker a job: each of its threads waits for the process of a run
+    # one worker for each job: each of its threads waits for the process of one run
     of_worker = [*options.pop("worker_extra_args", []), "--nthreads", str(at_once)]
     try:
         jobs = job_queues.SLURMCluster(
             **{"processes": 1, **options}, job_extra_directives=directives, worker_extra_args=of_worker
         )
-        # not scale: a job that ends at its time limit is followed by another
+        # not `scale`: a job that ends at its time limit is then replaced
         jobs.adapt(minimum_jobs=cluster.jobs, maximum_jobs=cluster.jobs)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"cluster.slurm: {one_line(error)}") from error
@@ -271,13 +274,13 @@ class Cluster:
         self._client = client
         self._place, self._folder = os.getcwd(), Path(os.getcwd(), config.output)
         self._device, self._runs_per_gpu = config.protocol.device, config.cluster.runs_per_gpu
-        self._keys: list[tuple[str, str, str, int]] = []  # of all tasks that were asked for
+        self._keys: list[tuple[str, str, str, int]] = []  # of all tasks submitted
 
     def check(self) -> None:
-        """See that the workers that are there can do the sweep's runs.
+        """Check that the present workers can train the sweep's runs.
 
         Raises:
-            ConfigError: naming a worker and what is wrong with it.
+            ConfigError: a worker cannot; the message names it and says why.
         """
         threads = self._client.nthreads()
         views = self._client.run(_look, self._folder, on_error="return")
@@ -287,35 +290,36 @@ class Cluster:
             for name, here in _versions().items():
                 if view.versions[name] != here:
                     raise ConfigError(
-                        f"the worker {worker} has {name} {view.versions[name]}, this machine {here}: install "
-                        "the same on both"
+                        f"the worker {worker} has {name} {view.versions[name]}, this machine has {here}: "
+                        "install the same version on both"
                     )
             if not view.sees_folder:
                 raise ConfigError(
-                    f"the worker {worker} does not see {self._folder}: give an output on a file system that "
-                    "all machines share"
+                    f"the worker {worker} does not see {self._folder}: choose an output on a file system "
+                    "that all machines share"
                 )
             if not view.sees_lock:
                 raise ConfigError(
-                    f"the worker {worker} can lock {self._folder}/.lock, which this machine has "
-                    "locked: a run could be done twice at once; give an output on a file system that shares "
+                    f"the worker {worker} can lock {self._folder}/.lock although this machine has locked it, "
+                    "so two workers could train the same run: choose an output on a file system that shares "
                     "locks (flock)"
                 )
             takes = view.gpus * self._runs_per_gpu
             if takes and self._device in _ANY_GPU and threads[worker] > takes:
                 raise ConfigError(
-                    f"the worker {worker} has {threads[worker]} threads, and its {view.gpus} GPUs take "
-                    f"{takes} runs: start it by dask worker --nthreads {takes}, or give cluster.runs_per_gpu"
+                    f"the worker {worker} has {threads[worker]} threads, but its {view.gpus} GPUs take only "
+                    f"{takes} runs: start it with dask worker --nthreads {takes}, or raise "
+                    "cluster.runs_per_gpu"
                 )
 
     def run_all(self, pending: list[PlannedRun]) -> None:
         """Run them until each has ended or failed.
 
-        The scheduler keeps the tasks when this process ends, and knows them by their keys when it, or another
-        sweep in this folder, asks again.
+        The scheduler keeps the tasks if this process ends, and recognizes them by their keys when this sweep,
+        or another one in the folder, submits them again.
 
         Raises:
-            ConfigError: the scheduler is gone, or what a run leaves does not show here.
+            ConfigError: the scheduler is gone, or the files of a run do not appear on this machine.
         """
         try:
             self._run_all(pending)
@@ -331,15 +335,17 @@ class Cluster:
             run = runs.pop(future)
             if future.status not in ("finished", "error"):
                 raise ConfigError(
-                    f"the scheduler let go of {run.name} ({future.status}): the same command goes on when it "
-                    "is there again"
+                    f"the scheduler lost {run.name} ({future.status}): start it again, then rerun the same "
+                    "command to resume"
                 )
             error = future.exception()
             if error is None and future.result():
                 fail_for_lost_processes(run.config)
             elif error is not None and not isinstance(error, KilledWorker):
                 fail(run.config, f"{type(error).__name__}: {one_line(error)}")
-            elif error is not None or self._status(run) == "interrupted":  # its worker went, not the run
+            elif (
+                error is not None or self._status(run) == "interrupted"
+            ):  # its worker is gone; the run did not fail
                 lost[run.name] += 1
                 if lost[run.name] == ATTEMPTS:
                     fail(run.config, f"its worker ended {ATTEMPTS} times: killed, or out of memory?")
@@ -349,7 +355,7 @@ class Cluster:
                     done.add(again)
 
     def _submit(self, runs: list[PlannedRun], attempt: int) -> list[distributed.Future]:
-        group = f"feedbackhook-{self._folder.name}"  # of one group the scheduler keeps a queue
+        group = f"feedbackhook-{self._folder.name}"  # the scheduler keeps one queue for each group
         keys = [(group, run.name, self._token(run), attempt) for run in runs]
         self._keys += keys
         futures = self._client.map(
@@ -363,28 +369,28 @@ class Cluster:
         return list(futures)
 
     def _token(self, run: PlannedRun) -> str:
-        """Of what a run is: one asked for otherwise is another task."""
+        """A hash of the run's configuration: with another one it is another task."""
         content = json.dumps(
             [asdict(run.config), self._place, self._runs_per_gpu], sort_keys=True, default=str
         )
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def _status(self, run: PlannedRun) -> str:
-        """What has become of a run that has been run; waits until it shows on this machine."""
+        """The status of a run that was trained; waits until it appears on this machine."""
         until = time.monotonic() + _PATIENCE
         while (result := run.folder.result()) is None or result.status == "running":
             if time.monotonic() > until:
                 raise ConfigError(
-                    f"{run.name} has been run, and {run.folder.path} does not show it on this machine: give "
+                    f"{run.name} was trained, but {run.folder.path} does not show it on this machine: choose "
                     "an output on a file system that all machines share"
                 )
             time.sleep(_POLL)
         return result.status
 
     def _stop(self) -> None:
-        """End the runs; what has been done of them is kept."""
+        """Stop the runs; their finished epochs are kept."""
         futures = [distributed.Future(key, self._client) for key in self._keys]
         self._client.cancel(futures, force=True)
-        for _ in range(2):  # a task may just have begun
+        for _ in range(2):  # twice: a task may just have started
             self._client.run(_interrupt, self._folder, on_error="ignore")
             time.sleep(_POLL)

@@ -1,4 +1,4 @@
-"""Which runs a sweep is: the product of conditions, datasets, learning rates and seeds."""
+"""The runs of a sweep: the product of conditions, datasets, learning rates and seeds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from feedbackhook.experiments.conditions import Condition, Procedure, procedures
 from feedbackhook.experiments.config import (
@@ -28,30 +28,39 @@ from feedbackhook.experiments.parser_messages import plain_words
 from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.stored import check_same, store_errors, with_stored_machine
 from feedbackhook.names import nearest
+from feedbackhook.store.manifest import sweep_file
 from feedbackhook.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
-_SMALL_EPOCHS, _SMALL_RATES = 8, 3
+LR_FACTORS = (100.0, 10.0, 1.0, 0.1, 0.01)
+_SMALL_EPOCHS, _SMALL_LR_FACTORS = 8, 3
 
 
-class PlannedRun(NamedTuple):
-    """One run of a sweep, and where in the product it stands.
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep, and its place in the product.
 
-    ``rate`` is the factor of the learning rate; ``procedure`` is how its condition is trained.
+    Args:
+        dataset: name of its data.
+        condition: name of its condition.
+        lr_factor: factor of the learning rate.
+        seed: seed of the run.
+        procedure: how it is trained; sweeps train some conditions in more than one way.
+        config: its configuration.
     """
 
     dataset: str
     condition: str
-    rate: float
+    lr_factor: float
     seed: int
     procedure: Procedure
     config: RunConfig
 
     @property
     def name(self) -> str:
+        """The name of its run folder."""
         return os.path.basename(str(self.config.output))
 
     @property
@@ -61,34 +70,39 @@ class PlannedRun(NamedTuple):
             return Condition.parse(self.config.condition).feedback
         return self.config.feedback.mode
 
+    @cached_property
+    def resolved(self) -> RunConfig:
+        """The configuration with every default filled in, as this machine would run it."""
+        return resolve(self.config)
+
     @property
     def folder(self) -> RunFolder:
         return RunFolder(str(self.config.output))
 
 
 def plan(config: SweepConfig) -> list[PlannedRun]:
-    """The runs of a sweep, in the order in which they are begun.
+    """Return the runs of a sweep in the order in which they start.
 
     Raises:
-        ConfigError: a list is empty, a name is unknown or occurs twice, or a condition contradicts what is
-            given.
+        ConfigError: a list is empty, a name is unknown or occurs twice, or a condition contradicts the
+            configuration.
     """
     config = shrink(config)
     _check_conditions(config.conditions)
     if config.data.name != DataConfig().name:
-        raise ConfigError("data.name has no effect in a sweep: name the data in datasets")
-    rates, p = _rates(config.protocol.lr_factors), config.protocol
+        raise ConfigError("data.name has no effect in a sweep: name the data in `datasets` instead")
+    p, lr_factors = config.protocol, _lr_factors(config.protocol.lr_factors)
     if p.seeds < 1:
         raise ConfigError(f"protocol.seeds must be 1 or more, not {p.seeds}")
     if config.workers is not None and config.workers < 1:
         raise ConfigError(f"workers must be 1 or more, not {config.workers}")
     _check_cluster(config)
     runs = [
-        PlannedRun(dataset, name, rate, seed, procedure, _placed(config, run, name, rate, seed, procedure))
+        _placed(config.output, run, name, lr_factor, seed, procedure)
         for dataset in config.datasets
         for name, run in _conditioned(config, dataset)
         for procedure in procedures(run.condition, p)
-        for rate in rates
+        for lr_factor in lr_factors
         for seed in range(p.seed, p.seed + p.seeds)
     ]
     if not runs:
@@ -96,14 +110,14 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
             raise ConfigError(
-                f"{count} runs of the sweep have the name {name}: a condition, a dataset or a rate is given "
-                "twice, or two go by the same name"
+                f"{count} runs of the sweep have the name {name}: remove the condition, dataset or factor "
+                "that is given twice, or rename one of two that have similar names"
             )
     return runs
 
 
 def shrink(config: SweepConfig) -> SweepConfig:
-    """What ``config.small`` makes of a sweep; the sweep itself where it is null."""
+    """Return the sweep that ``config.small`` asks for; ``config`` itself if that is null."""
     if config.small is None:
         return config
     p, full = config.protocol, SweepProtocolConfig()
@@ -113,7 +127,7 @@ def shrink(config: SweepConfig) -> SweepConfig:
         protocol=replace(
             p,
             epochs=_SMALL_EPOCHS if p.epochs == full.epochs else p.epochs,
-            lr_factors=_SMALL_RATES if p.lr_factors == full.lr_factors else p.lr_factors,
+            lr_factors=_SMALL_LR_FACTORS if p.lr_factors == full.lr_factors else p.lr_factors,
         ),
         output=f"{config.output}-{_slug(config.small)}",
         small=None,
@@ -121,22 +135,16 @@ def shrink(config: SweepConfig) -> SweepConfig:
 
 
 def stored(folder: str | os.PathLike[str]) -> SweepConfig:
-    """The configuration of the sweep in a folder.
+    """Return the configuration of the sweep in a folder.
 
     Raises:
-        ConfigError: there is none, or its sweep.yaml is damaged.
+        ConfigError: the folder holds no sweep, or its sweep.yaml is damaged.
     """
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentParser
 
-    path = Path(folder) / "sweep.yaml"
-    if not path.is_file():
-        if not path.parent.is_dir():
-            raise ConfigError(f"there is no folder {folder}")
-        if (path.parent.parent / "sweep.yaml").is_file():
-            raise ConfigError(f"{folder} holds no sweep, but is a run of the one in {path.parent.parent}")
-        raise ConfigError(f"{folder} holds no sweep: there is no {path}")
+    path = sweep_file(folder, "sweep.yaml")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepConfig)
     try:
@@ -151,7 +159,7 @@ _EXAMPLE = "{half: {feedback: {mode: sign, options: {concordance: 0.5}}}}"
 
 
 def _check_conditions(conditions: Any) -> None:
-    """Raises a ConfigError that says what to write where these are no conditions."""
+    """Raise a ConfigError that says what to write if these are not conditions."""
     if not isinstance(conditions, (list, dict)):
         raise ConfigError(
             "conditions must be a list of names, such as [SGD, BN+BM], or a mapping, such as "
@@ -160,11 +168,11 @@ def _check_conditions(conditions: Any) -> None:
     for name in conditions:
         if isinstance(name, dict):
             raise ConfigError(
-                f"conditions are a list, so {name!r} must be a name; to give a condition settings, make all "
-                f"of them a mapping (without the dashes), such as {_EXAMPLE}"
+                f"conditions are a list, so {name!r} must be a name; to give conditions settings, write all "
+                f"of them as a mapping (without the dashes), such as {_EXAMPLE}"
             )
         if not isinstance(name, str):
-            raise ConfigError(f"the name of a condition must be text, not {name!r}: put it into quotes")
+            raise ConfigError(f"the name of a condition must be text, not {name!r}: put it in quotes")
     if isinstance(conditions, dict):
         for name, settings in conditions.items():
             _check_settings(name, settings)
@@ -176,25 +184,25 @@ def _check_settings(name: str, settings: Any) -> None:
         if isinstance(settings, str):
             wanted = f"such as {{condition: {settings}}}, or {wanted.removeprefix('such as ')}"
         raise ConfigError(
-            f"condition {name!r} must map settings of a run to values, {wanted}, not be {settings!r}"
+            f"condition {name!r} must map settings of a run to values, {wanted}, but is {settings!r}"
         )
     known = vars(RunConfig())
     for key, value in settings.items():
         if key not in known:
             near = nearest(str(key), known)
-            raise ConfigError(f"condition {name!r} sets {key}, which a run does not have{near}")
+            raise ConfigError(f"condition {name!r} sets {key}, which is not a setting of a run{near}")
         if not is_dataclass(known[key]):
             continue
         options = list(vars(known[key]))
         if not isinstance(value, dict):
             raise ConfigError(
                 f"condition {name!r} must map settings of {key} to values, such as "
-                f"{{{key}: {{{options[0]}: VALUE}}}}, not be {value!r}"
+                f"{{{key}: {{{options[0]}: VALUE}}}}, but is {value!r}"
             )
         if unknown := [option for option in value if option not in options]:
             near = nearest(str(unknown[0]), options) or "."
             raise ConfigError(
-                f"condition {name!r} sets {key}.{unknown[0]}, which a run does not have{near} "
+                f"condition {name!r} sets {key}.{unknown[0]}, which is not a setting of a run{near} "
                 f"{key} has {', '.join(options)}"
             )
 
@@ -203,15 +211,18 @@ def _check_cluster(config: SweepConfig) -> None:
     cluster = config.cluster
     if config.backend != "dask":
         if cluster != ClusterConfig():
-            raise ConfigError(f"cluster has no effect with backend {config.backend}: give backend dask")
+            raise ConfigError(f"cluster has no effect with backend {config.backend}: set backend to dask")
         return
     if config.workers is not None:
         raise ConfigError(
-            "workers has no effect with backend dask: of a cluster that runs its workers' threads say how "
-            "many runs are at work at a time, of SLURM cluster.jobs"
+            "workers has no effect with backend dask: the number of runs at a time is the number of threads "
+            "of the cluster's workers, or follows from cluster.jobs with SLURM"
         )
     if (cluster.address is None) == (cluster.slurm is None):
-        raise ConfigError("backend dask needs cluster.address, of a scheduler that runs, or cluster.slurm")
+        raise ConfigError(
+            "backend dask needs either cluster.address (of a running scheduler) or cluster.slurm: set one "
+            "of them"
+        )
     for name in ("jobs", "runs_per_gpu"):
         if (value := getattr(cluster, name)) < 1:
             raise ConfigError(f"cluster.{name} must be 1 or more, not {value}")
@@ -219,24 +230,23 @@ def _check_cluster(config: SweepConfig) -> None:
         raise ConfigError(f"cluster.gpus must be 0 or more, not {cluster.gpus}")
 
 
-def _rates(rates: int | list[float]) -> Sequence[float]:
-    if isinstance(rates, int):
-        if rates not in (1, 3, 5):
-            raise ConfigError(f"protocol.lr_factors must be 1, 3 or 5, or a list of factors, not {rates}")
-        first = (len(RATES) - rates) // 2
-        return RATES[first : first + rates]
-    if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
-        raise ConfigError(
-            f"protocol.lr_factors are factors of the learning rate, more than 0, not {wrong[0]}"
-        )
-    return rates
+def _lr_factors(given: int | list[float]) -> Sequence[float]:
+    if isinstance(given, int):
+        if given not in (1, 3, 5):
+            raise ConfigError(f"protocol.lr_factors must be 1, 3 or 5, or a list of factors, not {given}")
+        first = (len(LR_FACTORS) - given) // 2
+        return LR_FACTORS[first : first + given]
+    if wrong := [factor for factor in given if not 0 < factor < math.inf]:
+        raise ConfigError(f"protocol.lr_factors must be finite and more than 0, not {wrong[0]}")
+    return given
 
 
 def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunConfig]]:
-    """The name of each condition and its runs' configuration, but for learning rate, seed and folder.
+    """Yield each condition's name and the configuration of its runs without learning rate, seed and folder.
 
     Raises:
-        ConfigError: a name is unknown, or a condition sets what a run has not, or contradicts what is given.
+        ConfigError: a name is unknown, a condition sets something that a run does not have, or contradicts
+            the configuration.
     """
     shared = {f.name: getattr(config.protocol, f.name) for f in fields(ProtocolConfig)}
     run = RunConfig(
@@ -263,7 +273,7 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
 
 
 def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfig:
-    """The run with what a condition of one's own sets."""
+    """The run with the settings that a condition of the sweep's own gives."""
     from argparse import ArgumentError
 
     parser = _parser()
@@ -276,7 +286,7 @@ def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfi
         section, _, key = of_sweep.rpartition(".")
         before, after = (getattr(getattr(r, section) if section else r, key) for r in (run, made))
         if before != after:
-            raise ConfigError(f"condition {name!r} sets {of_sweep}, which is the sweep's to set")
+            raise ConfigError(f"condition {name!r} sets {of_sweep}, which only the sweep may set: remove it")
     return replace(made, label=name)
 
 
@@ -290,7 +300,7 @@ def _parser() -> ArgumentParser:
 
 
 def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Two levels deep, as a run's configuration is: what is an option's value is not merged."""
+    """Merge two levels deep, as a run's configuration is; a mapping within an option is replaced."""
     merged = dict(base)
     for key, value in settings.items():
         section = key in base and isinstance(base[key], dict)
@@ -299,19 +309,20 @@ def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(
-    config: SweepConfig, run: RunConfig, condition: str, rate: float, seed: int, procedure: Procedure
-) -> RunConfig:
+    output: str, run: RunConfig, condition: str, lr_factor: float, seed: int, procedure: Procedure
+) -> PlannedRun:
     """The run at a learning rate and a seed, in its folder."""
-    words = [_slug(run.data.name), _words(condition), f"rate{rate:.15g}", f"seed{seed}"]
+    words = [_slug(run.data.name), _words(condition), f"rate{lr_factor:.15g}", f"seed{seed}"]
     if procedure.name:
         words.append(procedure.name)
     protocol = procedure.configure(replace(run.protocol, seed=seed))
-    return replace(
+    config = replace(
         run,
-        optimizer=replace(run.optimizer, lr=run.optimizer.lr * rate),
+        optimizer=replace(run.optimizer, lr=run.optimizer.lr * lr_factor),
         protocol=protocol,
-        output=str(Path(config.output) / "-".join(words)),
+        output=str(Path(output) / "-".join(words)),
     )
+    return PlannedRun(run.data.name, condition, lr_factor, seed, procedure, config)
 
 
 def _slug(name: str) -> str:
@@ -319,7 +330,7 @@ def _slug(name: str) -> str:
 
 
 def _words(name: str) -> str:
-    """The name as a part of a file's."""
+    """The name as part of a file name."""
     return re.sub(r"[^\w.+=-]+", "-", name)
 
 
@@ -327,8 +338,8 @@ def check(runs: Sequence[PlannedRun]) -> None:
     """Refuse to mix runs of two configurations.
 
     Raises:
-        ConfigError: a run that has been trained was configured otherwise; it points to the sweep's
-            sweep.yaml, which the command takes, where there is one.
+        ConfigError: a run in the folder was trained with another configuration; the message names the file
+            with the old one.
     """
     for run in runs:
         with store_errors():
@@ -340,7 +351,7 @@ def check(runs: Sequence[PlannedRun]) -> None:
 
 
 def ended(run: PlannedRun) -> bool:
-    """Whether there is nothing left to do: it is finished, or has diverged."""
+    """Whether there is nothing left to do: the run has finished or diverged."""
     with store_errors():
         result = run.folder.result()
     return result is not None and result.ended

@@ -1,4 +1,4 @@
-"""The runs of a sweep in worker processes on this machine, by joblib."""
+"""Run a sweep in worker processes on this machine, with joblib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import joblib
 from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor, get_reusable_executor
 
 from feedbackhook.experiments.config import FolderInUse, SweepConfig
-from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.sweep.grid import PlannedRun, ended
 from feedbackhook.experiments.sweep.worker import ATTEMPTS, begin_worker, fail_for_lost_processes, run_one
 from feedbackhook.store.locks import holder, process_name
@@ -27,19 +26,19 @@ _IDLE = 300.0  # seconds after which a worker with nothing to do ends
 
 
 def workers(config: SweepConfig, runs: Sequence[PlannedRun]) -> int:
-    """How many runs of a sweep are at work at a time."""
+    """Return the number of runs of a sweep to train at a time."""
     if config.workers is not None:
         return config.workers
-    device = resolve(runs[0].config).protocol.device
+    device = runs[0].resolved.protocol.device
     return 1 if device != "cpu" else max(1, joblib.cpu_count() // (runs[0].config.protocol.threads or 1))
 
 
 def run_all(pending: list[PlannedRun], count: int, tell: Callable[[str], None] = logger.info) -> None:
     """Run them in worker processes, ``count`` at a time, until each has ended or failed.
 
-    A run whose folder another process holds makes way for the others, and is tried again later. When the
-    pool breaks, nothing tells which of the runs at work broke it: each has one attempt less, and a run with
-    a single attempt left runs alone.
+    A run whose folder another process holds lets the other runs go first and is tried again later. When the
+    pool breaks, nobody knows which of its runs broke it: each of them loses an attempt, and a run with a
+    single attempt left runs alone.
     """
     queue = _Queue(pending, tell)
     while queue.left:
@@ -61,7 +60,7 @@ class _Queue:
         self._told: set[str] = set()
 
     def work_off(self, runs: Sequence[PlannedRun], count: int) -> None:
-        """Run them in a pool until it breaks, or until those that are left are held by other processes."""
+        """Run them in a pool until it breaks, or until other processes hold all that are left."""
         waiting = deque(runs)
         first = self._free(waiting)
         if first is None:
@@ -69,7 +68,7 @@ class _Queue:
             return
         waiting.appendleft(first)
         running: dict[Future[str], PlannedRun] = {}
-        # two at the least, so that a run that is alone does not end the workers of the next sweep
+        # at least two, so that a run that runs alone does not end the workers of the next sweep
         pool = get_reusable_executor(max(2, count), timeout=_IDLE, initializer=begin_worker)
         try:
             while self._fill(pool, running, waiting, count):
@@ -92,13 +91,13 @@ class _Queue:
         waiting: deque[PlannedRun],
         count: int,
     ) -> bool:
-        """Give each idle worker a run; whether any is at work then."""
+        """Give each idle worker a run; return whether any run is at work then."""
         while len(running) < count and (run := self._free(waiting)) is not None:
             running[pool.submit(run_one, run.config, os.getpid())] = run
         return bool(running)
 
     def _free(self, waiting: deque[PlannedRun]) -> PlannedRun | None:
-        """Take the next run whose folder no process holds; the others go to the end of the queue."""
+        """Take the next run whose folder no process holds; move the others to the end of the queue."""
         for _ in range(len(waiting)):
             run = waiting.popleft()
             other = holder(run.folder.path)
@@ -107,16 +106,18 @@ class _Queue:
             waiting.append(run)
             if run.name not in self._told:
                 self._told.add(run.name)
-                self._tell(f"{run.name} is in use by {other}: the other runs go on, and it is tried again")
+                self._tell(
+                    f"{run.name} is in use by {other}: the other runs continue, and it is tried again later"
+                )
         return None
 
     def _settle(self, run: PlannedRun, error: BaseException | None, waiting: deque[PlannedRun]) -> None:
-        """What becomes of a run that a worker has returned."""
+        """Decide what happens to a run that a worker has returned."""
         if error is None:
             del self.left[run.name]
         elif isinstance(error, FolderInUse):
             waiting.append(run)
-        elif isinstance(error, KeyboardInterrupt):  # somebody has stopped the worker, and not the sweep
+        elif isinstance(error, KeyboardInterrupt):  # somebody stopped the worker, not the sweep
             self._lose(run)
             if self.attempts[run.name] < ATTEMPTS - 1:
                 waiting.append(run)
@@ -127,7 +128,7 @@ class _Queue:
             raise error
 
     def _lose(self, run: PlannedRun) -> None:
-        """A process that was at work on this run, or beside it, is gone."""
+        """Take an attempt from a run whose process, or one in the same pool, is gone."""
         if ended(run):
             del self.left[run.name]
             return
@@ -139,7 +140,7 @@ class _Queue:
 
 
 def _stop(running: dict[Future[str], PlannedRun]) -> None:
-    """Ask the workers that hold a run's folder to stop, and wait until they have written how it ended."""
+    """Ask the workers that hold a run folder to stop, and wait until they have written how the run ended."""
     until = time.monotonic() + _GRACE
     while time.monotonic() < until:
         held = {holder(run.folder.path) for future, run in running.items() if not future.done()}

@@ -1,4 +1,4 @@
-"""Running what a sweep's plan says and has not ended, on this machine or on a cluster."""
+"""Run the planned runs of a sweep that have not ended, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-
-import yaml  # type: ignore[import-untyped]
 
 from feedbackhook.experiments.config import ConfigError, SweepConfig
 from feedbackhook.experiments.data import load as data
-from feedbackhook.experiments.resolve import check_device, resolve
+from feedbackhook.experiments.resolve import check_device
 from feedbackhook.experiments.sweep import local as pool
+from feedbackhook.experiments.sweep import manifest
 from feedbackhook.experiments.sweep.grid import PlannedRun, check, ended, plan, shrink
 from feedbackhook.experiments.sweep.worker import keep_interrupted
 from feedbackhook.experiments.training.stopping import stoppable
 from feedbackhook.experiments.training.summary import describe_runs
-from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.locks import holder
 from feedbackhook.store.run_folder import RunResult
 
@@ -34,31 +31,33 @@ def sweep(
     config: SweepConfig,
     progress: Callable[[dict[str, RunResult | None]], None] | None = None,
     tell: Callable[[str], None] = logger.info,
+    runs: Sequence[PlannedRun] | None = None,
 ) -> dict[str, RunResult]:
-    """Run what has not ended in worker processes, and give the results by name, in the order of :func:`plan`.
+    """Run the runs that have not ended, in worker processes; return all results by name, in planned order.
 
-    Finished and diverged runs are left as they are, all others go on from their checkpoints. A run that fails
-    is kept as `failed` with its reason and stops no other; the next sweep tries it again. A run whose process
-    is killed goes on from its checkpoint in a new one, and one whose process ends three times is kept as
-    `failed`. If the sweep is interrupted (Ctrl-C or SIGTERM), its runs stop with it, as `interrupted`, and
-    the next one goes on. If it is killed, they stop as well, but for those on a cluster whose scheduler goes
-    on: there the next sweep waits for what the first had asked for.
+    Finished and diverged runs are kept as they are, and all others resume from their checkpoints. A run that
+    fails is kept as `failed` with its reason and stops no other run; the next sweep tries it again. A run
+    whose process is killed resumes from its checkpoint in a new process; after three lost processes it is
+    kept as `failed`. If the sweep is interrupted (Ctrl-C or SIGTERM), its runs stop as `interrupted`, and the
+    next sweep resumes them. If it is killed, its runs stop too, except on a cluster whose scheduler keeps
+    running: there the next sweep waits for the runs that are already queued.
 
-    A run whose folder another process holds makes way for the others and is tried again; a process that does
-    not touch its run's folder for five minutes is named.
+    A run whose folder another process holds lets the other runs go first and is tried again. A process that
+    does not touch its run folder for five minutes is named.
 
     Args:
         config: the sweep.
-        progress: called every second with how each run stands, by name; None is one not yet begun.
-        tell: called with lines for a person: at once with what there is to do and where; with counts,
-            network and rules of each dataset; with the address of a cluster's dashboard; and with what
-            stands still.
+        progress: called every second with the state of each run by name; None is a run that has not started.
+        tell: called with lines for a person: at the start with what there is to do and where; with counts,
+            network and rules of each dataset; with the address of a cluster's dashboard; and with any process
+            that seems to hang.
+        runs: its plan, if the caller already has it.
 
     Raises:
-        ConfigError: the sweep's configuration is wrong, a folder holds runs of another one, data are not
-            there, or the cluster cannot be used.
+        ConfigError: the configuration is wrong, a folder holds runs of another sweep, data are missing, or
+            the cluster cannot be used.
     """
-    runs = plan(config)
+    runs = plan(config) if runs is None else runs
     config = shrink(config)
     monitor = _Monitor(runs, progress, tell)
     with stoppable(), _alone(Path(config.output)):
@@ -68,16 +67,16 @@ def sweep(
         with _backend(config, pending, tell) as run_all:
             for dataset in {run.dataset: run for run in pending}.values():
                 with _named(dataset.dataset):
-                    images = data.load(resolve(dataset.config).data)  # decodes what is not in the cache yet
-                on_it = [resolve(run.config) for run in pending if run.dataset == dataset.dataset]
+                    images = data.load(dataset.resolved.data)  # decodes what is not in the cache yet
+                on_it = [run.resolved for run in pending if run.dataset == dataset.dataset]
                 # on a cluster each worker has its own device
-                device = f"; {on_it[0].protocol.device}" if config.backend == "joblib" else ""
+                device = f"; {dataset.resolved.protocol.device}" if config.backend == "joblib" else ""
                 for line in describe_runs(on_it, images):
                     tell(f"{line}{device}")
-            _write(config)
+            manifest.write(config, runs)
             with monitor, _interrupted_at_the_end(pending):
                 run_all(pending)
-    states, nothing = monitor.states(), "nothing of it could be kept"
+    states, nothing = monitor.states(), "it left nothing in its folder"
     return {run.name: states[run.name] or RunResult(run.folder.path, "failed", nothing) for run in runs}
 
 
@@ -87,7 +86,7 @@ def _announce(
     pending: Sequence[PlannedRun],
     tell: Callable[[str], None],
 ) -> None:
-    """Say what there is to do, where, and how to go on after an interruption."""
+    """Say what there is to do, where, and how to resume after an interruption."""
     resumed = sum(run.folder.trained() for run in pending)
     tell(
         f"{len(runs)} runs in {config.output}: {len(runs) - len(pending)} have ended already, "
@@ -98,10 +97,10 @@ def _announce(
     cluster = config.cluster
     if config.backend == "joblib":
         count = min(pool.workers(config, pending), len(pending))
-        device = resolve(pending[0].config).protocol.device
+        device = pending[0].resolved.protocol.device
         where = f"{count} at a time on this machine ({device})"
     elif cluster.slurm is not None:
-        where = f"in {cluster.jobs} {'job' if cluster.jobs == 1 else 'jobs'} of SLURM"
+        where = f"in {cluster.jobs} SLURM {'job' if cluster.jobs == 1 else 'jobs'}"
     else:
         where = f"on the cluster at {cluster.address}"
     tell(f"running {where}; if this stops, rerun the same command to resume")
@@ -109,7 +108,7 @@ def _announce(
 
 @contextmanager
 def _interrupted_at_the_end(pending: Sequence[PlannedRun]) -> Iterator[None]:
-    """An interruption leaves no run `running`: not one whose process had no time to say so, either."""
+    """Leave no run `running` after an interruption, even if its process had no time to write its status."""
     try:
         yield
     except KeyboardInterrupt:
@@ -122,7 +121,7 @@ def _interrupted_at_the_end(pending: Sequence[PlannedRun]) -> Iterator[None]:
 def _backend(
     config: SweepConfig, pending: list[PlannedRun], tell: Callable[[str], None]
 ) -> Iterator[Callable[[list[PlannedRun]], None]]:
-    """What runs them until each has ended or failed."""
+    """The function that runs them until each has ended or failed."""
     if not pending:
         yield lambda _: None
     elif config.backend == "dask":
@@ -131,13 +130,13 @@ def _backend(
         with connected(config, tell) as cluster:
             yield cluster.run_all
     else:
-        check_device(resolve(pending[0].config))
+        check_device(pending[0].resolved)
         yield lambda runs: pool.run_all(runs, pool.workers(config, runs), tell)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Within the block no other sweep is at work in the folder; the lock ends with the process."""
+    """Keep other sweeps out of the folder within the block; the lock ends with the process."""
     from filelock import FileLock, Timeout
 
     made = not folder.exists()
@@ -148,7 +147,7 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ConfigError(
-            f"another sweep is at work in {folder}: wait for it, or give another output"
+            f"another sweep is at work in {folder}: wait for it to end, or choose another output"
         ) from error
     finally:
         if made and {path.name for path in folder.iterdir()} <= {".lock"}:  # nothing was run
@@ -161,18 +160,13 @@ def _named(dataset: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{error} (nothing was run; or leave {dataset} out of datasets)") from error
-
-
-def _write(config: SweepConfig) -> None:
-    path = Path(config.output) / "sweep.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+        raise ConfigError(
+            f"{error} (no run was started; you can also leave {dataset} out of datasets)"
+        ) from error
 
 
 class _Monitor:
-    """Tells each second how the runs stand, from their folders, and which of them stand still."""
+    """Report every second the states of the runs, read from their folders, and the runs that seem to hang."""
 
     def __init__(
         self,
@@ -181,8 +175,8 @@ class _Monitor:
         tell: Callable[[str], None],
     ) -> None:
         self._runs, self._progress, self._say = runs, progress, tell
-        self._touched: dict[str, tuple[int, float]] = {}  # by run: when it was, and when that was first seen
-        self._named: dict[str, int] = {}  # by run: of which touch its holder has been named
+        self._touched: dict[str, tuple[int, float]] = {}  # by run: its time, and when that was first seen
+        self._named: dict[str, int] = {}  # by run: the touch after which its holder was named
         self._known: dict[str, RunResult | None] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -205,9 +199,9 @@ class _Monitor:
             self._progress(states)
 
     def _name_the_still(self, states: dict[str, RunResult | None]) -> None:
-        """Name each process that holds a run's folder and has not touched it for long.
+        """Name each process that holds a run folder and has not touched it for long.
 
-        By this machine's clock alone: that of another, or of a file server, may say something else.
+        Only this machine's clock is used: another machine's, or a file server's, may be off.
         """
         now = time.monotonic()
         for run in self._runs:
@@ -226,7 +220,7 @@ class _Monitor:
                 minutes = (now - since) / 60
                 self._say(
                     f"{run.name}: {other} has not touched its folder for {minutes:.0f} minutes; if it hangs, "
-                    "end it there, and the run goes on from its checkpoint"
+                    "kill it there, and the run resumes from its checkpoint"
                 )
 
     def __enter__(self) -> None:

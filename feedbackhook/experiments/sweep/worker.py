@@ -1,7 +1,7 @@
-"""What a process of a sweep does: one run, whatever becomes of it.
+"""Train one run of a sweep in a worker process, and keep how it ended in its folder.
 
-``python -m feedbackhook.experiments.sweep.worker`` runs as its own process and reads the run to train from
-standard input.
+``python -m feedbackhook.experiments.sweep.worker`` does so in its own process: it reads the configuration
+from standard input.
 """
 
 from __future__ import annotations
@@ -28,53 +28,56 @@ from feedbackhook.store.run_folder import RunFolder, RunResult
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # processes that a run may lose before it is kept as failed
-IN_USE = 75  # exit status where another process holds the run's folder: sysexits' "try again later"
+ATTEMPTS = 3  # number of processes that a run may lose before it is kept as failed
+IN_USE = 75  # exit status if another process holds the run folder: "try again later" in sysexits.h
 _POLL = 0.25  # seconds
-_GRACE = 10.0  # seconds that a run has to end when the process is gone with which it is to end
+_GRACE = 10.0  # seconds that a run has to end after its parent process has ended
 
 
 def run_one(config: RunConfig, parent: int) -> str:
-    """One run, from its checkpoint if there is one; how it went is in its folder. Returns the folder's name.
+    """Train a run, from its checkpoint if there is one, and return its folder's name; the folder says how it
+    went.
 
     Args:
-        config: of the run.
-        parent: the process with which this one is to end.
+        config: configuration of the run.
+        parent: ID of the process whose end also ends this one.
 
     Raises:
         FolderInUse: another process holds the folder, perhaps one that only seemed lost: try again later.
-        KeyboardInterrupt: a signal has stopped the run.
+        KeyboardInterrupt: a signal stopped the run.
     """
     try:
         with stoppable(always=True), _bound_to(parent):
             train(config, resume=True, draw=draw_run)
     except FolderInUse:
         raise
-    except Exception as error:  # whatever ends a run is kept with it, and ends no other
+    except Exception as error:  # whatever ends a run is kept in its folder and stops no other run
         try:
             fail(config, f"{type(error).__name__}: {error}", traceback.format_exc())
         except OSError as full:  # the disk, perhaps
-            logger.error("%s failed (%s), and that could not be kept: %s", config.output, error, full)
+            logger.error(
+                "%s failed (%s), which could not be written to its folder: %s", config.output, error, full
+            )
     return Path(str(config.output)).name
 
 
 def begin_worker() -> None:
-    """What a worker of the pool does first: without a run it leaves Ctrl-C to the sweep, which ends it."""
+    """Set up a worker of the pool: between runs it ignores Ctrl-C, since the sweep ends it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def fail(config: RunConfig, reason: str, details: str | None = None) -> None:
-    """Keep that a run failed. One that had ended before, and whose figures could not be drawn, did not."""
+    """Mark a run as failed, unless it had already ended and only its figures could not be drawn."""
     folder = RunFolder(str(config.output))
     result = folder.result()
     if result is not None and result.ended:
-        logger.warning("%s has %s, and then: %s", config.output, result.status, reason)
+        logger.warning("%s has %s; afterwards: %s", config.output, result.status, reason)
         return
     if result is None:
         folder.path.mkdir(parents=True, exist_ok=True)
         result = RunResult(folder.path)
-        folder.write_result(result)  # a folder without a status is none of a run, whenever this is killed
+        folder.write_result(result)  # first, since a folder without a status is not a run folder
     if not folder.trained():
         write_config(folder, resolve(config))
     if details is not None:
@@ -84,14 +87,14 @@ def fail(config: RunConfig, reason: str, details: str | None = None) -> None:
 
 
 def fail_for_lost_processes(config: RunConfig) -> None:
-    """Keep that a run failed because it has used up its attempts."""
+    """Mark a run as failed because it has used up its attempts."""
     fail(config, f"its process ended {ATTEMPTS} times: killed, or out of memory?")
 
 
 def keep_interrupted(config: RunConfig) -> None:
-    """Keep that a run was interrupted where its status says `running` and no process holds its folder."""
+    """Mark a run as interrupted if its status is `running` although no process holds its folder."""
     folder = RunFolder(str(config.output))
-    if holder(folder.path) is None:  # asked first: a process that just ends writes its status before
+    if holder(folder.path) is None:  # checked first: an ending process writes its status before it lets go
         result = folder.result()
         if result is not None and result.status == "running":
             result.status, result.reason = "interrupted", "the sweep was stopped, and its process with it"
@@ -100,8 +103,8 @@ def keep_interrupted(config: RunConfig) -> None:
 
 @contextmanager
 def _bound_to(parent: int) -> Iterator[None]:
-    """Within the block this process ends when ``parent`` does, however that ends: the next sweep must find
-    nobody at work in the folders. The run is interrupted, and has some seconds to say so."""
+    """End this process when ``parent`` ends, within the block: the next sweep must find nobody at work in the
+    folders. The run is interrupted and has some seconds to write its status."""
     done = threading.Event()
 
     def watch() -> None:
@@ -119,7 +122,7 @@ def _bound_to(parent: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell ignore it
     try:
         run_one(*pickle.load(sys.stdin.buffer))
     except FolderInUse:

@@ -1,5 +1,7 @@
-"""A sweep on one page: HTML that holds its data, its charts and what draws them, and asks the network for
-nothing."""
+"""A sweep on one page: an HTML file that holds its data, its charts and the code that draws them.
+
+The page needs no network.
+"""
 
 from __future__ import annotations
 
@@ -17,68 +19,61 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, StrictUndefined, Template
 
-from feedbackhook.experiments.config import ConfigError, ProtocolConfig, one_line
-from feedbackhook.experiments.sweep.grid import PlannedRun
-from feedbackhook.report.html.charts import ANGLES, alignment, concordance, curves
-from feedbackhook.report.tables import (
-    ALIKE,
-    BETTER,
-    COLOURS,
-    MARKS,
-    THRESHOLD,
-    WORSE,
-    SweepTable,
-    base_rate,
-    sweep_table,
-)
+from feedbackhook.report.aggregate import ALIKE, BETTER, THRESHOLD, WORSE, SweepTable, base_lr, sweep_table
+from feedbackhook.report.errors import ReportError
+from feedbackhook.report.html.charts import alignment, concordance, curves
+from feedbackhook.report.html.vega import ANGLES
+from feedbackhook.report.tables import COLORS, MARKS, batch_sizes_text, procedures
 from feedbackhook.store.atomic import atomic_write
-from feedbackhook.store.run_folder import RunResult
+from feedbackhook.store.errors import one_line
+from feedbackhook.store.manifest import ManifestRun
+from feedbackhook.store.run_folder import RunFolder, RunResult
 
 __all__ = ["page", "write"]
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A planned run as its folder has it; ``fault`` is why that cannot be read."""
+    """A planned run and what its folder holds; ``problem`` says why the folder cannot be read."""
 
-    run: PlannedRun
+    run: ManifestRun
+    folder: Path
     result: RunResult | None = None
     config: str | None = None
     provenance: dict[str, Any] | None = None
-    fault: str | None = None
+    problem: str | None = None
 
     @property
     def status(self) -> str:
-        if self.fault is not None:
+        if self.problem is not None:
             return "damaged"
-        return "not begun" if self.result is None else self.result.status
+        return "not started" if self.result is None else self.result.status
 
     @property
     def command(self) -> str:
-        path = self.run.folder.path
-        return _command("train", path / "config.yaml", f"{path}-again")
+        return _command("train", self.folder / "config.yaml", f"{self.folder}-again")
 
 
 def page(folder: str | os.PathLike[str]) -> str:
-    """The page about the sweep in ``folder``. Runs that are in no figure are named on it, each with the
-    reason; so they are where no run has ended.
+    """Return the page about the sweep in ``folder``. It names each run that is in no figure, with the reason.
 
     Raises:
-        ConfigError: the folder holds no sweep, or a damaged one.
+        StoreError: the folder holds no sweep, or its manifest is missing or damaged.
     """
     folder = Path(folder)
     table = sweep_table(folder, of_layers=ANGLES)
     sections = {"concordance": concordance(table), "curves": curves(table), "alignment": alignment(table)}
-    members = [_member(run) for run in table.planned]
-    left_out = table.missing | table.runs.skipped  # by now with those whose damage showed when they were read
+    members = [_member(run, table.run_folder(run)) for run in table.manifest.runs]
+    left_out = table.missing | table.runs.skipped  # now with runs whose damage was found when they were read
     return str(
         _template().render(
             name=folder.resolve().name,
             table=table,
+            plan=table.manifest,
             summary=_summary(folder, table, members),
             provenance=_provenance(members),
             grid=_grid(table),
-            colours=COLOURS,
+            colors=COLORS,
             marks=MARKS,
             meanings=_meanings(table),
             reference=table.reference,
@@ -93,10 +88,11 @@ def page(folder: str | os.PathLike[str]) -> str:
 
 
 def write(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """The page about the sweep in ``folder`` as the file ``path``.
+    """Write the page about the sweep in ``folder`` to the file ``path``.
 
     Raises:
-        ConfigError: the folder holds no sweep, or a damaged one, or the file cannot be written.
+        StoreError: the folder holds no sweep, or its manifest is missing or damaged.
+        ReportError: the file cannot be written.
     """
     content, path = page(folder), Path(path)
     try:
@@ -104,7 +100,7 @@ def write(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
         with atomic_write(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
+        raise ReportError(f"cannot write {path}: {error}") from error
     return path
 
 
@@ -118,8 +114,8 @@ def _template() -> Template:
 
 @cache
 def _vega() -> str:
-    """Vega, Vega-Lite in the version of the specifications, and Vega-Embed as one script, with nothing in it
-    that would end the element around it."""
+    """Vega, Vega-Lite (in the version of the specifications) and Vega-Embed as one script, which cannot close
+    the element around it."""
     version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
@@ -129,16 +125,16 @@ def _command(command: str, config: Path, output: str) -> str:
     return shlex.join(["feedbackhook", command, str(config), "--output", output])
 
 
-def _member(run: PlannedRun) -> _Member:
-    file = run.folder.path / "config.yaml"
+def _member(run: ManifestRun, path: Path) -> _Member:
+    folder, file = RunFolder(path), path / "config.yaml"
     try:
-        result = run.folder.result()
+        result = folder.result()
         if not file.exists():
-            return _Member(run, result)
-        content = run.folder.stored_config()
-        return _Member(run, result, file.read_text(encoding="utf-8"), _mapping(content.get("provenance")))
+            return _Member(run, path, result)
+        provenance = _mapping(folder.stored_config().get("provenance"))
+        return _Member(run, path, result, file.read_text(encoding="utf-8"), provenance)
     except (ValueError, OSError) as error:
-        return _Member(run, fault=one_line(error))
+        return _Member(run, path, problem=one_line(error))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -146,40 +142,31 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dict[str, Any]:
-    config, p = table.config, table.config.protocol
-    factors = [f"{rate:.15g}" for rate in sorted({member.run.rate for member in members}, reverse=True)]
-    sizes = [_sizes(p)]
-    for run in (member.run for member in members):
-        also = f"{run.condition} also {_sizes(run.config.protocol)}"
-        if run.procedure.name and also not in sizes:
-            sizes.append(also)
-    base = base_rate([member.run for member in members])
-    held_out = f"{config.data.val_fraction:.0%} of each class of the training set"
+    plan = table.manifest
+    factors = [f"{factor:.15g}" for factor in sorted({run.lr_factor for run in plan.runs}, reverse=True)]
+    sizes = [batch_sizes_text(plan.batch_size, plan.batch_sizes)]
+    sizes += [f"{condition} also {also}" for condition, also in procedures(plan).items()]
+    held_out = f"{plan.val_fraction:.0%} of each class of the training set"
     again = folder if folder.name not in ("", "..") else folder.resolve()
     return {
         "protocol": {
-            "Datasets": ", ".join(config.datasets),
-            "Conditions": ", ".join(config.conditions),
-            "Epochs": str(p.epochs),
-            "Learning rate in the first epoch": f"{base} × {', '.join(factors)}",
-            "Seeds": ", ".join(str(seed) for seed in range(p.seed, p.seed + p.seeds)),
-            "Images a mini-batch": "; ".join(sizes),
-            "Held out": held_out if config.data.val_fraction else "nothing",
+            "Datasets": ", ".join(plan.datasets),
+            "Conditions": ", ".join(plan.conditions),
+            "Epochs": str(plan.epochs),
+            "Learning rate in the first epoch": f"{base_lr(plan.runs)} × {', '.join(factors)}",
+            "Seeds": ", ".join(str(seed) for seed in range(plan.seed, plan.seed + plan.seeds)),
+            "Batch size": "; ".join(sizes),
+            "Validation images": held_out if plan.val_fraction else "none",
         },
         "status": Counter(member.status for member in members),
         "missing": sum(member.run.name in table.missing for member in members),
         "again": _command("sweep", folder / "sweep.yaml", f"{again}-again"),
-        "on": _command("sweep", folder / "sweep.yaml", str(folder)),
+        "resume": _command("sweep", folder / "sweep.yaml", str(folder)),
     }
 
 
-def _sizes(protocol: ProtocolConfig) -> str:
-    later = (f"{size} after epoch {epoch}" for epoch, size in sorted(protocol.batch_sizes.items()))
-    return ", ".join([str(protocol.batch_size), *later])
-
-
 def _provenance(members: Iterable[_Member]) -> dict[str, dict[str, list[str]]]:
-    """Of each version, and of all that is known of the machine, the values, and the runs that have each."""
+    """Each version and property of the machine: its values, and the runs that have each value."""
     of_runs = {
         member.run.name: {
             key: value
@@ -197,7 +184,7 @@ def _provenance(members: Iterable[_Member]) -> dict[str, dict[str, list[str]]]:
 
 
 def _grid(table: SweepTable) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Of each condition its cells, in the order of the datasets; None is what the table has not."""
+    """Each condition with its cells in the order of the datasets; None is a missing value."""
     cells = table.cells.astype(object).where(table.cells.notna(), None)
     by_place = {(cell["condition"], cell["dataset"]): cell for cell in cells.to_dict("records")}
     conditions, datasets = cells["condition"].unique(), cells["dataset"].unique()

@@ -1,4 +1,4 @@
-"""The paper's MNIST network by its table, and its batch normalisation by its formulas."""
+"""The paper's MNIST network by its table, and its batch normalization by its formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from torch import nn
 
 import feedbackhook
 from feedbackhook.experiments.config import ConfigError, ModelConfig
-from feedbackhook.experiments.models.batch_norm import PaperBatchNorm, estimate_statistics, insert_batch_norm
+from feedbackhook.experiments.models.batch_norm import (
+    AveragedBatchNorm,
+    estimate_statistics,
+    insert_batch_norm,
+)
 from feedbackhook.experiments.models.build import build
 from feedbackhook.liao2016.networks import NETWORKS, build_network
 
@@ -40,7 +44,7 @@ def test_the_mnist_network_has_the_layers_of_table_1(batch_norm: str, count: int
     assert {name: shapes[name] for name in expected} == expected
     assert parameters(model) == count
     order = [type(m) for m in model if not isinstance(m, nn.Flatten)]
-    block = [nn.ReLU] if batch_norm == "none" else [PaperBatchNorm, nn.ReLU]
+    block = [nn.ReLU] if batch_norm == "none" else [AveragedBatchNorm, nn.ReLU]
     conv = [nn.Conv2d, *block, nn.MaxPool2d]
     assert order == [*conv, *conv, nn.Linear, *block, nn.Linear]
 
@@ -130,7 +134,7 @@ def test_a_torchvision_model_takes_the_place() -> None:
         (ModelConfig("torchvision/resnet19"), "resnet18"),
         (
             ModelConfig("torchvision/resnet18", batch_norm="paper"),
-            "without normalisation; this one has Batch",
+            "without normalization, but this one has Batch",
         ),
         (ModelConfig("torchvision/resnet18", options={"depth": 3}), "depth"),
     ):
@@ -140,10 +144,10 @@ def test_a_torchvision_model_takes_the_place() -> None:
 
 @pytest.mark.parametrize("affine", [False, True], ids=["paper", "affine"])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 5)], ids=["features", "images"])
-def test_training_normalises_by_the_mini_batch_with_an_exact_gradient(
+def test_training_normalizes_by_the_mini_batch_with_an_exact_gradient(
     affine: bool, shape: tuple[int, ...]
 ) -> None:
-    norm = PaperBatchNorm(3, affine=affine).double()
+    norm = AveragedBatchNorm(3, affine=affine).double()
     theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(3, affine=affine).double()
     if affine:
         for ours, other in zip(norm.parameters(), theirs.parameters(), strict=True):
@@ -160,14 +164,14 @@ def test_training_normalises_by_the_mini_batch_with_an_exact_gradient(
 
 def test_the_test_statistics_are_a_moving_average_of_mean_and_standard_deviation() -> None:
     torch.manual_seed(0)
-    norm = PaperBatchNorm(2)
+    norm = AveragedBatchNorm(2)
     batches = [torch.randn(30, 2, 4) * (1 + k) + k for k in range(20)]
     mean = std = None
     for x in batches:
         m, s = x.mean((0, 2)), (x.var((0, 2), correction=0) + norm.eps).sqrt()
         mean = m if mean is None else 0.95 * mean + 0.05 * m
         std = s if std is None else 0.95 * std + 0.05 * s
-    for _ in range(2):  # taking them again starts anew
+    for _ in range(2):  # taking them again starts again
         estimate_statistics(norm, batches)
         torch.testing.assert_close(norm.mean, mean)
         torch.testing.assert_close(norm.std, std)
@@ -190,11 +194,11 @@ def test_on_one_mini_batch_evaluation_equals_training() -> None:
 def test_taking_statistics_leaves_everything_else_as_it_was() -> None:
     model = nn.Sequential(
         nn.Linear(3, 4),
-        PaperBatchNorm(4),
+        AveragedBatchNorm(4),
         nn.BatchNorm1d(4),
         nn.Dropout(),
         nn.Linear(4, 2),
-        PaperBatchNorm(2),
+        AveragedBatchNorm(2),
     )
     model[4].eval()
     modes = [m.training for m in model]
@@ -232,9 +236,13 @@ def test_a_timm_model_is_built_for_the_data() -> None:
         (ModelConfig("lenet"), 28, "no model is named 'lenet'"),
         (ModelConfig("timm/"), 28, "no model is named 'timm/'"),
         (ModelConfig(), 8, "takes images of 28x28, not 8x8: set data.size to 28"),
-        (ModelConfig(options={"width": 2}), 28, r"has no model.options; it was given \['width'\]"),
+        (
+            ModelConfig(options={"width": 2}),
+            28,
+            r"has no model.options, but .*: remove \['width'\]",
+        ),
         (ModelConfig("timm/resnet81"), 28, "no model named 'resnet81'; did you mean 'resnet"),
-        (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "normalisation; this one has Batch"),
+        (ModelConfig("timm/resnet18", batch_norm="affine"), 28, "normalization, but this one has Batch"),
         (ModelConfig("timm/resnet18", options={"wings": 2}), 28, "timm/resnet18 with model.options.*wings"),
         (ModelConfig("timm/vit_tiny_patch16_224"), 28, "cannot take images of 28x28 with 1 channels"),
     ],
@@ -288,7 +296,7 @@ def test_batch_norm_goes_behind_each_convolution_of_a_model_without(affine: bool
     torch.manual_seed(0)
     config = ModelConfig("cifar/vgg16", "affine" if affine else "paper", options={"width": 0.125})
     model = build(config, 10, 3, (32, 32))
-    norms = [m for m in model.modules() if isinstance(m, PaperBatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, AveragedBatchNorm)]
     assert len(norms) == 13
     assert all((norm.weight is not None) == affine for norm in norms)
     for name, weight in plain.named_parameters():
@@ -298,5 +306,5 @@ def test_batch_norm_goes_behind_each_convolution_of_a_model_without(affine: bool
     seen = model[0].norm(plain[0](x))  # type: ignore[index, union-attr, operator]
     torch.testing.assert_close(model[0](x), seen)  # type: ignore[index, operator]
     torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(8), atol=bounds.HALF_OF_FLOAT32, rtol=0)
-    with pytest.raises(ConfigError, match="and this model has none"):
+    with pytest.raises(ConfigError, match="but this one has none"):
         insert_batch_norm(nn.Sequential(nn.Linear(2, 2)))

@@ -71,7 +71,7 @@ def test_a_classifier_of_other_classes_is_drawn_anew_and_said_so(
         "classifier.bias",
     }
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
-    assert "drawn anew: 4 classes, not 7" in caplog.text
+    assert "initialized again: 4 classes, not 7" in caplog.text
 
 
 def test_torchs_own_files_are_read_without_their_pickled_code(weights: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_torchs_own_files_are_read_without_their_pickled_code(weights: Path, tmp
     model = build(ModelConfig(SMALL, weights=str(good)), 7, 3, (32, 32))
     assert torch.equal(model.state_dict()["classifier.bias"], load_file(weights)["classifier.bias"])
     torch.save({"state_dict": nn.Linear(2, 2)}, bad)
-    with pytest.raises(ConfigError, match="holds more than tensors; it was not loaded"):
+    with pytest.raises(ConfigError, match="contains more than tensors; it was not loaded"):
         build(ModelConfig(SMALL, weights=str(bad)), 7, 3, (32, 32))
 
 
@@ -115,20 +115,20 @@ def test_statistics_are_the_weights_own_and_of_one_channel_their_mean() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ModelConfig("timm/resnet18", weights="FILE"), "are not those of timm/resnet18: .*Missing key"),
+        (ModelConfig("timm/resnet18", weights="FILE"), "does not fit timm/resnet18: .*Missing key"),
         (ModelConfig("timm/resnet18", weights="nowhere.pt"), "nowhere.pt is missing: set it to a file"),
         (ModelConfig("timm/resnet18", weights="FOLDER"), "is a folder: set it to a file"),
-        (ModelConfig("timm/resnet18", weights="TEXT"), "cannot be read as a file of weights"),
+        (ModelConfig("timm/resnet18", weights="TEXT"), "cannot be read as a file with weights"),
         (ModelConfig("timm/resnet18", weights="package"), "set model.name to it"),
         (ModelConfig("timm/botnet50ts_256", weights="hub"), "publishes no weights .* set model.weights"),
-        (ModelConfig("cifar/resnet20", weights="hub"), "are for timm's models"),
-        (ModelConfig("timm/resnet18", options={"pretrained": True}), "say model.weights hub"),
-        (ModelConfig("timm/resnet18", options={"num_classes": 5}), "is 5, and the data have 4 classes"),
+        (ModelConfig("cifar/resnet20", weights="hub"), "needs a timm model"),
+        (ModelConfig("timm/resnet18", options={"pretrained": True}), "set model.weights to hub"),
+        (ModelConfig("timm/resnet18", options={"num_classes": 5}), "is 5, but the data have 4 classes"),
         (ModelConfig(SMALL, weights="FILE", options={"wings": 2}), "wings"),
         (ModelConfig("timm/vit_tiny_patch16_224"), r"set data.size to 224, .* \{img_size: 32\}"),
-        (ModelConfig(SMALL, trainable="head.*"), "matches no parameter as a whole; near names: "),
-        (ModelConfig(SMALL, trainable="("), "no regular expression"),
-        (ModelConfig(SMALL, trainable=".*", frozen="Top"), "leave one of them out"),
+        (ModelConfig(SMALL, trainable="head.*"), "and matches none; similar names: "),
+        (ModelConfig(SMALL, trainable="("), "not a regular expression"),
+        (ModelConfig(SMALL, trainable=".*", frozen="Top"), "remove one of them"),
     ],
     ids=lambda value: "" if isinstance(value, str) else f"{value.name}-{value.weights}",
 )

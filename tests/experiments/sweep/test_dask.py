@@ -1,183 +1,40 @@
-"""A sweep on a cluster: a real scheduler and worker processes on the loopback address."""
+"""How a sweep uses a cluster: checks, GPUs, SLURM jobs, and runs that are given back."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import distributed
-import pandas as pd
 import pytest
-from support.sweeps import children, how_many, runs, tiny, written
+from support.machines import ENVIRONMENT, LOOPBACK, wait_until
+from support.sweeps import tiny
 
-import feedbackhook
-from feedbackhook.cli import main
 from feedbackhook.experiments.config import ClusterConfig, ConfigError, SweepConfig, SweepProtocolConfig
 from feedbackhook.experiments.sweep import dask as cluster
 from feedbackhook.experiments.sweep import run as sweep_module
 from feedbackhook.experiments.sweep import worker
-from feedbackhook.experiments.sweep.grid import PlannedRun, plan, stored
+from feedbackhook.experiments.sweep.grid import PlannedRun, plan
 from feedbackhook.experiments.sweep.run import sweep
-from feedbackhook.report.tables import sweep_table
-from feedbackhook.store.locks import holder, process_name
 from feedbackhook.store.recorder import Recorder
-
-LOOPBACK = {"scheduler_options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-DASK = [sys.executable, "-m", "dask"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-class Machines:
-    """A scheduler, and workers that come and go."""
-
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder, self.file = folder, folder / "scheduler.json"
-        self._environment = ENVIRONMENT | environment
-        self.workers: list[subprocess.Popen[bytes]] = []
-        self.scheduler = self._start(
-            "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self.file)
-        )
-        wait_until(self.file.exists)
-
-    def _start(self, kind: str, *options: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{kind}-{time.monotonic_ns()}.log").open("wb")
-        command = [*DASK, kind, *options, "--dashboard-address", "127.0.0.1:0"]
-        return subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
-
-    def add_worker(self, threads: int = 1) -> None:
-        options = ("--scheduler-file", str(self.file), "--host", "127.0.0.1", "--no-nanny")
-        local = ("--nthreads", str(threads), "--local-directory", str(self.folder))
-        name = ("--name", f"worker-{len(self.workers)}")
-        self.workers.append(self._start("worker", *options, *local, *name))
-
-    def _of_scheduler(self, ask: Callable[..., Any], *given: Any) -> Any:
-        with distributed.Client(scheduler_file=str(self.file)) as client:
-            return client.run_on_scheduler(ask, *given)
-
-    def take_for_lost(self, worker: subprocess.Popen[bytes]) -> None:
-        """What the scheduler does when it has not heard of a worker for long."""
-
-        async def remove(name: str, dask_scheduler: Any) -> None:
-            address = dask_scheduler.aliases[name]
-            await dask_scheduler.remove_worker(address, stimulus_id="taken-for-lost")
-
-        self._of_scheduler(remove, f"worker-{self.workers.index(worker)}")
-
-    def given_back(self) -> set[str]:
-        """The runs that wait for their folders."""
-
-        def ask(dask_scheduler: Any) -> set[str]:
-            workers = dask_scheduler.workers.values()
-            return {task.key[1] for worker in workers for task in worker.long_running}
-
-        found: set[str] = self._of_scheduler(ask)
-        return found
-
-    def has_a_sweep(self) -> bool:
-        """Whether a client waits for runs."""
-
-        def ask(dask_scheduler: Any) -> bool:
-            clients = dask_scheduler.clients.items()
-            return any(state.wants_what for name, state in clients if name != "fire-and-forget")
-
-        found: bool = self._of_scheduler(ask)
-        return found
-
-    def close(self) -> None:
-        for process in [*self.workers, self.scheduler]:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait()
-
-
-@pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Callable[..., Machines]]:
-    with ExitStack() as stack:
-
-        def start(workers: int, **environment: str) -> Machines:
-            folder = tmp_path / "machines"
-            folder.mkdir()
-            made = Machines(folder, **environment)
-            stack.callback(made.close)
-            for _ in range(workers):
-                made.add_worker()
-            return made
-
-        yield start
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """However slow the machine is: only the test runner sets a limit."""
-    while not condition():
-        time.sleep(0.05)
-
-
-def on(machines: Machines, config: SweepConfig) -> SweepConfig:
-    return replace(config, backend="dask", cluster=ClusterConfig(address=str(machines.file)))
-
-
-def started(config: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "feedbackhook", "sweep", str(config)]
-    return subprocess.Popen(
-        command,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # where it is ignored
-    )
-
-
-def rows(folder: Path) -> pd.DataFrame:
-    """All that the runs of a sweep have recorded, in an order of its own."""
-    table = feedbackhook.read(folder)
-    return table.sort_values([*table.columns]).reset_index(drop=True)
-
-
-def assert_equal(folder: Path, reference: Path) -> None:
-    """The same table, and of each run the same rows to the last bit: none lost, none doubled."""
-    ours, theirs = sweep_table(folder), sweep_table(reference)
-    assert not ours.missing
-    assert ours.cells.to_csv() == theirs.cells.to_csv()
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
-        path.name for path in reference.iterdir() if path.is_dir()
-    }
-    pd.testing.assert_frame_equal(rows(folder), rows(reference), check_exact=True)
-
-
-def test_a_sweep_on_a_cluster_is_that_of_one_machine(
-    tmp_path: Path, machines: Callable[..., Machines], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny(tmp_path / "sweep", conditions=["brSF concordance=0.5"])
-    there = machines(1)
-    path = written(on(there, config), tmp_path / "sweep.yaml")
-    assert main(["sweep", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert "dashboard: http://127.0.0.1:" in out
-    assert "1 workers, 1 runs at a time" in out
-    assert "2 finished" in out
-    assert stored(tmp_path / "sweep").cluster.address == str(there.file)
-    sweep(replace(config, output=str(tmp_path / "reference")))
-    assert_equal(tmp_path / "sweep", tmp_path / "reference")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"cluster": ClusterConfig(address="tcp://a:1")}, "no effect with backend joblib"),
-        ({"backend": "dask"}, "needs cluster.address, of a scheduler that runs, or cluster.slurm"),
+        ({"backend": "dask"}, "needs either cluster.address .of a running scheduler. or cluster.slurm"),
         (
             {"backend": "dask", "cluster": ClusterConfig(address="tcp://a:1", slurm={"cores": 1})},
-            "needs cluster.address, of a scheduler that runs, or cluster.slurm",
+            "needs either cluster.address .of a running scheduler. or cluster.slurm",
         ),
         ({"backend": "dask", "workers": 3}, "workers has no effect with backend dask"),
         (
@@ -235,9 +92,12 @@ HERE = cluster._View(cluster._versions(), 0, True, True)
     [
         (ModuleNotFoundError("No module named 'feedbackhook'"), "cannot run feedbackhook: No module named"),
         (HERE._replace(versions={**HERE.versions, "torch": "1.0"}), "has torch 1.0, this machine"),
-        (HERE._replace(sees_folder=False), "does not see .*sweep: give an output on a file system that all"),
-        (HERE._replace(sees_lock=False), r"can lock .*sweep/\.lock, which this machine has locked"),
-        (HERE._replace(gpus=1), "has 4 threads, and its 1 GPUs take 2 runs: .* --nthreads 2"),
+        (
+            HERE._replace(sees_folder=False),
+            "does not see .*sweep: choose an output on a file system that",
+        ),
+        (HERE._replace(sees_lock=False), r"can lock .*sweep/\.lock although this machine has locked it"),
+        (HERE._replace(gpus=1), "has 4 threads, but its 1 GPUs take only 2 runs: .* --nthreads 2"),
     ],
     ids=["import", "version", "folder", "lock", "gpu"],
 )
@@ -419,150 +279,3 @@ def test_a_wrong_option_of_slurm_is_one_clear_error() -> None:
         cluster._slurm(ClusterConfig(slurm={"cores": 1, "memory": "1GB", "quue": "long", **LOOPBACK}), 1)
     with pytest.raises(ConfigError, match=r"cluster\.slurm: You must specify how much cores and memory"):
         cluster._slurm(ClusterConfig(slurm={}), 1)
-
-
-# what follows takes minutes
-
-
-@pytest.mark.slow
-def test_jobs_of_slurm_run_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the place of SLURM two scripts, which start a job as a process and end it."""
-    job = tmp_path / "job"
-    commands = {
-        "sbatch": f'cp "$1" {job}\nsetsid bash {job} > {job}.log 2>&1 &\necho Submitted batch job $!',
-        "scancel": 'kill -- "-$1"',
-    }
-    for name, content in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    asked = {"cores": 2, "memory": "4GB", "local_directory": str(tmp_path), **LOOPBACK}
-    config = tiny(tmp_path / "sweep", conditions=["brSF concordance=0.5"])
-    told: list[str] = []
-    results = sweep(replace(config, backend="dask", cluster=ClusterConfig(slurm=asked)), tell=told.append)
-    assert {result.status for result in results.values()} == {"finished"}
-    assert "1 workers, 2 runs at a time" in told
-    sweep(replace(config, output=str(tmp_path / "reference")))
-    assert_equal(tmp_path / "sweep", tmp_path / "reference")
-
-
-@pytest.mark.slow
-def test_an_interrupted_sweep_stops_its_runs_and_goes_on(
-    tmp_path: Path, machines: Callable[..., Machines]
-) -> None:
-    there = machines(1)
-    protocol = SweepProtocolConfig(epochs=150, lr_factors=1, seeds=2)
-    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=protocol)
-    path, folder = written(on(there, config), tmp_path / "sweep.yaml"), tmp_path / "sweep"
-    process = started(path)
-    wait_until(lambda: how_many(folder, "running") == 1)
-    process.send_signal(signal.SIGINT)
-    out = process.communicate()[0].decode()
-    assert process.returncode == 130, out
-    assert "interrupted; rerun the same command to resume" in out
-    wait_until(lambda: how_many(folder, "interrupted") == 1)
-    assert how_many(folder, "running") == 0  # nor has the second begun
-    again = started(path)
-    out = again.communicate()[0].decode()
-    assert again.returncode == 0, out
-    assert "2 finished" in out
-
-
-@pytest.mark.slow
-def test_a_run_whose_process_is_killed_three_times_fails(
-    tmp_path: Path, machines: Callable[..., Machines]
-) -> None:
-    there = machines(1)
-    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, lr_factors=1))
-    process = started(written(on(there, config), tmp_path / "sweep.yaml"))
-    worker = there.workers[0].pid
-    killed: set[int] = set()
-    while len(killed) < 3:
-        wait_until(lambda: bool(set(children(worker)) - killed))
-        victim = (set(children(worker)) - killed).pop()
-        os.kill(victim, signal.SIGKILL)
-        killed.add(victim)
-    out = process.communicate()[0].decode()
-    assert process.returncode == 1, out
-    assert "failed: its process ended 3 times: killed, or out of memory?" in out
-
-
-@pytest.mark.slow
-def test_a_scheduler_that_ends_is_named_and_the_runs_end_with_it(
-    tmp_path: Path, machines: Callable[..., Machines]
-) -> None:
-    there = machines(1)
-    config = tiny(tmp_path / "sweep", conditions=["SGD"], protocol=SweepProtocolConfig(10_000, lr_factors=1))
-    process = started(written(on(there, config), tmp_path / "sweep.yaml"))
-    wait_until(lambda: how_many(tmp_path / "sweep", "running") == 1)
-    left = children(there.workers[0].pid)
-    there.scheduler.kill()
-    out = process.communicate()[0].decode()
-    assert process.returncode == 2, out
-    assert "the same command goes on when it is there again" in out
-    wait_until(lambda: not any(runs(pid) for pid in left))
-
-
-def frozen_at_work(worker: int, folder: Path) -> tuple[list[int], str]:
-    """Stop a worker and its process while that holds a run's folder: their IDs, and the run."""
-    while True:
-        os.kill(worker, signal.SIGSTOP)  # it begins no other run while we look
-        stopped = [worker]
-        for child in children(worker):
-            os.kill(child, signal.SIGSTOP)
-            stopped.append(child)
-            for run in folder.glob("*/metrics"):
-                if holder(run.parent) == process_name(child):
-                    return stopped, run.parent.name
-        thaw(stopped)
-        time.sleep(0.05)
-
-
-def thaw(frozen: list[int]) -> None:
-    for pid in reversed(frozen):
-        if runs(pid):
-            os.kill(pid, signal.SIGCONT)
-
-
-@pytest.mark.slow
-def test_48_runs_with_a_killed_a_stopped_worker_and_a_killed_client(
-    tmp_path: Path, machines: Callable[..., Machines]
-) -> None:
-    """The scheduler takes the stopped worker for lost, and gives its run to another, which gives it back."""
-    grid = tiny(
-        tmp_path / "sweep", protocol=SweepProtocolConfig(2, lr_factors=[10.0, 1.0, 0.1, 0.01], seeds=4)
-    )
-    assert len(plan(grid)) == 48
-    reference = replace(grid, output=str(tmp_path / "reference"), workers=2)
-    sweep(reference)
-
-    there = machines(3)
-    path, folder = written(on(there, grid), tmp_path / "sweep.yaml"), tmp_path / "sweep"
-    killed, stopped, _ = there.workers
-    client = started(path)
-    wait_until(lambda: how_many(folder, "finished") >= 6)
-    killed.kill()
-    killed.wait()
-
-    wait_until(lambda: how_many(folder, "finished") >= 12)
-    frozen, held = frozen_at_work(stopped.pid, folder)
-    there.take_for_lost(stopped)
-    wait_until(lambda: held in there.given_back())
-
-    def more(count: int) -> None:
-        """All but the run that is held can end."""
-        least = min(how_many(folder, "finished") + count, 47)
-        wait_until(lambda: how_many(folder, "finished") >= least)
-
-    more(2)
-    client.kill()
-    client.wait()
-    more(3)  # the cluster goes on without it
-    client = started(path)
-    wait_until(there.has_a_sweep)
-    more(1)
-    thaw(frozen)
-    out = client.communicate()[0].decode()
-    assert client.returncode == 0, out
-    assert how_many(folder, "finished") + how_many(folder, "diverged") == 48
-    assert_equal(folder, tmp_path / "reference")

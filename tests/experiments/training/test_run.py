@@ -331,3 +331,16 @@ def test_the_rate_follows_half_a_cosine(config: RunConfig) -> None:
     config.record.figures = False
     rates = series(read(train(config).folder), "learning_rate")
     assert rates == pytest.approx([2e-4 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
+
+
+def test_figures_are_drawn_by_whoever_asks_for_them_and_only_if_they_are_to_be_recorded(
+    config: RunConfig,
+) -> None:
+    config.protocol.epochs = 1
+    drawn: list[Path] = []
+    assert train(config, draw=None).figures == []
+    recorded = train(replace(config, output=f"{config.output}-recorded"), draw=drawn.append)
+    assert drawn == [recorded.folder]
+    without = replace(config, record=RecordConfig(figures=False), output=f"{config.output}-without")
+    train(without, draw=drawn.append)
+    assert drawn == [recorded.folder]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import feedbackhook
 from support import oracle
 from support.coverage.models import outputs
-from support.coverage.replaced_functions import RULE, replaced_functions
+from support.coverage.replaced_functions import RULE, Seen, replaced_functions
 from support.oracle import Gradients
 
 
@@ -89,11 +89,7 @@ def compare(
     row.error = max(apart.values())
     row.oracles = "functions"
     assert all(d <= tolerance for d in apart.values()), f"gradients differ from the oracle's: {worst(apart)}"
-    counted = {layer.name: (layer.calls, layer.rerouted) for layer in patch.layers if layer.calls}
-    expected = {name: (seen.calls[name], seen.rerouted[name]) for name in seen.calls}
-    wrong = {name: (counted.get(name), expected.get(name)) for name in {*counted, *expected}}
-    wrong = {name: both for name, both in wrong.items() if both[0] != both[1]}
-    assert not wrong, f"(calls, rerouted) of the patch, and what they must be: {wrong}"
+    assert_counted(patch, seen)
     assert row.rerouted == sum(seen.rerouted.values()) > 0
     assert_unlike_backprop(got, exact, behind)
     del want, exact
@@ -111,14 +107,29 @@ def compare(
         assert agree, f"gradients differ from the saved-tensor oracle's: {worst(apart)}"
     else:
         assert not agree, "the saved-tensor oracle agrees: it need not be left out any more"
+    row.result += remarks(seen)
+
+
+def remarks(seen: Seen) -> str:
+    """What the table says about weights that are not plain parameters of a layer, or get no error signal."""
+    text = ""
     if seen.derived:
-        row.result += f"; {len(seen.derived)} derived weights"
+        text += f"; {len(seen.derived)} derived weights"
     if seen.foreign:
-        row.result += f"; exact, for no layer holds the weight: {', '.join(sorted(seen.foreign))}"
-    if unused := [
-        name for name in seen.input_requires_grad if seen.rerouted[name] < seen.input_requires_grad[name]
-    ]:
-        row.result += f"; no error signal comes to: {', '.join(sorted(unused))}"
+        text += f"; exact, for no layer holds the weight: {', '.join(sorted(seen.foreign))}"
+    expected = seen.input_requires_grad
+    if unused := [name for name, count in expected.items() if seen.rerouted[name] < count]:
+        text += f"; no error signal comes to: {', '.join(sorted(unused))}"
+    return text
+
+
+def assert_counted(patch: feedbackhook.Patch, seen: Seen) -> None:
+    """Assert that the patch counted the calls and the error signals that the oracle saw."""
+    counted = {layer.name: (layer.calls, layer.rerouted) for layer in patch.layers if layer.calls}
+    expected = {name: (seen.calls[name], seen.rerouted[name]) for name in seen.calls}
+    wrong = {name: (counted.get(name), expected.get(name)) for name in {*counted, *expected}}
+    wrong = {name: both for name, both in wrong.items() if both[0] != both[1]}
+    assert not wrong, f"(calls, rerouted) of the patch, and what they must be: {wrong}"
 
 
 def worst(apart: dict[str, float], count: int = 5) -> str:

@@ -61,18 +61,24 @@ class Seen:
         return {name for name, parameter in model.named_parameters() if parameter in reached}
 
 
-@contextmanager
-def replaced_functions(model: nn.Module) -> Iterator[Seen]:
-    """Within the block, every call of a layer's weight sends V's product back."""
-    seen = Seen()
-    names = {module: name for name, module in model.named_modules()}
+def layers_by_weight(model: nn.Module) -> dict[int, str]:
+    """The name of the layer that holds each weight, by the weight's id."""
     owners: dict[int, str] = {}
-    for module, name in names.items():
+    for name, module in model.named_modules():
         held = ("weight",) if isinstance(module, LAYERS) else ()
         held = IN_PROJECTIONS if isinstance(module, nn.MultiheadAttention) else held
         for attribute in held:
             if isinstance(weight := module._parameters.get(attribute), Tensor):
                 owners.setdefault(id(weight), name if attribute == "weight" else f"{name}.{attribute}")
+    return owners
+
+
+@contextmanager
+def replaced_functions(model: nn.Module) -> Iterator[Seen]:
+    """Within the block, every call of a layer's weight sends V's product back."""
+    seen = Seen()
+    names = {module: name for name, module in model.named_modules()}
+    owners = layers_by_weight(model)
     running: list[nn.Module] = []
 
     def left(module: nn.Module, args: object, output: object) -> None:

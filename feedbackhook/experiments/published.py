@@ -1,6 +1,7 @@
-"""Published error rates, to set beside those of a sweep.
+"""Published error rates, to show beside those of a sweep.
 
-A package that knows some registers them when it is imported, as `feedbackhook.liao2016.published` does.
+A package that has some registers them when it is imported, as `feedbackhook.liao2016` does. A sweep writes
+the ones for its conditions and datasets into its manifest, where reports find them.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ("dataset", "condition", "series", "concordance", "error")
 
@@ -38,7 +41,7 @@ PUBLICATIONS: dict[str, Publication] = {}
 
 
 def register_publication(publication: Publication) -> None:
-    """Set the errors of ``publication`` beside those of sweeps, in tables and figures."""
+    """Show the errors of ``publication`` beside those of sweeps, in tables and figures."""
     PUBLICATIONS[publication.name] = publication
     published_errors.cache_clear()
 
@@ -49,22 +52,9 @@ def published_errors() -> pd.DataFrame:
 
     If two have an error for the same dataset and condition, the one registered first counts.
     """
+    import pandas as pd
+
     parts = [each.read().assign(publication=each.name) for each in PUBLICATIONS.values()]
     if not parts:
         return pd.DataFrame(columns=[*COLUMNS, "publication"])
     return pd.concat(parts, ignore_index=True).drop_duplicates(["dataset", "condition"])
-
-
-def published(dataset: str, condition: str) -> float | None:
-    """Return the published error, in percent, of ``condition`` on ``dataset``; None if there is none."""
-    rows = published_errors()
-    found = rows[(rows["dataset"] == dataset) & (rows["condition"] == condition)]
-    return None if found.empty else float(found["error"].iloc[0])
-
-
-def reference_condition(dataset: str) -> str | None:
-    """Return the condition with which the publication on ``dataset`` compares the others; None if there is
-    none."""
-    rows = published_errors()
-    names = rows.loc[rows["dataset"] == dataset, "publication"]
-    return None if names.empty else PUBLICATIONS[names.iloc[0]].reference
