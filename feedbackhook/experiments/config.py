@@ -252,8 +252,8 @@ class RunConfig:
     """One run.
 
     Args:
-        condition: a short name, such as `SGD`, `BN+BM` or `BM Bottom`, or with a rule such as `uSF+BN+BM` or
-            `brSF+BN+BM concordance=0.75`; it sets the mode and options of the feedback, normalization, the frozen part, and
+        condition: a short name, such as `SGD`, `BN+BM`, `uSF+BN+BM`, `brSF+BN+BM concordance=0.75` or
+            `RndF Bottom`; it sets the mode and options of the feedback, normalization, the frozen part, and
             the name and setting of the optimizer. null: these are as given.
         label: name of the run in tables and figures; null: its condition, or its rule.
         data: the images

@@ -2,8 +2,8 @@
 networks, conditions and published error rates.
 
 Importing this package registers them; `feedbackhook.experiments` imports it. The defaults of sweeps (65
-epochs, milestones after 50 and 60, five learning rates, setting 1 of Batch Manhattan) are the paper's. It does
-not state the weight decay; the default, 5e-4, was that of its software.
+epochs, milestones after 50 and 60, five learning rates, setting 1 of Batch Manhattan) are the paper's. The
+paper does not state the weight decay; the default, 5e-4, was that of its software.
 """
 
 from feedbackhook.experiments.models.registry import set_fallback_network

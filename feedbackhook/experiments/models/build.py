@@ -97,7 +97,7 @@ def statistics(config: ModelConfig, channels: int) -> tuple[Tensor, Tensor] | No
     return pretrained.statistics(_timm_name(network_name(config)), channels)
 
 
-def still(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
+def frozen_batch_norms(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
     """Return the BatchNorm layers that `model.trainable` freezes; they stay in evaluation mode."""
     if config.trainable is None:
         return []

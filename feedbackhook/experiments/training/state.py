@@ -51,7 +51,7 @@ class TrainingState:
         self.data = images.to(self.device)
         _check_batch_sizes(config, len(images.train.labels))
         self.model = self._build_model()
-        self.frozen_modules = models.still(self.model, config.model)
+        self.frozen_modules = models.frozen_batch_norms(self.model, config.model)
         self.augment: Callable[[Tensor], Tensor] | None = None
         if config.data.augmentation is not None:
             self.augment = self.data.augmentation(config.data.augmentation)
