@@ -122,7 +122,7 @@ class Interceptor:
     def open(self, mark: Mark, module: nn.Module) -> None:
         """A hooked module's forward is about to run."""
         mode = self._mode()
-        if mode is None and (torch_internals.is_tracing() or torch.compiler.is_exporting()):
+        if mode is None and torch_internals.is_exporting():
             raise RuntimeError(_NO_EXPORT)
         if mode is None and not torch.is_grad_enabled():
             return  # no graph is built; a module inside that enables gradients becomes the outermost one

@@ -121,9 +121,12 @@ def requires_grad(tensor: Tensor) -> bool:
     return any(level.requires_grad for level in levels(tensor))
 
 
-def is_tracing() -> bool:
-    """Whether `torch.jit.trace`, which ONNX export without dynamo uses, is recording."""
-    return torch._C._get_tracing_state() is not None
+def is_exporting() -> bool:
+    """Whether a graph is being made to be taken elsewhere: by `torch.export`, or by `torch.jit.trace`, which
+    ONNX export without dynamo uses. A trap: PyTorch 2.10 and 2.11 answer True to
+    `torch.compiler.is_exporting()` in whatever `torch.compile` compiles, so the flag behind it is read."""
+    exporting: bool = torch.compiler._is_exporting_flag
+    return exporting or torch._C._get_tracing_state() is not None
 
 
 def forget_compiled_code() -> bool:

@@ -192,17 +192,29 @@ def test_levels_and_requires_grad_look_through_every_wrapper(required):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_is_tracing_inside_torch_jit_trace_alone():
+def test_is_exporting_inside_torch_jit_trace_and_torch_export_alone():
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(torch_internals.is_tracing())
+        seen.append(torch_internals.is_exporting())
         return x * 2
 
     look(torch.ones(3))
     assert seen == [False]
     torch.jit.trace(look, torch.ones(3), check_trace=False)
     assert seen == [False, True]
+    layer = nn.Identity()
+    layer.forward = look  # type: ignore[method-assign]
+    torch.export.export(layer, (torch.ones(3),), strict=False)
+    assert seen == [False, True, True]
+
+
+def test_is_exporting_is_false_in_what_torch_compile_compiles():
+    @torch.compile(backend="eager", fullgraph=True)
+    def look(x: Tensor) -> Tensor:
+        return x + 1 if torch_internals.is_exporting() else x
+
+    assert torch.equal(look(torch.ones(3)), torch.ones(3))
 
 
 def test_forget_compiled_code_lets_the_compiler_see_hooks():

@@ -36,3 +36,9 @@ def of_std(n: int) -> float:
 def of_angle(n: int) -> float:
     """Of the angle in degrees between n independent pairs, whose standard error is sin(angle) / sqrt(n)."""
     return math.degrees(of_mean(1, n))
+
+
+def of_autocast(layers: int, dtype: str) -> float:
+    """Of a gradient under autocast to `dtype`, relative: forward and backward each round a layer's two
+    factors and its product, and each rounding is taken to go the same way."""
+    return 6 * layers * ROUNDING[dtype]
