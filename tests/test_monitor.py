@@ -310,6 +310,20 @@ def test_a_removed_watch_records_nothing_and_costs_nothing(tmp_path, ending):
     assert {key[0] for key in recorded(tmp_path / "run")} == {0}
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["the model", "a copy that has run no forward"])
+def test_a_step_redraws_before_the_watch_is_told(tmp_path, copied):
+    model, x = mlp(), draw(3, 4)
+    feedbackhook.patch(model, "brSF")
+    model = copy.deepcopy(model) if copied else model
+    patch, told = feedbackhook.get_patch(model), []
+    with Recorder(tmp_path / "run") as recorder:
+        watch = patch.watch(1, recorder)
+        after_step, before = watch.after_step, patch.feedback("2")
+        watch.after_step = lambda optimizer: (told.append(patch.feedback("2")), after_step(optimizer))
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    assert not torch.equal(told[0].abs(), before.abs())
+
+
 def test_a_copy_of_a_watched_model_is_not_watched(tmp_path):
     model, x = mlp(), draw(3, 4)
     with Recorder(tmp_path / "run") as recorder:
