@@ -149,7 +149,7 @@ def test_bits_per_character_are_of_every_character_of_the_windows(characters):
 
 
 @pytest.mark.parametrize("table", ["wine", "diabetes"])
-def test_folds_are_fixed_and_standardised_by_their_training_part(tabular, table):
+def test_folds_are_fixed_and_standardized_by_their_training_part(tabular, table):
     first, again = (list(tabular.folds(table, 3)) for _ in range(2))
     for fold, same in zip(first, again, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(fold, same, strict=True))

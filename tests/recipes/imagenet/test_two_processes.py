@@ -44,14 +44,15 @@ def torchrun(*arguments):
     ids=lambda rule: rule[0],
 )
 def test_two_processes_equal_a_plain_loop_over_the_halves_of_each_batch(recipe, tmp_path, monkeypatch, rule):
-    """Each process normalises its half of a batch by the half's own statistics, as everywhere without
-    SyncBatchNorm, and the running ones are the first process's. Images of one colour: no augmentation."""
+    """Each process normalizes its half of a batch with the statistics of that half, because there is no
+    SyncBatchNorm. The running statistics are the first process's. Augmentation does not change images of one
+    color."""
     rule, rule_options = rule
     root = make_tree(tmp_path / "images", test=5, noise=False)  # 15 test images: the last batch is filled up
     given = {"root": root, "rule": rule, "batch_size": 8, "size": 32, "lr": LR, "workers": 0, "cpu": "true"}
     arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
     arguments += [part for name, value in rule_options.items() for part in (f"--options.{name}", value)]
-    for epochs in (1, 2):  # the second goes on from the first's checkpoint
+    for epochs in (1, 2):  # the second resumes from the first's checkpoint
         done = torchrun(*arguments, "--output", tmp_path / "two", "--epochs", epochs)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count(f"epoch {epochs}/{epochs}") == 1
