@@ -112,7 +112,7 @@ PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}
 OTHERS = {
     "experiments/data/torchvision_sets.py: constructor._file_dict",  # checksums that a dataset publishes
     "experiments/models/build.py: nn.modules.batchnorm._BatchNorm",  # the base class of all BatchNorms
-    "experiments/training/torchrun.py: kind._shared_state",  # Accelerate's singletons, given back as they were
+    "experiments/training/torchrun.py: kind._shared_state",  # Accelerate's singletons, put back afterwards
 }
 """Private names of libraries that the experiments need, and that have no public equivalent."""
 
