@@ -26,6 +26,7 @@ _DECIDED = (
     ("model", "frozen"),
     ("optimizer", "name"),
     ("optimizer", "setting"),
+    ("protocol", "reduction"),
 )
 
 
@@ -83,7 +84,8 @@ class Condition:
         return " ".join([*words, self.frozen] if self.frozen else words)
 
     def configure(self, config: RunConfig) -> RunConfig:
-        """The configuration with feedback, normalisation, optimizer and frozen part of this condition.
+        """Set the feedback, normalization, optimizer and frozen part of this condition in a configuration,
+        and sum gradients over the mini-batch.
 
         Raises:
             ConfigError: the configuration says itself, and otherwise, what the condition decides.
@@ -100,6 +102,7 @@ class Condition:
             feedback=replace(config.feedback, mode=self.feedback, options=options),
             model=replace(config.model, batch_norm=norm, frozen=self.frozen),
             optimizer=optimizer,
+            protocol=replace(config.protocol, reduction="sum"),
         )
         for section, key in _DECIDED:
             given, decided, default = (

@@ -59,8 +59,9 @@ class DataConfig:
     Args:
         name: `digits` (scikit-learn's 1,797 images of 8x8, no download), one of the paper's datasets
             (`feedbackhook data list`), another classification dataset of torchvision.datasets
-            (`FashionMNIST`, ...), or `imagefolder:PATH`, where PATH holds train/CLASS/IMAGE and
-            test/CLASS/IMAGE (or val/).
+            (`FashionMNIST`, ...), `imagefolder:PATH`, where PATH holds train/CLASS/IMAGE and
+            test/CLASS/IMAGE (or val/), or `npz:PATH`, arrays `x_train`, `y_train`, `x_test` and `y_test`:
+            images (N, H, W) or (N, H, W, C) of uint8, or features (N, F), and their classes.
         root: the folder in which torchvision keeps its datasets.
         download: let torchvision download the dataset into `root`.
         size: resize images to size x size pixels; null: the size that the model expects, or the images' own.
@@ -201,6 +202,9 @@ class ProtocolConfig:
             optimizer in float32.
         gradient_accumulation_steps: number of equal parts into which each mini-batch is split, to save
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
+        reduction: of the loss over the mini-batch, and so of its gradients: `mean`, or `sum`, as in the
+            paper, whose conditions set it. Recorded losses are means in either case. Weight decay does not
+            scale with the batch size, so beside a sum it is that much weaker.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
     """
@@ -216,6 +220,7 @@ class ProtocolConfig:
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_accumulation_steps: int = 1
+    reduction: Literal["mean", "sum"] = "mean"
     strategy: Literal["ddp", "fsdp2"] = "ddp"
 
 
@@ -311,6 +316,9 @@ class SweepProtocolConfig(ProtocolConfig):
             optimizer in float32.
         gradient_accumulation_steps: number of equal parts into which each mini-batch is split, to save
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
+        reduction: of the loss over the mini-batch, and so of its gradients: `mean`, or `sum`, as in the
+            paper, whose conditions set it. Recorded losses are means in either case. Weight decay does not
+            scale with the batch size, so beside a sum it is that much weaker.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
         lr_factors: factors of `optimizer.lr`, one run for each; a number takes that many of the paper's: 5

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from feedbackhook.experiments.config import DataConfig
+from feedbackhook.experiments.data import arrays
 from feedbackhook.experiments.data import folders as data_folders
 from feedbackhook.experiments.data import torchvision_sets as data_torchvision
 from feedbackhook.experiments.data.items import Item as Item
@@ -41,6 +42,8 @@ def find(config: DataConfig) -> Sources:
     kind, _, path = config.name.partition(":")
     if kind == "imagefolder":
         return data_folders.image_folder(Path(path).resolve())
+    if kind == "npz":
+        return arrays.npz(Path(path).resolve())
     if config.name in _READERS:
         return _READERS[config.name](PAPER[config.name], config)
     return data_torchvision.named(config)
@@ -51,4 +54,6 @@ def locations(config: DataConfig) -> list[Path]:
     kind, _, path = config.name.partition(":")
     if kind == "imagefolder":
         return list(data_folders.train_and_test(Path(path).resolve()))
+    if kind == "npz":
+        return [Path(path).resolve()]
     return data_torchvision.locations(config)

@@ -150,10 +150,8 @@ def _network(config: ModelConfig, classes: int, channels: int, size: tuple[int, 
             f"{config.network} takes images of {wanted}x{wanted}, not {size[0]}x{size[1]}: set data.size to "
             f"{wanted}"
         )
-    if not network.convolutions and channels * size[0] * size[1] != network.input[0]:
-        raise ConfigError(
-            f"{config.network} takes {network.input[0]} features, not {channels}x{size[0]}x{size[1]} pixels"
-        )
+    if not network.convolutions and size != (1, 1):
+        raise ConfigError(f"{config.network} takes features, not {channels}x{size[0]}x{size[1]} pixels")
     if config.options:
         raise ConfigError(f"{config.network} has no model.options; it was given {sorted(config.options)}")
     return build_network(config.network, classes, channels, config.batch_norm)

@@ -241,7 +241,7 @@ def check_device(config: RunConfig) -> None:
 def _check_parts(config: RunConfig, count: int) -> None:
     """Sees that each mini-batch can be shared out, and that what is recorded can be measured then."""
     p = config.protocol
-    for section, name in ((p, "precision"), (p, "strategy"), (config.record, "weights")):
+    for section, name in ((p, "precision"), (p, "strategy"), (p, "reduction"), (config.record, "weights")):
         value, known = getattr(section, name), get_args(get_type_hints(type(section))[name])
         if value not in known:
             where = "record" if section is config.record else "protocol"
@@ -447,7 +447,7 @@ class _Run:
                 total += _finite("train_loss", summed / team.count)
                 wrong += missed
                 self._measure_gradients(loss, recorder, last)
-                team.backward(loss)
+                team.backward(loss * len(index) if self.config.protocol.reduction == "sum" else loss)
         self.optimizer.step()
         self.step += 1
         return total / len(shares), wrong
