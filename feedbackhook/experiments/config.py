@@ -40,8 +40,9 @@ class DataConfig:
     Args:
         name: `digits` (scikit-learn's 1,797 images of 8x8, no download), a registered dataset
             (`feedbackhook data list`), another classification dataset of torchvision.datasets
-            (`FashionMNIST`, ...), or `imagefolder:PATH`, where PATH contains train/CLASS/IMAGE and
-            test/CLASS/IMAGE (or val/).
+            (`FashionMNIST`, ...), `imagefolder:PATH`, where PATH contains train/CLASS/IMAGE and
+            test/CLASS/IMAGE (or val/), or `npz:PATH`, a file of arrays `x_train`, `y_train`, `x_test` and
+            `y_test`: images (N, H, W) or (N, H, W, C) of uint8, or features (N, F), and their classes.
         root: the folder in which torchvision keeps its datasets.
         download: let torchvision download the dataset into `root`.
         size: resize images to size x size pixels; null: the size that the model expects, or the images' own.
@@ -180,6 +181,9 @@ class ProtocolConfig:
             optimizer in float32.
         gradient_accumulation_steps: number of equal parts into which each mini-batch is split, to save
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
+        reduction: of the loss, and so of the gradients, over the mini-batch: `mean` or `sum`; named
+            conditions set `sum`. Recorded losses are means. Weight decay does not grow with the batch size,
+            so next to a sum it is weaker by that factor.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
     """
@@ -195,6 +199,7 @@ class ProtocolConfig:
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_accumulation_steps: int = 1
+    reduction: Literal["mean", "sum"] = "mean"
     strategy: Literal["ddp", "fsdp2"] = "ddp"
 
     def __post_init__(self) -> None:
@@ -208,7 +213,7 @@ class ProtocolConfig:
         for epoch, size in self.batch_sizes.items():
             check_at_least("an epoch in protocol.batch_sizes", epoch, 1)
             check_at_least("a size in protocol.batch_sizes", size, 1)
-        for name in ("lr_schedule", "precision", "strategy"):
+        for name in ("lr_schedule", "precision", "reduction", "strategy"):
             check_choice(self, "protocol", name)
         if self.lr_schedule == "cosine" and self.milestones is not None:
             raise ConfigError(
@@ -315,6 +320,9 @@ class SweepProtocolConfig(ProtocolConfig):
             optimizer in float32.
         gradient_accumulation_steps: number of equal parts into which each mini-batch is split, to save
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
+        reduction: of the loss, and so of the gradients, over the mini-batch: `mean` or `sum`; named
+            conditions set `sum`. Recorded losses are means. Weight decay does not grow with the batch size,
+            so next to a sum it is weaker by that factor.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
         lr_factors: factors of `optimizer.lr`, one run for each; 5 stands for 100,

@@ -101,7 +101,7 @@ def build_network(
             layers[f"{name}_bn"] = norm(width)
         layers[f"{name}_relu"] = nn.ReLU()
 
-    width = channels if network.convolutions else network.input[0]
+    width = channels  # of features, their number
     rows = network.input[-1]  # images are square
     for number, of in enumerate(network.convolutions, 1):
         hidden(f"conv{number}", nn.Conv2d(width, of.maps, of.kernel, of.stride, of.padding), of.maps)

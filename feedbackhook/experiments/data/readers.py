@@ -6,6 +6,7 @@ from pathlib import Path
 
 from feedbackhook.experiments.config import DataConfig
 from feedbackhook.experiments.data import torchvision_sets
+from feedbackhook.experiments.data.arrays import npz
 from feedbackhook.experiments.data.image_folder import image_folder, train_and_test
 from feedbackhook.experiments.data.items import Sources
 from feedbackhook.experiments.data.registry import DATASETS
@@ -20,6 +21,8 @@ def find(config: DataConfig) -> Sources:
     kind, _, path = config.name.partition(":")
     if kind == "imagefolder":
         return image_folder(Path(path).resolve())
+    if kind == "npz":
+        return npz(Path(path).resolve())
     dataset = DATASETS.get(config.name)
     if dataset is not None and dataset.reader is not None:
         return dataset.reader(dataset, config)
@@ -31,4 +34,6 @@ def locations(config: DataConfig) -> list[Path]:
     kind, _, path = config.name.partition(":")
     if kind == "imagefolder":
         return list(train_and_test(Path(path).resolve()))
+    if kind == "npz":
+        return [Path(path).resolve()]
     return torchvision_sets.locations(config)

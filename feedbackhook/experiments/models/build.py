@@ -141,10 +141,8 @@ def _registered(
 ) -> nn.Module:
     name, (_, *made_for) = network.name, network.input_size
     if network.takes_features:
-        if channels * size[0] * size[1] != network.input_size[0]:
-            raise ConfigError(
-                f"{name} takes {network.input_size[0]} features, not {channels}x{size[0]}x{size[1]} pixels"
-            )
+        if size != (1, 1):
+            raise ConfigError(f"{name} takes features, not {channels}x{size[0]}x{size[1]} pixels")
     elif network.fixed_size and list(size) != made_for:
         raise ConfigError(
             f"{name} takes images of {made_for[0]}x{made_for[1]}, not {size[0]}x{size[1]}: set data.size to "

@@ -81,7 +81,7 @@ def train_step(state: TrainingState, index: Tensor, recorder: Recorder, last: bo
             total += check_finite("train_loss", summed / context.count)
             wrong += missed
             _measure_gradient_angle(state, loss, recorder, last)
-            context.backward(loss)
+            context.backward(loss * len(index) if state.config.protocol.reduction == "sum" else loss)
     state.optimizer.step()
     state.step += 1
     return total / len(shares), wrong
