@@ -2,9 +2,8 @@
 
     python analysis/compact.py runs/mnist analysis/runs/mnist
 
-Copies sweep.yaml, manifest.json and of each run its configuration, status and table, the parts of the table joined into one
-and rounded to single precision; weights and checkpoints are left out, and so is what tells of the machine's
-folders.
+Copies sweep.yaml, manifest.json, and the configuration, status and table of each run, with the parts of the
+table joined and rounded to single precision. Weights, checkpoints and the machine's folders are left out.
 """
 
 from __future__ import annotations

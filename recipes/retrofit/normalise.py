@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 
 from feedbackhook.experiments.sweep.grid import stored
 from feedbackhook.report import theme
-from feedbackhook.report.runs import collect
 from feedbackhook.report.aggregate import sweep_table
+from feedbackhook.report.runs import collect
 
 YAML = Path(__file__).with_suffix(".yaml")
 SMOKE = {
