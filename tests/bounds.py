@@ -6,6 +6,7 @@ Five standard errors are left to sampling, which one seed in two million exceeds
 import math
 
 ROUNDING = {
+    "float64": 2.0**-53,
     "float32": 2.0**-24,
     "bfloat16": 2.0**-8,
     "float16": 2.0**-11,

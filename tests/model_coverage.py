@@ -306,21 +306,22 @@ def worst(apart: dict[str, float], count: int = 5) -> str:
 def assert_unlike_backprop(got: Gradients, exact: Gradients, behind: set[str]) -> None:
     """Gradients that came through a V differ from backprop's; all others are backprop's.
 
-    A gradient is left out where both are below 1e-9 of the largest: in theory it is zero, as that of a bias
-    before a normalisation.
+    A gradient is left out where both are below `TOLERANCE` of the largest: in theory it is zero, as that of a
+    bias before a normalisation.
     """
     largest = max(g.norm().item() for g in exact.parameters.values() if g is not None)
+    apart = oracle.distances(got, exact)
     alike, unlike = [], []
     for name, a in got.parameters.items():
         b = exact.parameters[name]
         assert (a is None) == (b is None), f"only one of the two gives {name} a gradient"
-        if a is None or (size := max(a.norm().item(), b.norm().item())) <= 1e-9 * largest:
+        if a is None or (size := max(a.norm().item(), b.norm().item())) <= oracle.TOLERANCE * largest:
             continue
         distance = (a - b).norm().item() / size
         if name in behind and not distance > oracle.UNLIKE:
             alike.append((name, distance))
-        if name not in behind and not distance <= 1e-9:
-            unlike.append((name, distance))
+        if name not in behind and not apart[name] <= oracle.TOLERANCE:
+            unlike.append((name, apart[name]))
     assert behind, "no gradient came through a feedback weight"
     assert not alike, f"backprop's gradients, behind feedback weights: {alike}"
     assert not unlike, f"not backprop's gradients, though not behind feedback weights: {unlike}"
@@ -338,8 +339,8 @@ Each model is as small as it goes, on two images, in train mode and in float64, 
 parameters that start at a small constant, zero included, are drawn anew. It is patched with `mode="sign",
 magnitude="uniform"`, so that V = sign(W) scaled to the norm of W, for derived weights too. It must give the
 forward and the buffers of the model without a patch in every bit; the gradients of the oracles, which share
-nothing with the library (relative distance below 1e-9, with 1e-4 of the largest gradient as the least scale);
-gradients unlike backprop's wherever an error signal has passed a V, and backprop's elsewhere; and a
+nothing with the library (relative distance at most 2^-30, with 2^-13 of the largest gradient as the least
+scale); gradients unlike backprop's wherever an error signal has passed a V, and backprop's elsewhere; and a
 rerouted error signal for each call of a patched weight whose input requires a gradient. The first layer's
 input, the image, requires none.
 
