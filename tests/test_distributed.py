@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import HANG
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"
@@ -37,7 +38,7 @@ def test_two_processes_equal_one(case, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "distributed_worker.py"), case, str(tmp_path), *JOBS[case]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("passed ")]
     assert passed == JOBS[case]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import bounds
 import pytest
 import torch
 import torch.nn.functional as F
@@ -751,7 +752,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if threading.current_thread() is not threading.main_thread():
             self.reached.set()
-            assert self.open.wait(300)
+            assert self.open.wait(bounds.HANG)
         return x
 
 
@@ -763,7 +764,7 @@ def test_forwards_in_two_threads_at_once():
     leaves = [draw(3, 4, seed=seed).requires_grad_() for seed in (0, 1)]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(model, leaves[0])
-        assert gate.reached.wait(300)
+        assert gate.reached.wait(bounds.HANG)
         try:
             second = model(leaves[1])
         finally:

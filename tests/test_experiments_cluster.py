@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed
 import pandas as pd
 import pytest
+from bounds import HANG
 from test_experiments_sweep import children, how_many, runs, tiny, written
 
 import feedbackhook
@@ -263,6 +265,14 @@ def test_gpus_are_shared_out_evenly_and_no_more_runs_have_one_than_may(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(cluster, "_visible_gpus", lambda: ["2", "5"])
     had: list[str] = []
+    looked, freed = threading.Event(), threading.Event()
+
+    def sleep(_: float) -> None:
+        """One look in vain, and the next when others have gone."""
+        looked.set()
+        assert freed.wait(HANG)
+
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(sleep=sleep))
     with ExitStack() as all_slots:
         first = all_slots.enter_context(cluster._gpu("auto", 2))
         with ExitStack() as rest:
@@ -273,12 +283,12 @@ def test_gpus_are_shared_out_evenly_and_no_more_runs_have_one_than_may(
                 with cluster._gpu("auto", 2) as late:
                     had.append(late["CUDA_VISIBLE_DEVICES"])
 
-            waiting = threading.Thread(target=wait_for_one)
+            waiting = threading.Thread(target=wait_for_one, daemon=True)
             waiting.start()
-            waiting.join(0.5)
-            assert waiting.is_alive()
+            wait_until(lambda: looked.is_set() or not waiting.is_alive())
             assert had == []
-        waiting.join(10)
+        freed.set()
+        waiting.join(HANG)
         assert had == ["5"]
         with cluster._gpu("cpu", 1) as none, cluster._gpu("cuda:1", 1) as certain:
             assert none == certain == {}

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bounds
 import pandas
 import pytest
 import torch
@@ -43,7 +44,6 @@ pytestmark = pytest.mark.skipif(
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TIMEOUT = 300  # seconds
 
 # How far two processes may be from one: relative, and absolute where a value is near zero. They sum in
 # another order and so round differently. Half of float64's digits are left for what 24 steps make of a last
@@ -147,7 +147,7 @@ def launched(arguments: Iterable[str]) -> subprocess.CompletedProcess[str]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.communicate(timeout=bounds.HANG)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
