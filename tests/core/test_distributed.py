@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import bounds
 from support.paths import python_path
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +39,7 @@ def test_two_processes_equal_one(case, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "support" / "distributed_worker.py"), case, str(tmp_path), *JOBS[case]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=bounds.HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("passed ")]
     assert passed == JOBS[case]

@@ -17,6 +17,7 @@ import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import bounds
 from support.job import Job, precisely, stopped_before
 from support.paths import python_path
 from torch import nn
@@ -45,7 +46,6 @@ pytestmark = pytest.mark.skipif(
 
 TESTS = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TIMEOUT = 300  # seconds
 
 # How far two processes may be from one: relative, and absolute where a value is near zero. They sum in
 # another order and so round differently. Half of float64's digits are left for what 24 steps make of a last
@@ -154,7 +154,7 @@ def launched(arguments: Iterable[str]) -> subprocess.CompletedProcess[str]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.communicate(timeout=bounds.HANG)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

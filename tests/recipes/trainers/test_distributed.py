@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from support.bounds import HANG
 from support.paths import ROOT, python_path
 from support.recipes import RECIPES
 from support.trainer_rank import STRATEGIES, WORLD
@@ -45,7 +46,7 @@ def torchrun(*command: Path | str) -> str:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     done = subprocess.run(
-        [*start, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+        [*start, *map(str, command)], env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
