@@ -44,7 +44,6 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"
 )
 
-TESTS = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 # How far two processes may be from one: relative, and absolute where a value is near zero. They sum in
@@ -165,7 +164,7 @@ def launched(arguments: Iterable[str]) -> subprocess.CompletedProcess[str]:
 def trained(folder: Path, jobs: dict[str, Job]) -> dict[str, list[list[str]]]:
     """How each job ended in two processes, by rank."""
     (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
-    done = launched([str(TESTS / "support" / "processes_worker.py"), str(folder)])
+    done = launched(["-m", "support.processes_worker", str(folder)])
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     return {name: [rank[name] for rank in ranks] for name in jobs}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from support.bounds import HANG
-from support.paths import ROOT, python_path
+from support.paths import python_path
 from support.recipes import RECIPES
 from support.trainer_rank import STRATEGIES, WORLD
 from support.trainers import RULES, assert_told, load_trainer
@@ -22,7 +22,7 @@ from support.trainers import RULES, assert_told, load_trainer
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_two_processes_train_as_a_plain_loop_does():
-    out = torchrun(ROOT / "tests" / "support" / "trainer_rank.py")
+    out = torchrun("-m", "support.trainer_rank")
     passed = [line for line in out.splitlines() if line.startswith("passed ")]
     assert passed == [f"passed {strategy} {rule}" for strategy in STRATEGIES for rule in RULES]
     told = out.split("the recipe itself:")
