@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cuda import DEVICE
+from support.gpu import DEVICE
 
 
 @pytest.fixture(autouse=True, scope="session")

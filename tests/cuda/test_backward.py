@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import bounds
-from support.cuda import DEVICE, assert_follows, feedback_of, home, moved
+from support.gpu import DEVICE, assert_follows, feedback_of, home, moved
 from support.oracle import assert_same_gradients, by_backprop, gradients, probe, read_gradients
 from support.problems import MLP_UPSTREAM, Net, draw, mlp, outside_every_forward, redrawn
 from torch import Tensor, nn

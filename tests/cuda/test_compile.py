@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from support import bounds
-from support.cuda import (
+from support.gpu import (
     DEVICE,
     ON_GPU,
     RULES,

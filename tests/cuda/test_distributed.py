@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.cuda import DEVICE, assert_follows, feedback_of, moved
+from support.gpu import DEVICE, assert_follows, feedback_of, moved
 from support.oracle import Gradients, gradients
 from support.problems import Net, draw, redrawn
 from torch.nn.parallel import DistributedDataParallel

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from support import bounds
-from support.cuda import DEVICE, ON_GPU, RULES, feedback_of, moved
+from support.gpu import DEVICE, ON_GPU, RULES, feedback_of, moved
 from support.oracle import gradients
 from support.problems import Net, draw, mlp, redrawn
 from torch import Tensor, nn

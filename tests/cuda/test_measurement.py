@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support import bounds
-from support.cuda import DEVICE, feedback_of, home, moved
+from support.gpu import DEVICE, feedback_of, home, moved
 from support.oracle import by_backprop, by_saved_tensors, gradients, probe, read_gradients
 from support.problems import Net, draw, mlp, random_feedback, redrawn
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import bounds
-from support.cuda import (
+from support.gpu import (
     DEVICE,
     assert_follows,
     assert_half_follows,

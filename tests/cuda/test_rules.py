@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import bounds
 from support.coverage.models import prepared
-from support.cuda import DEVICE, RULES, assert_follows, feedback_of, home, moved
+from support.gpu import DEVICE, RULES, assert_follows, feedback_of, home, moved
 from support.oracle import ORACLES, assert_same_gradients, by_backprop, by_saved_tensors, gradients
 from support.problems import PROBLEMS, InPlaceNet, Net, Problem, draw, random_feedback, redrawn
 from torch import Tensor, nn

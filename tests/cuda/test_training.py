@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from support import bounds
-from support.cuda import DEVICE
+from support.gpu import DEVICE
 from torch import Tensor, nn
 
 from feedbackhook import read
