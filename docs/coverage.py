@@ -3,7 +3,7 @@
     python docs/coverage.py                                                          # all models: hours
     python docs/coverage.py --models '[alexnet, convnext]' --output /tmp/some.md     # some, elsewhere
 
-The tests in tests/coverage make the same comparisons. It needs `pip install -e ".[dev]"`.
+The tests in tests/libraries make the same comparisons. It needs `pip install -e ".[dev]"`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from support.coverage.comparison import Row  # noqa: E402
 TABLE = HERE / "coverage.md"
 HEAD = """# Models that were tried
 
-Written by `python docs/coverage.py`. The tests in `tests/coverage` make the same comparisons (`make
+Written by `python docs/coverage.py`. The tests in `tests/libraries` make the same comparisons (`make
 test-all`).
 
 Each model is as small as possible, on two images, in train mode and in float64, without dropout or drop

@@ -44,7 +44,7 @@ def build(name: str, weights: str, classes: int, channels: int, options: dict[st
         except OSError as error:
             raise ConfigError(
                 f"the weights of {name} could not be downloaded from the hub ({one_line(error)}): check the "
-                f"network connection, or set model.weights to a file with the weights{_or_package(name)}"
+                f"network connection, or set model.weights to a file{_or_package(name)}"
             ) from error
     else:
         entries = _packaged(name) if weights == "package" else _of_file(Path(weights).expanduser())
