@@ -11,11 +11,11 @@ from torch import nn
 import feedbackhook
 from feedbackhook import LayerInfo
 from feedbackhook.core.feedback import Feedback
-from feedbackhook.rules import describe, expected_angle, make_rule, rule_name, rule_values
+from feedbackhook.rules import RULES, describe, expected_angle, make_rule, rule_name, rule_values
 
 N = 1200
 INFO = LayerInfo("fc", "Linear", (N, N), N)
-MODES = ["symmetric", "sign", "random", "tensor", "uSF", "NuSF", "frSF", "brSF", "RndF"]
+MODES = [mode for mode, rule in RULES.items() if rule.__module__.startswith("feedbackhook.")]
 
 
 def feedback_of(weight, mode, **options):
