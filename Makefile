@@ -2,7 +2,7 @@
 # make test          the tests that every change must pass, and the notebooks
 # make test-all      all tests, lint included
 # make test-nightly  the property tests with many fresh random examples
-# make lint          style and types
+# make lint          style, types, spelling, and who imports whom
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,6 +32,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -q tests/test_imports.py
 
 install: $(VENV)/.installed
 

@@ -38,10 +38,10 @@ Each model is as small as possible, on two images, in train mode and in float64,
 path; parameters that start at a small constant, zero included, are drawn at random. It is patched with
 `mode="sign", magnitude="uniform"`, so V = sign(W) scaled to the norm of W, for derived weights too. It must
 give the forward output and the buffers of the unpatched model in every bit; the gradients of the oracles,
-which share nothing with the library (relative distance below 1e-9, with 1e-4 of the largest gradient as the
-least scale); gradients unlike backprop's wherever an error signal has passed a V, and backprop's elsewhere;
-and a rerouted error signal for each call of a patched weight whose input requires a gradient. The first
-layer's input, the image, requires none.
+which share nothing with the library (relative distance at most 2^-30, with 2^-13 of the largest gradient as
+the least scale); gradients unlike backprop's wherever an error signal has passed a V, and backprop's
+elsewhere; and a rerouted error signal for each call of a patched weight whose input requires a gradient. The
+first layer's input, the image, requires none.
 
 - *layers*, *calls*, *rerouted*: patched weights, their calls in one forward, and the error signals sent
   through V in one backward.

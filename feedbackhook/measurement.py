@@ -16,7 +16,7 @@ An undefined value, such as the angle to a tensor that is all zero, is NaN and k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,7 +101,8 @@ def measure(
             "disabled, or by another model?"
         )
     rows = [*weight_rows(state), *errors.rows(layers, group), *_gradient_rows(delivered, exact, group)]
-    return sorted(rows, key=_order(layers))
+    places: dict[str | None, int] = {layer.info.name: place for place, layer in enumerate(layers)}
+    return sorted(rows, key=lambda row: places.get(row.layer, len(places)))
 
 
 def weight_rows(state: PatchState) -> Iterator[Row]:
@@ -286,19 +287,3 @@ def _row(layer: Layer | None, metric: str, value: float) -> Row:
     if layer is None:
         return Row(None, None, metric, value)
     return Row(layer.info.name, layer.depth, metric, value)
-
-
-def _order(layers: Iterable[Layer]) -> Callable[[Row], tuple[int, int]]:
-    places = {layer.info.name: place for place, layer in enumerate(layers)}
-    return lambda row: (len(places) if row.layer is None else places[row.layer], _METRICS.index(row.metric))
-
-
-_METRICS = (
-    "weight_angle",
-    "error_angle",
-    "error_angle_per_sample",
-    "error_angle_samples",
-    "gradient_angle",
-    "sign_agreement",
-    "norm_ratio",
-)

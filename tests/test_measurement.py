@@ -233,7 +233,7 @@ def test_weight_angles_start_where_the_definitions_say(mode, cosine):
 
 
 class Checkpointed(nn.Module):
-    """Dropout and batch normalisation inside a checkpoint, which runs them again in each backward."""
+    """Dropout and batch normalization inside a checkpoint, which runs them again in each backward."""
 
     def __init__(self, reentrant: bool = False) -> None:
         super().__init__()

@@ -81,7 +81,7 @@ def angles(pretrained):
         with feedbackhook.patch(model, **rule) as patch:
             for row in feedbackhook.measure(patch, F.cross_entropy(model(x), y)):
                 rows.append({"feedback": name, **row._asdict()})
-    return pd.DataFrame(rows).assign(network="pretrained" if pretrained else "as initialised")
+    return pd.DataFrame(rows).assign(network="pretrained" if pretrained else "as initialized")
 
 
 rows = pd.concat([angles(True), angles(False)])

@@ -27,7 +27,6 @@ _DECIDED = (
     ("model", "frozen"),
     ("optimizer", "name"),
     ("optimizer", "setting"),
-    ("protocol", "reduction"),
 )
 
 
@@ -85,8 +84,7 @@ class Condition:
         return " ".join([*words, self.frozen] if self.frozen else words)
 
     def configure(self, config: RunConfig) -> RunConfig:
-        """Return ``config`` with this condition's feedback, normalization, optimizer and frozen part, and with
-        gradients summed over the mini-batch.
+        """Return ``config`` with this condition's feedback, normalization, optimizer and frozen part.
 
         Raises:
             ConfigError: ``config`` itself sets something that the condition sets, to another value.
@@ -103,7 +101,6 @@ class Condition:
             feedback=replace(config.feedback, mode=self.feedback, options=options),
             model=replace(config.model, batch_norm=norm, frozen=self.frozen),
             optimizer=optimizer,
-            protocol=replace(config.protocol, reduction="sum"),
         )
         for section, key in _DECIDED:
             given, decided, default = (

@@ -181,8 +181,8 @@ class ProtocolConfig:
             optimizer in float32.
         gradient_accumulation_steps: number of equal parts into which each mini-batch is split, to save
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
-        reduction: of the loss, and so of the gradients, over the mini-batch: `mean` or `sum`; named
-            conditions set `sum`. Recorded losses are means. Weight decay does not grow with the batch size,
+        reduction: of the loss, and so of the gradients, over the mini-batch: `mean` or `sum`, as in
+            Liao et al. 2016. Recorded losses are means. Weight decay does not grow with the batch size,
             so next to a sum it is weaker by that factor.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
@@ -304,27 +304,11 @@ class SweepModelConfig:
 class SweepProtocolConfig(ProtocolConfig):
     """How to train each run, with how many seeds, and at which learning rates.
 
+    Fields that are not explained here are those of `ProtocolConfig`.
+
     Args:
-        epochs: passes over the training set.
-        batch_size: global batch size, over all processes; an incomplete last batch is dropped.
-        batch_sizes: batch sizes that take effect when an epoch ends: {3: 500} is 500 images after the third.
-        lr_schedule: learning rate from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a period
-            that ends at zero.
-        milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: 50 and 60
-            of 65, scaled to `epochs`.
-        lr_factor: see `milestones`.
         seed: the first seed; see `seeds`.
         threads: CPU threads of each run; null: 1.
-        device: a torch device, or `auto`: a GPU if there is one.
-        precision: `fp32`, or `bf16`, mixed precision: bfloat16 where torch's autocast allows it, weights and
-            optimizer in float32.
-        gradient_accumulation_steps: number of equal parts into which each mini-batch is split, to save
-            memory: one backward pass each, one update for all. Batch statistics are those of each part.
-        reduction: of the loss, and so of the gradients, over the mini-batch: `mean` or `sum`; named
-            conditions set `sum`. Recorded losses are means. Weight decay does not grow with the batch size,
-            so next to a sum it is weaker by that factor.
-        strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
-            `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
         lr_factors: factors of `optimizer.lr`, one run for each; 5 stands for 100,
             10, 1, 0.1 and 0.01; 3 for 10, 1 and 0.1; 1 for 1.
         seeds: number of seeds, one run for each: `seed` and those that follow it.

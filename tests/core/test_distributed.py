@@ -3,17 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import bounds
 from support.paths import python_path
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"
 )
 
-TESTS = Path(__file__).parents[1]
 JOBS = {
     "ddp": [
         *(f"train-{rule}-{order}" for rule in ("sign", "brSF") for order in ("before", "inner", "after")),
@@ -36,9 +35,9 @@ JOBS = {
 @pytest.mark.parametrize("case", JOBS)
 def test_two_processes_equal_one(case, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "support" / "distributed_worker.py"), case, str(tmp_path), *JOBS[case]]
+    command += ["-m", "support.distributed_worker", case, str(tmp_path), *JOBS[case]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=bounds.HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("passed ")]
     assert passed == JOBS[case]

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support import bounds
 from support.oracle import (
     assert_bit_equal,
     assert_matches_oracle,
@@ -290,7 +291,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if threading.current_thread() is not threading.main_thread():
             self.reached.set()
-            assert self.open.wait(300)
+            assert self.open.wait(bounds.HANG)
         return x
 
 
@@ -302,7 +303,7 @@ def test_forwards_in_two_threads_at_once():
     leaves = [draw(3, 4, seed=seed).requires_grad_() for seed in (0, 1)]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(model, leaves[0])
-        assert gate.reached.wait(300)
+        assert gate.reached.wait(bounds.HANG)
         try:
             second = model(leaves[1])
         finally:

@@ -298,7 +298,6 @@ def test_float32_stays_float32(kind):
     model, feedback = copy.deepcopy(plain), random_feedback(plain)
     patch = feedbackhook.patch(model, "tensor", feedback=feedback)
     got = gradients(model, x)
-    assert torch.equal(got.output, plain(x))
     assert patch.feedback("0").dtype == got.input.dtype == torch.float32
     assert_matches_oracle(
         got, plain, feedback, x, unlike=["input", "0.weight"], tolerance=bounds.HALF_OF_FLOAT32

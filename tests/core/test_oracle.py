@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.oracle import (
     ORACLES,
+    TOLERANCE,
     Gradients,
     assert_matches_oracle,
     assert_same_gradients,
@@ -356,9 +357,18 @@ def test_comparison_notices_backprop_and_a_missing_gradient():
     not_a_number = Gradients(right.output, right.input * float("nan"), right.parameters)
     with pytest.raises(AssertionError, match="gradients differ"):
         assert_matches_oracle(not_a_number, model, feedback, x)
-    off = Gradients(right.output, right.input * (1 + 1e-8), right.parameters)
+    off = Gradients(right.output, right.input * (1 + 2 * TOLERANCE), right.parameters)
     with pytest.raises(AssertionError, match="gradients differ"):
         assert_matches_oracle(off, model, feedback, x)
-    other_output = Gradients(right.output * (1 + 1e-15), right.input, right.parameters)
+    in_float32 = {name: v.float().double() for name, v in feedback.items()}  # V loses half its digits once
+    with pytest.raises(AssertionError, match="gradients differ"):
+        assert_matches_oracle(by_saved_tensors(model, in_float32, x), model, feedback, x)
+    other_output = Gradients(right.output.nextafter(right.output + 1), right.input, right.parameters)
     with pytest.raises(AssertionError, match="the forward has changed"):
         assert_matches_oracle(other_output, model, feedback, x)
+    with pytest.raises(AssertionError, match="the forward has changed"):  # whatever the tolerance is
+        assert_matches_oracle(other_output, model, feedback, x, tolerance=1.0)
+    assert_matches_oracle(other_output, model, feedback, x, bit_equal=False)
+    other_output.output.mul_(1 + 100 * TOLERANCE)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_matches_oracle(other_output, model, feedback, x, bit_equal=False)

@@ -33,7 +33,7 @@ NOT_REROUTED = {
     "einsum": lambda x, w: torch.einsum("ni,oi->no", x, w),
     "bilinear": lambda x, w: F.bilinear(x, x, w[None].expand(4, 4, 4)),
     "a scaled weight": lambda x, w: F.linear(x, 2 * w),
-    "a standardised weight": lambda x, w: F.linear(x, (w - w.mean()) / w.std()),
+    "a standardized weight": lambda x, w: F.linear(x, (w - w.mean()) / w.std()),
 }
 
 

@@ -122,8 +122,8 @@ def with_low_rank(layer):
 
 
 DERIVED = {
-    "weight standardisation": lambda: timm.layers.StdConv2d(4, 6, 3),
-    "scaled weight standardisation": lambda: timm.layers.ScaledStdConv2d(4, 6, 3),
+    "weight standardization": lambda: timm.layers.StdConv2d(4, 6, 3),
+    "scaled weight standardization": lambda: timm.layers.ScaledStdConv2d(4, 6, 3),
     "weight norm": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
     "weight norm by hook": lambda: weight_norm(nn.Conv2d(4, 6, 3)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)),

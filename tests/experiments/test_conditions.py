@@ -95,12 +95,15 @@ def test_what_is_no_condition_says_why(name, message):
         ({"half": 5}, "'half' must map settings of a run to values, such as {feedback: {mode: sign"),
         ({"half": None}, "'half' must map settings of a run to values, such as {feedback: {mode: sign"),
         ({"half": "uSF+BN"}, "such as {condition: uSF+BN}, or {feedback: "),
-        ([{"half": {}}, "SGD"], "make all of them a mapping (without the dashes), such as {half: "),
-        ({0.5: {}}, "the name of a condition must be text, not 0.5: put it into quotes"),
-        ({"half": {"feedbac": {}}}, "sets feedbac, which a run does not have; did you mean 'feedback'?"),
+        ([{"half": {}}, "SGD"], "write all of them as a mapping (without the dashes), such as {half: "),
+        ({0.5: {}}, "the name of a condition must be text, not 0.5: put it in quotes"),
+        (
+            {"half": {"feedbac": {}}},
+            "sets feedbac, which is not a setting of a run; did you mean 'feedback'?",
+        ),
         (
             {"half": {"feedback": {"optons": {}}}},
-            "feedback.optons, which a run does not have; did you mean 'opt",
+            "feedback.optons, which is not a setting of a run; did you mean 'opt",
         ),
         (
             {"half": {"feedback": "sign"}},

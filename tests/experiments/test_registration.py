@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-from feedbackhook.report.published import published, published_errors, reference_condition
 from torch import nn
 
 from feedbackhook.experiments import conditions
@@ -27,6 +26,7 @@ from feedbackhook.experiments.data.registry import (
 )
 from feedbackhook.experiments.models.build import build, default_size, natural_size
 from feedbackhook.experiments.models.registry import NETWORKS, register_network
+from feedbackhook.experiments.published import PUBLICATIONS, published_errors
 
 CHECK = """
 from feedbackhook.experiments.conditions import Condition
@@ -52,9 +52,12 @@ def test_the_papers_names_are_known_whatever_is_imported_first(entry: str) -> No
     subprocess.run([sys.executable, "-c", f"import {entry}\n{CHECK}"], check=True)
 
 
-@pytest.mark.parametrize("entry", ["feedbackhook.report.published", "feedbackhook.report.tables"])
-def test_reports_know_the_papers_errors_whatever_is_imported_first(entry: str) -> None:
-    check = "from feedbackhook.report.published import published; assert published('CIFAR10', 'BN') == 16.75"
+@pytest.mark.parametrize(
+    "entry", ["feedbackhook.experiments.published", "feedbackhook.experiments.sweep.manifest"]
+)
+def test_sweeps_know_the_papers_errors_whatever_is_imported_first(entry: str) -> None:
+    check = "from feedbackhook.experiments.published import published_errors as errors; rows = errors(); "
+    check += "assert rows[(rows.dataset == 'CIFAR10') & (rows.condition == 'BN')].error.tolist() == [16.75]"
     subprocess.run([sys.executable, "-c", f"import {entry}\n{check}"], check=True)
 
 
@@ -115,14 +118,12 @@ def test_a_procedure_trains_its_condition_alone_and_long_enough(monkeypatch: pyt
 
 
 def test_published_errors_are_found_by_the_names_of_a_configuration() -> None:
-    assert published("CIFAR10", "SGD") == 22.73
-    assert (
-        published("MNIST", "frSF+BN+BM concordance=0.25")
-        == published_errors()
-        .set_index(["dataset", "series", "concordance"])
-        .loc[("MNIST", "frSF+BN+BM", 0.25), "error"]
-    )
-    assert published("digits", "SGD") is None
-    assert published("MNIST", "uSF+BX") is None
-    assert reference_condition("MNIST") == "SGD"
-    assert reference_condition("digits") is None
+    rows = published_errors()
+    by_name = rows.set_index(["dataset", "condition"])["error"]
+    assert by_name["CIFAR10", "SGD"] == 22.73
+    by_series = rows.set_index(["dataset", "series", "concordance"])["error"]
+    assert by_name["MNIST", "frSF+BN+BM concordance=0.25"] == by_series["MNIST", "frSF+BN+BM", 0.25]
+    assert ("digits", "SGD") not in by_name.index
+    assert ("MNIST", "uSF+BX") not in by_name.index
+    (publication,) = rows["publication"].unique()
+    assert PUBLICATIONS[publication].reference == "SGD"

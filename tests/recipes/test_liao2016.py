@@ -140,7 +140,7 @@ def test_an_experiment_is_the_papers_in_full_and_small_by_one_option(experiment)
     for run in runs:  # the paper has a figure for each cell
         assert paper.loc[run.condition, run.dataset] > 0
         assert run.config.protocol.epochs == 65
-    assert {run.rate for run in runs} == {100, 10, 1, 0.1, 0.01}
+    assert {run.lr_factor for run in runs} == {100, 10, 1, 0.1, 0.01}
     assert config.data.val_fraction == 0.1
     datasets = {run.dataset for run in runs}
     assert datasets == set(names[:6]) if experiment == "misc" else datasets == set(names)

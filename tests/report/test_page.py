@@ -88,7 +88,7 @@ def test_the_grid_holds_the_numbers_marks_and_colours_of_the_table(
     sgd = cells.iloc[0]
     assert f"paper 0.67 ({sgd['difference']:+.2f})" in errors
     assert "3 of 4 runs" in errors
-    assert {f".{kind} {{ background: {colour};" in html for kind, colour in COLORS.items()} == {True}
+    assert {f".{kind} {{ background: {color};" in html for kind, color in COLORS.items()} == {True}
 
 
 def test_the_summary_says_what_was_run_and_how_to_run_it_again(folder: Path, parsed: Parsed) -> None:

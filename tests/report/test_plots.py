@@ -1,4 +1,4 @@
-"""Figures from the table alone: which lines they hold, with which colours and labels."""
+"""Figures from the table alone: which lines they hold, with which colors and labels."""
 
 from __future__ import annotations
 

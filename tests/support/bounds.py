@@ -6,6 +6,7 @@ Five standard errors are left to sampling, which one seed in two million exceeds
 import math
 
 ROUNDING = {
+    "float64": 2.0**-53,
     "float32": 2.0**-24,
     "bfloat16": 2.0**-8,
     "float16": 2.0**-11,
@@ -13,6 +14,7 @@ ROUNDING = {
 HALF_OF_FLOAT64 = 2.0**-26  # half of its digits: kernels add in orders of their own
 HALF_OF_FLOAT32 = 2.0**-12  # half of its digits, where some steps of training multiply what is rounded
 
+HANG = 1800.0  # seconds: ends what hangs, and is no bound on what a slow machine may take
 
 ANGLE = math.degrees(4 * HALF_OF_FLOAT64)
 """Of an angle in degrees whose sums are in float64: near 0 it is the root of what cancels, a few eps."""

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support import bounds
+
 Feedback = Mapping[str, Tensor]
 Step = Callable[[nn.Module, Tensor], Tensor]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -243,20 +245,24 @@ def _flat(pads: Iterable[tuple[int, int]]) -> list[int]:
 
 # --- comparisons -----------------------------------------------------------------------------------------
 
-TOLERANCE = 1e-9  # relative, in float64
-UNLIKE = 1e-3  # relative: gradients further apart than this differ for a reason
+FLOOR = 2.0**-13  # of the largest gradient: smaller ones are measured against this share of it
+TOLERANCE = 2**10 * bounds.ROUNDING["float64"] / FLOOR
+"""Relative, in float64: 2**-30. A million roundings at random add up to a thousand, each of the largest
+gradient at most. A V that was float32 for a moment is 20 times as far off."""
+
+UNLIKE = 1e-3  # relative: a million times what rounding leaves, and what another V changes is of order 1
 
 
 def distances(got: Gradients, want: Gradients) -> dict[str, float]:
     """Relative distance of each gradient; infinite where only one of the two exists.
 
-    A gradient that is tiny beside the largest (below 1e-4 of it: rounding noise where theory has zero) is
-    measured against 1e-4 of the largest.
+    A gradient that is tiny beside the largest (below `FLOOR` of it: rounding noise where theory has zero) is
+    measured against that share of the largest.
     """
     a, b = got.named(), want.named()
     assert a.keys() == b.keys()
     largest = max((g.norm().item() for g in b.values() if g is not None and g.numel()), default=0.0)
-    return {name: _distance(a[name], b[name], floor=1e-4 * largest) for name in b}
+    return {name: _distance(a[name], b[name], floor=FLOOR * largest) for name in b}
 
 
 def _distance(a: Tensor | None, b: Tensor | None, floor: float) -> float:
@@ -302,9 +308,10 @@ def assert_matches_oracle(
     unlike: Iterable[str] | None = None,
     oracles: Mapping[str, Callable[..., Gradients]] | None = None,
     tolerance: float = TOLERANCE,
+    bit_equal: bool = True,
     **options: bool,
 ) -> None:
-    """`got` has the bits of `model`'s forward, each oracle's gradients, and not backprop's.
+    """`got` has `model`'s forward, each oracle's gradients, and not backprop's.
 
     Args:
         got: what the patched model gave.
@@ -314,10 +321,11 @@ def assert_matches_oracle(
         step: how the oracle runs `model`; it may be plainer than the step that gave `got`.
         unlike: the gradients that must be unlike backprop's; one of them at least, if not given.
         oracles: the saved-tensor swap alone, if not given.
-        tolerance: relative, for gradients; if it is not the default, outputs need only agree to it too.
+        tolerance: relative, for gradients.
+        bit_equal: whether the output has the forward's bits; if not, it too agrees to `tolerance` alone.
     """
     exact = by_backprop(model, x, step, **options)
-    if tolerance == TOLERANCE:
+    if bit_equal:
         assert torch.equal(got.output, exact.output), "the forward has changed"
     else:
         torch.testing.assert_close(got.output, exact.output, rtol=tolerance, atol=tolerance)

@@ -40,7 +40,7 @@ def ended(job: Job) -> list[str]:
     return [result.status, str(result.reason)]
 
 
-def normalised(norm: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def normalized(norm: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Output, gradients and running statistics."""
     x = x.clone().requires_grad_()
     output = norm(x)
@@ -51,18 +51,18 @@ def normalised(norm: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]
 
 
 def check_batch_norm() -> None:
-    """Shares of a mini-batch are normalised as the whole is, by PyTorch, in one process: in float64."""
+    """Shares of a mini-batch are normalized as the whole is, by PyTorch, in one process: in float64."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     generator = torch.Generator().manual_seed(0)
     for shape in ((8, 3), (8, 3, 5), (8, 3, 4, 5)):
         x, weights = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
         kind = (nn.BatchNorm1d, nn.BatchNorm2d)[len(shape) == 4]
         for options in ({}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}):
-            want = normalised(kind(3, **options).double(), x, weights)
+            want = normalized(kind(3, **options).double(), x, weights)
             with OfAllProcesses(world):
                 mine = [part.chunk(world)[rank] for part in (x, weights)]
-                got = normalised(kind(3, **options).double(), *mine)
-            local = normalised(kind(3, **options).double(), *mine)
+                got = normalized(kind(3, **options).double(), *mine)
+            local = normalized(kind(3, **options).double(), *mine)
             assert got.keys() == want.keys()
             for name, value in want.items():
                 if name.startswith("d ") and name != "d x":

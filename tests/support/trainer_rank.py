@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import feedbackhook
+from support.bounds import HANG
 from support.oracle import TOLERANCE
 from support.problems import redrawn
 from support.trainers import (
@@ -40,7 +41,7 @@ def one_rank() -> None:
     """What each process of the two-process test does."""
     torch.set_num_threads(1)
     recipe = load_trainer("distributed")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANG))
     data = images(48)
     loaders = [
         DataLoader(data, batch_size=8, sampler=DistributedSampler(data, WORLD, rank, drop_last=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import feedbackhook
-from support.oracle import TOLERANCE, UNLIKE, swapped_saved_tensors
+from support.oracle import FLOOR, TOLERANCE, UNLIKE, swapped_saved_tensors
 from support.problems import draw
 from support.recipes import load_recipe
 
@@ -58,7 +58,7 @@ def distance(a: Tensors, b: Tensors) -> float:
     largest = max(x.double().norm().item() for x in b.values())
     differences = {
         name: (a[name].double() - b[name].double()).norm().item()
-        / max(b[name].double().norm().item(), 1e-4 * largest)
+        / max(b[name].double().norm().item(), FLOOR * largest)
         for name in b
     }
     return max(differences.values())

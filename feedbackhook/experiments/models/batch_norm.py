@@ -16,6 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from feedbackhook.experiments.config import ConfigError
 
+# `std` already contains eps, but cuDNN refuses eps=0. Since std^2 is at least the eps of training, adding the
+# smallest normal float32 to it changes no bit.
+_NO_EPS = torch.finfo(torch.float32).tiny
+
 
 class AveragedBatchNorm(nn.Module):
     """Normalize by batch statistics in training, and by averages of them in evaluation.
@@ -47,7 +51,7 @@ class AveragedBatchNorm(nn.Module):
         """Map (N, C, ...) to the same shape."""
         if self.training:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        return F.batch_norm(x, self.mean, self.std.square(), self.weight, self.bias, eps=0.0)
+        return F.batch_norm(x, self.mean, self.std.square(), self.weight, self.bias, eps=_NO_EPS)
 
     def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std of a mini-batch (N, C, ...), each of shape (C,)."""

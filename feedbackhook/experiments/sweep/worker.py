@@ -35,8 +35,9 @@ _GRACE = 10.0  # seconds that a run has to end after its parent process has ende
 
 
 def run_one(config: RunConfig, parent: int) -> str:
-    """Train a run, from its checkpoint if there is one, and return its folder's name; the folder says how it
-    went.
+    """Train a run, from its checkpoint if there is one, and return the name of its folder.
+
+    How the run ended is written into the folder.
 
     Args:
         config: configuration of the run.

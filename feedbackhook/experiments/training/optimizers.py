@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,15 @@ from feedbackhook.experiments.config import ConfigError, OptimizerConfig, Protoc
 from feedbackhook.names import nearest
 from feedbackhook.optim import BatchManhattan
 
+_OWN: dict[str, Callable[[list[nn.Parameter], OptimizerConfig, dict[str, Any]], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, config, shared: torch.optim.SGD(parameters, **shared),
+    "batch_manhattan": lambda parameters, config, shared: BatchManhattan(
+        parameters, setting=config.setting, **shared
+    ),
+}
+"""The optimizers that are not timm's: each makes one from the parameters to train, the configuration, and the
+keyword arguments `lr`, `momentum` and `weight_decay`."""
+
 
 def check(config: OptimizerConfig) -> None:
     """Check that the optimizer exists and has every option that is set.
@@ -19,7 +29,7 @@ def check(config: OptimizerConfig) -> None:
         ConfigError: the optimizer is unknown, or an option would have no effect.
     """
     name, default = config.name, OptimizerConfig()
-    if name not in ("sgd", "batch_manhattan"):
+    if name not in _OWN:
         _timm_name(name)
     if name != "batch_manhattan" and config.setting != default.setting:
         raise ConfigError(f"optimizer.setting has no effect with {name}, only with batch_manhattan")
@@ -40,10 +50,8 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
     }
-    if config.name == "sgd":
-        return torch.optim.SGD(trainable, **shared)
-    if config.name == "batch_manhattan":
-        return BatchManhattan(trainable, setting=config.setting, **shared)
+    if config.name in _OWN:
+        return _OWN[config.name](trainable, config, shared)
     from timm.optim import create_optimizer_v2
 
     try:
@@ -72,10 +80,10 @@ def _timm_name(name: str) -> str:
     library, _, own = name.partition("/")
     known = list_optimizers()
     if library != "timm" or own not in known:
-        wanted, names = name, ["sgd", "batch_manhattan", *(f"timm/{other}" for other in known)]
+        wanted, names = name, [*_OWN, *(f"timm/{other}" for other in known)]
         if library != "timm" and name in known:
             wanted = f"timm/{name}"
         raise ConfigError(
-            f"optimizer.name {name!r} is not sgd, batch_manhattan or timm/NAME{nearest(wanted, names)}"
+            f"optimizer.name {name!r} is not {', '.join(_OWN)} or timm/NAME{nearest(wanted, names)}"
         )
     return own

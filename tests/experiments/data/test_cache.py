@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torchvision.datasets
 from PIL import Image
+from support.bounds import HANG
 from support.datasets import (
     SIZE,
     config,
@@ -165,7 +166,7 @@ def test_a_download_is_cached_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def load_together(given: DataConfig, barrier: object, results: object) -> None:
     write = cache.write_cached
-    cache.write_cached = lambda *a: (barrier.wait(30), write(*a))  # both have decoded, none has written
+    cache.write_cached = lambda *a: (barrier.wait(HANG), write(*a))  # both have decoded, none has written
     results.put(load(given).train.images.numpy().tobytes())
 
 
@@ -177,9 +178,9 @@ def test_two_processes_that_build_at_once_end_right(folder: Path, tmp_path: Path
     workers = [context.Process(target=load_together, args=(given, barrier, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    assert [results.get(timeout=60) for _ in workers] == [expected] * 2
+    assert [results.get(timeout=HANG) for _ in workers] == [expected] * 2
     for worker in workers:
-        worker.join(60)
+        worker.join(HANG)
         assert worker.exitcode == 0
     assert len([*(tmp_path / "cache").iterdir()]) == 1
     assert load(given).train.images.numpy().tobytes() == expected

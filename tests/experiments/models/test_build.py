@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from support import bounds
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import feedbackhook
 from feedbackhook.experiments.config import ConfigError, ModelConfig
@@ -189,6 +194,44 @@ def test_on_one_mini_batch_evaluation_equals_training() -> None:
     torch.testing.assert_close(
         model.eval()(x), model.train()(x), rtol=bounds.HALF_OF_FLOAT32, atol=bounds.HALF_OF_FLOAT32
     )
+
+
+class EpsOfBatchNorm(TorchFunctionMode):
+    """Collects the eps of every `F.batch_norm`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {}))
+            given.apply_defaults()
+            self.seen.append(given.arguments["eps"])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [False, True], ids=["paper", "affine"])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 5)], ids=["features", "images"])
+def test_evaluation_passes_a_positive_eps_that_changes_no_bit(
+    shape: tuple[int, ...], affine: bool, dtype: torch.dtype
+) -> None:
+    """cuDNN refuses an eps of 0."""
+    torch.manual_seed(0)
+    norm = AveragedBatchNorm(3, affine).to(dtype).eval()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(shape, dtype=dtype)
+    constant = torch.ones(shape, dtype=dtype)  # whose std is as small as it gets
+    for batch in (x, 100 * x, constant):
+        estimate_statistics(norm, [batch])
+        with EpsOfBatchNorm() as eps:
+            got = norm(x)
+        assert len(eps.seen) == 1
+        assert eps.seen[0] > 0
+        variance = norm.std.square()
+        assert torch.equal(got, F.batch_norm(x, norm.mean, variance, norm.weight, norm.bias, eps=0.0))
 
 
 def test_taking_statistics_leaves_everything_else_as_it_was() -> None:

@@ -154,7 +154,7 @@ def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_before_training_a_patched_network_is_the_unpatched_to_the_last_digit(
     weights: Path, tmp_path: Path
 ) -> None:
-    """And the images are normalised as for the weights, not by their own mean."""
+    """And the images are normalized as for the weights, not by their own mean."""
     modes: dict[str, str | None] = {"backprop": None, "sign": "sign", "random": "random"}
     before = {}
     for name, mode in modes.items():

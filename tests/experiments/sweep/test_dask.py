@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed
 import pytest
+from support.bounds import HANG
 from support.machines import ENVIRONMENT, LOOPBACK, wait_until
 from support.sweeps import tiny
 
@@ -125,6 +127,14 @@ def test_gpus_are_shared_out_evenly_and_no_more_runs_have_one_than_may(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(cluster, "_visible_gpus", lambda: ["2", "5"])
     had: list[str] = []
+    looked, freed = threading.Event(), threading.Event()
+
+    def sleep(_: float) -> None:
+        """Look once in vain; look again when others have gone."""
+        looked.set()
+        assert freed.wait(HANG)
+
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(sleep=sleep))
     with ExitStack() as all_slots:
         first = all_slots.enter_context(cluster._gpu("auto", 2))
         with ExitStack() as rest:
@@ -135,12 +145,12 @@ def test_gpus_are_shared_out_evenly_and_no_more_runs_have_one_than_may(
                 with cluster._gpu("auto", 2) as late:
                     had.append(late["CUDA_VISIBLE_DEVICES"])
 
-            waiting = threading.Thread(target=wait_for_one)
+            waiting = threading.Thread(target=wait_for_one, daemon=True)
             waiting.start()
-            waiting.join(0.5)
-            assert waiting.is_alive()
+            wait_until(lambda: looked.is_set() or not waiting.is_alive())
             assert had == []
-        waiting.join(10)
+        freed.set()
+        waiting.join(HANG)
         assert had == ["5"]
         with cluster._gpu("cpu", 1) as none, cluster._gpu("cuda:1", 1) as certain:
             assert none == certain == {}

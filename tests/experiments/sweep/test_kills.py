@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.bounds import HANG
 from support.sweeps import children, how_many, names, runs, tiny, written
 
 from feedbackhook.experiments.config import (
@@ -38,16 +40,32 @@ def started(config: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + HANG
     while not condition():
         assert process.poll() is None, "the sweep ended before it could be disturbed"
         assert time.monotonic() < until
         time.sleep(0.05)
 
 
+def wait_for_changes(count: int, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the files of a sweep have changed `count` times: a moment in a run at the machine's pace."""
+    for _ in range(count):
+        before = times(folder)
+        wait_for(lambda before=before: times(folder) != before, process)
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When each file was changed."""
+    found = {}
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed since
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+
 def undisturbed(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=400)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, errors.decode()
 
 
@@ -84,7 +102,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, table: str, moment: int
     process = started(written(tiny(tmp_path / "sweep", **GRID), tmp_path / "sweep.yaml"))
     folder = tmp_path / "sweep"
     wait_for(lambda: how_many(folder, "finished") >= 4 + 8 * moment, process)
-    time.sleep(random.Random(moment).uniform(0, 1.5))
+    wait_for_changes(random.Random(moment).randint(0, 16), folder, process)
     os.kill(random.Random(moment).choice(children(process.pid)), signal.SIGKILL)
     undisturbed(process)
     assert table_of(folder) == table
@@ -97,7 +115,7 @@ def test_a_sweep_that_is_killed_three_times_goes_on_to_the_same_table(tmp_path: 
     for kill in range(3):
         process = started(path)
         wait_for(lambda least=5 * kill: how_many(folder, "finished") > least, process)
-        time.sleep(moments.uniform(0, 3))
+        wait_for_changes(moments.randint(0, 16), folder, process)
         process.kill()
         process.wait()
     undisturbed(started(path))
@@ -131,7 +149,7 @@ def test_workers_stop_with_the_sweep(tmp_path: Path) -> None:
     assert len(left) >= 2
     process.kill()
     process.wait()
-    until = time.monotonic() + 60
+    until = time.monotonic() + HANG
     while any(runs(pid) for pid in left):
         assert time.monotonic() < until, "a worker outlived its sweep"
         time.sleep(0.1)

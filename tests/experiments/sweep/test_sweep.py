@@ -248,7 +248,7 @@ def test_a_sweep_begins_with_its_networks_data_and_rules(tmp_path: Path) -> None
     conditions = {
         "backprop": {"feedback": {"mode": None}},
         "signs": {"feedback": {"mode": "sign"}},
-        "normalised": {"feedback": {"mode": "sign"}, "model": {"batch_norm": "affine"}},
+        "normalized": {"feedback": {"mode": "sign"}, "model": {"batch_norm": "affine"}},
         "large": {"data": {"size": 28}, "model": {"name": "liao2016/cifar"}},
     }
     once = SweepProtocolConfig(epochs=1, lr_factors=1, device="cpu")

@@ -17,6 +17,7 @@ import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import bounds
 from support.job import Job, precisely, stopped_before
 from support.paths import python_path
 from torch import nn
@@ -43,9 +44,7 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"
 )
 
-TESTS = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TIMEOUT = 300  # seconds
 
 # How far two processes may be from one: relative, and absolute where a value is near zero. They sum in
 # another order and so round differently. Half of float64's digits are left for what 24 steps make of a last
@@ -154,7 +153,7 @@ def launched(arguments: Iterable[str]) -> subprocess.CompletedProcess[str]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.communicate(timeout=bounds.HANG)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -165,7 +164,7 @@ def launched(arguments: Iterable[str]) -> subprocess.CompletedProcess[str]:
 def trained(folder: Path, jobs: dict[str, Job]) -> dict[str, list[list[str]]]:
     """How each job ended in two processes, by rank."""
     (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
-    done = launched([str(TESTS / "support" / "processes_worker.py"), str(folder)])
+    done = launched(["-m", "support.processes_worker", str(folder)])
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     return {name: [rank[name] for rank in ranks] for name in jobs}

@@ -50,13 +50,6 @@ def test_recorded_losses_are_means_in_either_case(tmp_path: Path) -> None:
     assert 0 < losses[0][0] < 10
 
 
-def test_the_papers_conditions_sum_and_others_do_not() -> None:
-    assert RunConfig().protocol.reduction == "mean"
-    assert resolve(RunConfig(feedback=RunConfig().feedback)).protocol.reduction == "mean"
-    for name in ("SGD", "uSF", "NuSF", "brSF+BN+BM concordance=0.5", "RndF Top"):
-        assert resolve(RunConfig(condition=name)).protocol.reduction == "sum"
-
-
 def test_another_reduction_is_refused() -> None:
     config = RunConfig()
     config.protocol.reduction = "max"  # type: ignore[assignment]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support.paths import ROOT, python_path
+from support.bounds import HANG
+from support.paths import python_path
 from support.recipes import RECIPES
 from support.trainer_rank import STRATEGIES, WORLD
 from support.trainers import RULES, assert_told, load_trainer
@@ -21,7 +22,7 @@ from support.trainers import RULES, assert_told, load_trainer
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_two_processes_train_as_a_plain_loop_does():
-    out = torchrun(ROOT / "tests" / "support" / "trainer_rank.py")
+    out = torchrun("-m", "support.trainer_rank")
     passed = [line for line in out.splitlines() if line.startswith("passed ")]
     assert passed == [f"passed {strategy} {rule}" for strategy in STRATEGIES for rule in RULES]
     told = out.split("the recipe itself:")
@@ -45,7 +46,7 @@ def torchrun(*command: Path | str) -> str:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     done = subprocess.run(
-        [*start, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+        [*start, *map(str, command)], env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

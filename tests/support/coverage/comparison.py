@@ -141,21 +141,22 @@ def worst(apart: dict[str, float], count: int = 5) -> str:
 def assert_unlike_backprop(got: Gradients, exact: Gradients, behind: set[str]) -> None:
     """Assert that gradients behind a V differ from backprop's, and that all others equal backprop's.
 
-    A gradient is left out if both are below 1e-9 of the largest: in theory it is zero, such as that of a bias
-    before a normalization.
+    A gradient is left out if both are below `TOLERANCE` of the largest: in theory it is zero, such as that of
+    a bias before a normalization.
     """
     largest = max(g.norm().item() for g in exact.parameters.values() if g is not None)
+    apart = oracle.distances(got, exact)
     alike, unlike = [], []
     for name, a in got.parameters.items():
         b = exact.parameters[name]
         assert (a is None) == (b is None), f"only one of the two gives {name} a gradient"
-        if a is None or (size := max(a.norm().item(), b.norm().item())) <= 1e-9 * largest:
+        if a is None or (size := max(a.norm().item(), b.norm().item())) <= oracle.TOLERANCE * largest:
             continue
         distance = (a - b).norm().item() / size
         if name in behind and not distance > oracle.UNLIKE:
             alike.append((name, distance))
-        if name not in behind and not distance <= 1e-9:
-            unlike.append((name, distance))
+        if name not in behind and not apart[name] <= oracle.TOLERANCE:
+            unlike.append((name, apart[name]))
     assert behind, "no gradient came through a feedback weight"
     assert not alike, f"backprop's gradients, behind feedback weights: {alike}"
     assert not unlike, f"not backprop's gradients, though not behind feedback weights: {unlike}"
