@@ -101,7 +101,7 @@ TABLE_1 = {
     ),
     "liao2016/timit": (
         80,
-        1,
+        1845,
         1_846 * 512 + 513 * 256 + 257 * 80,
         {"fc1": (512,), "fc2": (256,), "fc3": (80,)},
     ),
@@ -113,7 +113,8 @@ TABLE_1 = {
 def test_every_network_has_the_layers_of_table_1(name: str, batch_norm: str) -> None:
     classes, channels, count, expected = TABLE_1[name]
     shape = NETWORKS[name].input
-    model = build(ModelConfig(name, batch_norm=batch_norm), classes, channels, shape[1:] or (1, 1845))  # type: ignore
+    size = shape[1:] or (1, 1)  # F features are F channels of one pixel
+    model = build(ModelConfig(name, batch_norm=batch_norm), classes, channels, size)  # type: ignore[arg-type]
     shapes = {}
     for layer, module in model.named_modules():
         module.register_forward_hook(lambda _, __, y, layer=layer: shapes.update({layer: tuple(y.shape[1:])}))
