@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -125,3 +126,18 @@ def read_results(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the content of each result of a kind."""
     for path in sorted((RESULTS / kind).glob("*.json")):
         yield path.stem, json.loads(path.read_text())
+
+
+def timed(step: Step, device: torch.device) -> float:
+    """Return the milliseconds of one step, by CUDA events on a GPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1000

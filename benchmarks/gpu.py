@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import RESULTS, RULES, Setting, Step, build_model, fresh, images, train_step
+from common import RESULTS, RULES, Setting, Step, build_model, fresh, images, timed, train_step
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -138,24 +138,10 @@ def _take_turns(
     order = random.Random(0)
     for number in range(warmup + rounds):
         for name in order.sample(list(contestants), len(contestants)):
-            milliseconds = _timed(contestants[name].step, device)
+            milliseconds = timed(contestants[name].step, device)
             if number >= warmup:
                 times[name].append(milliseconds)
     return times
-
-
-def _timed(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-    begin = time.perf_counter()
-    step()
-    return (time.perf_counter() - begin) * 1000
 
 
 def _row(

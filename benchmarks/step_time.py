@@ -19,7 +19,6 @@ import copy
 import ctypes
 import random
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from common import (
     case_name,
     fresh,
     images,
+    timed,
     train_step,
     write_result,
 )
@@ -107,7 +107,7 @@ def _take_turns(
     order = random.Random(0)
     for round_number in track(range(warmup + steps), case_name(setting), console=console, transient=True):
         for label in order.sample(list(contestants), len(contestants)):
-            milliseconds = _timed(contestants[label], torch.device(setting.device))
+            milliseconds = timed(contestants[label], torch.device(setting.device))
             if round_number >= warmup:
                 times[label].append(milliseconds)
     return times
@@ -179,21 +179,6 @@ def _available(peers: Sequence[str], setting: Setting, console: Console) -> Sequ
 def _look(model: nn.Module, x: Tensor, setting: Setting) -> None:
     with autocast(setting):
         model(x)
-
-
-def _timed(step: Step, device: torch.device) -> float:
-    """Return the milliseconds of one step."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-    begin = time.perf_counter()
-    step()
-    return (time.perf_counter() - begin) * 1000
 
 
 if __name__ == "__main__":
