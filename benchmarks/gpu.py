@@ -1,15 +1,15 @@
 """Step time and memory on a GPU: training in bfloat16 with and without a patch, eager and compiled.
 
-For each rule its own copy of the network and a plain one take turns, a step each, in an order drawn anew for
-each round, and a step's time is what passes between two events on the device. The figures are the median and
-the quartiles of the rule's steps, and the median over rounds of its time divided by the plain one's in the
-same round. "plain again" shows what such a measurement cannot tell apart. Peak memory is that of weights,
-gradients, optimizer, patch and a step's own tensors of one contestant, after a first step.
+Each rule has a copy of the network. It and a plain copy take turns, one step each, in a new random order each
+round; a step's time is the time between two events on the device. The table gives the median and quartiles of
+the rule's steps, and the median over rounds of its time divided by the plain step's in the same round. "plain
+again" shows the resolution of the measurement. Peak memory covers one contestant's weights, gradients,
+optimizer, patch and activations, after a first step.
 
     python benchmarks/gpu.py        # ViT-B/16 and ResNet-50 at 224 pixels
     python benchmarks/gpu.py --device cpu --networks timm/test_vit timm/test_resnet --batch 4 --size 64
 
-Writes benchmarks/results/gpu.csv, anew after each case, so that what is interrupted keeps what it has.
+Rewrites benchmarks/results/gpu.csv after each case, so an interrupted run keeps its finished cases.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MIB = 2**20
 
 @dataclass
 class Contestant:
-    """A training step of a copy of the network, and the most memory that it takes."""
+    """A training step of one copy of the network, and its peak memory."""
 
     step: Step
     peak: float
@@ -96,7 +96,7 @@ def main() -> None:
 
 @cache
 def _start(setting: Setting) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network of which each contestant has a copy, and a batch."""
+    """Build the network that contestants copy, and a batch."""
     model, size = build_model(setting, classes=1000)
     x, y = images(setting, size)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):  # a convolutional network
@@ -108,7 +108,7 @@ def _start(setting: Setting) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def _contestant(setting: Setting, rule: str | None) -> Contestant:
-    """A network after its first steps, which compile it, and its memory in a step after them."""
+    """Run the first steps of a copy, which compile it, and measure its memory in the next one."""
     device = torch.device(setting.device)
     start, x, y = _start(replace(setting, compile="no"))
     before = _allocated(device)
@@ -133,7 +133,7 @@ def _allocated(device: torch.device) -> int:
 def _take_turns(
     contestants: dict[str, Contestant], device: torch.device, warmup: int, rounds: int
 ) -> dict[str, list[float]]:
-    """The milliseconds of each contestant's steps."""
+    """Return the milliseconds of each contestant's steps."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     order = random.Random(0)
     for number in range(warmup + rounds):
