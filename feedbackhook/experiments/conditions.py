@@ -5,7 +5,8 @@
 
 `SGD` is backprop with plain SGD; FEEDBACK is a rule made known by :func:`register_feedback`; SETTING is the
 variant of Batch Manhattan, 0 to 3, by default 1. Every combination is a condition. Concordance is the
-probability that feedback and feedforward weights have the same sign.
+probability that feedback and feedforward weights have the same sign. Gradients are summed over the
+mini-batch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _DECIDED = (
     ("model", "frozen"),
     ("optimizer", "name"),
     ("optimizer", "setting"),
+    ("protocol", "reduction"),
 )
 
 
@@ -84,7 +86,7 @@ class Condition:
         return " ".join([*words, self.frozen] if self.frozen else words)
 
     def configure(self, config: RunConfig) -> RunConfig:
-        """Return ``config`` with this condition's feedback, normalization, optimizer and frozen part.
+        """Return ``config`` with all that the condition sets: see the module.
 
         Raises:
             ConfigError: ``config`` itself sets something that the condition sets, to another value.
@@ -101,6 +103,7 @@ class Condition:
             feedback=replace(config.feedback, mode=self.feedback, options=options),
             model=replace(config.model, batch_norm=norm, frozen=self.frozen),
             optimizer=optimizer,
+            protocol=replace(config.protocol, reduction="sum"),
         )
         for section, key in _DECIDED:
             given, decided, default = (

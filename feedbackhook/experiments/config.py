@@ -181,9 +181,9 @@ class ProtocolConfig:
             optimizer in float32.
         gradient_accumulation_steps: number of equal parts into which each mini-batch is split, to save
             memory: one backward pass each, one update for all. Batch statistics are those of each part.
-        reduction: of the loss, and so of the gradients, over the mini-batch: `mean` or `sum`, as in
-            Liao et al. 2016. Recorded losses are means. Weight decay does not grow with the batch size,
-            so next to a sum it is weaker by that factor.
+        reduction: of the loss, and so of the gradients, over the mini-batch: `mean`, or `sum` as in
+            Liao et al. 2016, which a condition sets. Recorded losses are means. Weight decay does not grow
+            with the batch size, so next to a sum it is weaker by that factor.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
     """
@@ -258,8 +258,8 @@ class RunConfig:
 
     Args:
         condition: a short name, such as `SGD`, `BN+BM`, `uSF+BN+BM`, `brSF+BN+BM concordance=0.75` or
-            `RndF Bottom`; it sets the mode and options of the feedback, normalization, the frozen part, and
-            the name and setting of the optimizer. null: these are as given.
+            `RndF Bottom`; it sets the mode and options of the feedback, normalization, the frozen part, the
+            name and setting of the optimizer, and `protocol.reduction`. null: these are as given.
         label: name of the run in tables and figures; null: its condition, or its rule.
         data: the images
         model: the network
@@ -312,12 +312,16 @@ class SweepProtocolConfig(ProtocolConfig):
         lr_factors: factors of `optimizer.lr`, one run for each; 5 stands for 100,
             10, 1, 0.1 and 0.01; 3 for 10, 1 and 0.1; 1 for 1.
         seeds: number of seeds, one run for each: `seed` and those that follow it.
+        lr_pruning: epochs after which learning rates are compared by validation error, for each condition,
+            dataset and seed: the worse half of the runs ends as `pruned`, and is in no mean. Of five rates,
+            [3, 10] trains three beyond epoch 3 and two beyond epoch 10. [] trains all of them to the end.
     """
 
     epochs: int = 65
     threads: int | None = 1
     lr_factors: int | list[float] = 5
     seeds: int = 1
+    lr_pruning: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -14,7 +14,9 @@ import pandas as pd
 from feedbackhook.report.runs import Runs, describe
 from feedbackhook.report.statistics import percent_interval
 from feedbackhook.store import manifest
+from feedbackhook.store.errors import StoreError
 from feedbackhook.store.manifest import Manifest, ManifestRun, Published
+from feedbackhook.store.run_folder import RunFolder
 
 THRESHOLD = 3.0  # points of error from which a cell is better or worse than the reference
 BETTER, ALIKE, WORSE = "better", "alike", "worse"
@@ -36,9 +38,12 @@ class SweepTable:
             seeds; `..._low` and `..._high` are the ends of their 95% intervals (see
             :func:`feedbackhook.report.statistics.percent_interval`; missing with one seed). `lr_factor` is
             the learning-rate factor of the best run of the first seed, `best_epoch` its epoch. `runs` counts
-            planned runs, `ended` those of them in the means, `diverged` those of these that diverged.
+            planned runs, `ended` those of them in the means, `diverged` those of these that diverged,
+            `pruned` the planned runs that ended early since other learning rates were better, and `missing`
+            the rest.
             `paper_error` is the published error, and `difference` is `best_error` minus that.
-        missing: the runs that are in no mean, by name, and why.
+        missing: the runs that are in no mean, by name, and why; without those that were pruned.
+        pruned: the runs that were pruned, by name; they are in no mean either.
         rank_correlation: by dataset, Spearman's correlation of our errors with the published ones over
             conditions, and the number of conditions; only for three or more.
     """
@@ -49,6 +54,7 @@ class SweepTable:
     rows: pd.DataFrame
     cells: pd.DataFrame
     missing: dict[str, str]
+    pruned: set[str]
     rank_correlation: dict[str, tuple[float, int]]
 
     @property
@@ -80,13 +86,15 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
     rows = found.rows(["test_error", "val_error", "train_error"], of_layers, categories=True)
     errors = run_errors(rows[rows["layer"].isna()])
     status = dict(found.runs[["run", "status"]].to_numpy())
-    missing = _missing(folder, plan, found, set(errors.index))
+    pruned = {run.name for run in plan.runs if _is_pruned(folder / run.name)}
+    missing = _missing(folder, plan, found, set(errors.index) | pruned)
     place = [(run.name, run.dataset, run.condition, run.lr_factor, run.seed) for run in plan.runs]
     table = pd.DataFrame(place, columns=["run", "dataset", "condition", "lr_factor", "seed"])
     table = table.join(errors, on="run")
     table["status"] = table["run"].map(status).where(table["run"].isin(errors.index), "missing")
+    table.loc[table["run"].isin(pruned), "status"] = "pruned"
     cells = _compared(pd.DataFrame(_cells(table, plan.published)), plan)
-    return SweepTable(folder, plan, found, rows, cells, missing, dict(_rank_correlations(cells)))
+    return SweepTable(folder, plan, found, rows, cells, missing, pruned, dict(_rank_correlations(cells)))
 
 
 def base_lr(runs: Iterable[ManifestRun]) -> str:
@@ -136,10 +144,18 @@ def _missing(folder: Path, plan: Manifest, found: Runs, with_errors: set[str]) -
     return missing | {name: "not planned by this sweep" for name in left_over if name not in names}
 
 
+def _is_pruned(folder: Path) -> bool:
+    try:
+        result = RunFolder(folder).result()
+    except StoreError:
+        return False  # damaged: it is among the missing
+    return result is not None and result.status == "pruned"
+
+
 def _cells(runs: pd.DataFrame, published: Published | None) -> Iterator[dict[str, Any]]:
     errors: Mapping[str, Mapping[str, float]] = {} if published is None else published.errors
     for (dataset, condition), part in runs.groupby(["dataset", "condition"], sort=False):
-        ended = part[part["status"] != "missing"]
+        ended = part[~part["status"].isin(["missing", "pruned"])]
         best = ended.loc[ended.groupby("seed")["best_error"].idxmin()]
         validated = ended.dropna(subset=["val_error"])
         chosen = validated.loc[validated.groupby("seed")["val_error"].idxmin()]
@@ -153,7 +169,7 @@ def _cells(runs: pd.DataFrame, published: Published | None) -> Iterator[dict[str
             "best_epoch": best["best_epoch"].iloc[0] if len(best) else np.nan,
             "runs": len(part),
             "ended": len(ended),
-            "diverged": int((part["status"] == "diverged").sum()),
+            **{name: int((part["status"] == name).sum()) for name in ("diverged", "pruned", "missing")},
             "paper_error": errors.get(dataset, {}).get(condition, np.nan),
         }
 

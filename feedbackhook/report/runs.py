@@ -42,7 +42,7 @@ _FROM_CONFIG = {
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs that have ended, and the names of those that are left out.
+    """Runs that have finished or diverged, and the names of those that are left out.
 
     Args:
         runs: a row for each run: `run` (its name), `folder`, `status`, `reason`, `last_error` and
@@ -50,9 +50,9 @@ class Runs:
             one), and from its configuration `condition` (or the label, if it has one), `dataset`,
             `val_fraction`, `model`, `rule`, `options`, `batch_norm`, `frozen`, `optimizer`, `setting`,
             `learning_rate`, `epochs`, `batch_size`, `batch_sizes` and `seed`.
-        skipped: the runs that are left out, and why: a run has not ended, has failed, is empty or damaged, or
-            belongs to a version with another configuration or table. :meth:`rows` adds runs whose damage is
-            found only when they are read.
+        skipped: the runs that are left out, and why: a run has not ended, was pruned, has failed, is empty or
+            damaged, or belongs to a version with another configuration or table. :meth:`rows` adds runs whose
+            damage is found only when they are read.
     """
 
     runs: pd.DataFrame
@@ -154,8 +154,8 @@ def _described(folder: Path) -> dict[str, Any]:
     result = run.result()
     if result is None:
         raise StoreError("it is empty: it was stopped before it started")
-    if not result.ended:
-        raise StoreError(_unended(result))
+    if not result.counts:
+        raise StoreError(_not_counted(result))
     config = run.stored_config()
     described = {name: _value(config, keys) for name, keys in _FROM_CONFIG.items()}
     parts = parts_of(folder / "metrics")
@@ -178,7 +178,7 @@ def _described(folder: Path) -> dict[str, Any]:
     return {**status, **described, "concordance": concordance}
 
 
-def _unended(result: RunResult) -> str:
+def _not_counted(result: RunResult) -> str:
     after = f"after {result.epoch} epochs"
     return (
         f"{result.status} {after}" if result.reason is None else f"{result.status} {after}: {result.reason}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,15 @@ def batch_sizes_text(batch_size: int, batch_sizes: Mapping[int, int]) -> str:
     return ", ".join([str(batch_size), *later])
 
 
+def pruning_text(epochs: Sequence[int]) -> str:
+    """Return in words after which epochs learning rates were pruned."""
+    after = f"epoch{'s' if len(epochs) > 1 else ''} {' and '.join(map(str, epochs))}"
+    return (
+        f"After {after}, the half of the learning rates with the larger validation error was pruned; the "
+        "pruned runs are in no mean."
+    )
+
+
 def procedures(plan: Manifest) -> dict[str, str]:
     """Return the batch sizes of each second training procedure, in words, by condition."""
     return {
@@ -76,7 +85,9 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
         yield "learning rate and epoch are those of the first seed."
     better, worse = MARKS[BETTER].strip(), MARKS[WORSE].strip()
     yield f"{better} {THRESHOLD:g} points or more better than {table.reference}, {worse} worse."
-    if (table.cells["ended"] < table.cells["runs"]).any():
+    if plan.lr_pruning:
+        yield pruning_text(plan.lr_pruning)
+    if table.cells["missing"].any():
         yield "* some runs are missing."
     if plan.published is not None and table.cells["paper_error"].notna().any():
         yield f"Paper: {plan.published.citation}."
@@ -108,7 +119,7 @@ def draw(table: SweepTable) -> Figure:
         for axes, panel in zip(row, panels, strict=True):
             _panel(axes, cells, *panel)
         handles = [Patch(facecolor=COLORS[kind], edgecolor="0.6", label=text) for kind, text in words.items()]
-        if (cells["ended"] < cells["runs"]).any():
+        if cells["missing"].any():
             handles.append(Patch(facecolor="none", label="* some runs are missing"))
         figure.legend(handles=handles, loc="outside lower center", ncols=1, frameon=False)
         figure.suptitle("Best test error [%] over epochs and learning rates", fontsize="large")
@@ -212,7 +223,7 @@ def _number(value: float, how: str = ".2f") -> str:
 
 def _marked(cell: Any) -> str:
     mark = MARKS.get(cell["class_of_best"], "")
-    return _number(cell["best_error"]) + mark + ("" if cell["ended"] == cell["runs"] else " *")
+    return _number(cell["best_error"]) + mark + (" *" if cell["missing"] else "")
 
 
 def _span(cell: Any, name: str) -> str:
@@ -221,5 +232,6 @@ def _span(cell: Any, name: str) -> str:
 
 
 def _runs(cell: Any) -> str:
-    words = str(cell["runs"]) if cell["ended"] == cell["runs"] else f"{cell['ended']} of {cell['runs']} *"
-    return words if not cell["diverged"] else f"{words}, {cell['diverged']} diverged"
+    words = f"{cell['ended']} of {cell['runs']} *" if cell["missing"] else str(cell["runs"])
+    counts = (f"{cell[name]} {name}" for name in ("diverged", "pruned") if cell[name])
+    return ", ".join([words, *counts])

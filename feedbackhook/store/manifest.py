@@ -108,6 +108,7 @@ class Manifest:
         val_fraction: fraction of each class of the training set that is held out for validation.
         published: published errors for these datasets and conditions; None if there are none.
         runs: the planned runs, in the order in which they start.
+        lr_pruning: epochs after which the worse half of the learning rates was pruned.
     """
 
     datasets: dict[str, str]
@@ -121,6 +122,7 @@ class Manifest:
     val_fraction: float
     published: Published | None
     runs: list[ManifestRun]
+    lr_pruning: list[int] = field(default_factory=list)
 
 
 def exists(folder: str | os.PathLike[str]) -> bool:

@@ -21,7 +21,7 @@ from feedbackhook.store.atomic import atomic_write, is_temporary
 from feedbackhook.store.errors import StoreError
 from feedbackhook.store.renamed import refuse_renamed_keys
 
-Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
+Status = Literal["running", "paused", "finished", "diverged", "pruned", "interrupted", "failed"]
 
 
 @dataclass
@@ -30,7 +30,9 @@ class RunResult:
 
     Args:
         folder: the run folder.
-        status: `running`, `finished`, `diverged` (a loss was not finite), `interrupted` or `failed`.
+        status: `running`; `paused`, until its sweep has compared the learning rates; `finished`; `diverged`
+            (a loss was not finite); `pruned`, since other learning rates were better; `interrupted`; or
+            `failed`.
         reason: why it ended early.
         epoch: number of epochs saved.
         step: number of optimizer steps saved.
@@ -51,7 +53,12 @@ class RunResult:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left to do: the run has finished or diverged."""
+        """Whether nothing is left to do: the run has finished, diverged or been pruned."""
+        return self.counts or self.status == "pruned"
+
+    @property
+    def counts(self) -> bool:
+        """Whether its errors belong in means: the run has finished or diverged."""
         return self.status in ("finished", "diverged")
 
     @property

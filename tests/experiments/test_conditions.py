@@ -62,6 +62,7 @@ def test_a_name_is_parsed_and_written_again(name):
 def test_what_a_condition_decides(name, decided):
     config = resolve(RunConfig(condition=name))
     f, m, o = config.feedback, config.model, config.optimizer
+    assert config.protocol.reduction == "sum"
     assert (f.mode, f.options, m.batch_norm, m.frozen, o.name, o.setting) == decided
     assert resolve(config) == config  # as a run's config.yaml is a configuration, too
 

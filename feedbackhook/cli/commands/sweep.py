@@ -70,23 +70,30 @@ def _print_results(console: Console, results: dict[str, RunResult]) -> None:
 
 def _print_plan(console: Console, config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
     from feedbackhook.experiments.sweep.estimate import estimate
-    from feedbackhook.experiments.sweep.grid import check, ended, shrink
+    from feedbackhook.experiments.sweep.grid import check, done, shrink
     from feedbackhook.experiments.sweep.local import workers
+    from feedbackhook.experiments.sweep.pruning import share_trained
 
     check(runs)
     estimates = estimate(runs)
-    left = [run for run in runs if not ended(run)]
+    left = [run for run in runs if not done(run)]
     for run in runs:
         seconds, size = estimates[run.name]
         state = "" if run in left else "  (has ended)"
         console.print(f"{run.name}  {duration(seconds)}, {decimal(round(size))}{state}")
     count = 1 if config.backend == "dask" else workers(config, runs)
-    seconds = sum(estimates[run.name].seconds for run in left) / count
+    seconds = (
+        share_trained(runs, config.protocol.lr_pruning)
+        * sum(estimates[run.name].seconds for run in left)
+        / count
+    )
     size = sum(estimates[run.name].size for run in left)
     console.print(
         f"{len(runs)} runs, {len(left)} of them to be run: about {duration(seconds)} with {count} at a "
         f"time, and {decimal(round(size))} in {shrink(config).output}"
     )
+    if config.protocol.lr_pruning:
+        console.print("runs that protocol.lr_pruning ends early are counted in the total up to that epoch")
     console.print("measured on a few steps with random images; runs side by side slow each other down")
     if left and config.record.weights == "all":
         console.print(

@@ -91,9 +91,9 @@ def _versions() -> dict[str, str]:
     return {name: version(name).partition("+")[0] for name in _VERSIONS}
 
 
-def _run(config: RunConfig, place: str, runs_per_gpu: int) -> bool:
-    """Train one run in a separate process, started in the folder ``place``; return whether it has used up its
-    attempts.
+def _run(config: RunConfig, until: int | None, place: str, runs_per_gpu: int) -> bool:
+    """Train one run, to the epoch ``until`` if that is given, in a separate process, started in the folder
+    ``place``; return whether it has used up its attempts.
 
     Raises:
         Reschedule: another process held the run folder, which is free now.
@@ -103,7 +103,7 @@ def _run(config: RunConfig, place: str, runs_per_gpu: int) -> bool:
         _give_back(folder)
     with _gpu(config.protocol.device, runs_per_gpu) as environment:
         for attempt in range(1, ATTEMPTS + 1):
-            status = _run_child(config, place, environment)
+            status = _run_child(config, until, place, environment)
             if status in _ENDED:
                 return False
             if status == IN_USE:
@@ -126,7 +126,7 @@ def _give_back(folder: Path) -> NoReturn:
     raise distributed.Reschedule
 
 
-def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> int:
+def _run_child(config: RunConfig, until: int | None, place: str, environment: dict[str, str]) -> int:
     worker = distributed.get_worker()
     process = subprocess.Popen(
         [sys.executable, "-m", "feedbackhook.experiments.sweep.worker"],
@@ -136,7 +136,7 @@ def _run_child(config: RunConfig, place: str, environment: dict[str, str]) -> in
     )
     siblings = _children[Path(place, str(config.output)).parent]
     siblings.add(process)
-    message: bytes | None = pickle.dumps((config, os.getpid()))
+    message: bytes | None = pickle.dumps((config, os.getpid(), until))
     while process.returncode is None:
         try:
             process.communicate(message, timeout=_POLL)
@@ -313,7 +313,7 @@ class Cluster:
                 )
 
     def run_all(self, pending: list[PlannedRun]) -> None:
-        """Run them until each has ended or failed.
+        """Run them until each has ended, paused or failed.
 
         The scheduler keeps the tasks if this process ends, and recognizes them by their keys when this sweep,
         or another one in the folder, submits them again.
@@ -361,6 +361,7 @@ class Cluster:
         futures = self._client.map(
             _run,
             [run.config for run in runs],
+            [run.until for run in runs],
             key=keys,
             place=self._place,
             runs_per_gpu=self._runs_per_gpu,
@@ -371,14 +372,16 @@ class Cluster:
     def _token(self, run: PlannedRun) -> str:
         """A hash of the run's configuration: with another one it is another task."""
         content = json.dumps(
-            [asdict(run.config), self._place, self._runs_per_gpu], sort_keys=True, default=str
+            [asdict(run.config), run.until, self._place, self._runs_per_gpu], sort_keys=True, default=str
         )
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def _status(self, run: PlannedRun) -> str:
         """The status of a run that was trained; waits until it appears on this machine."""
         until = time.monotonic() + _PATIENCE
-        while (result := run.folder.result()) is None or result.status == "running":
+        while (result := run.folder.result()) is None or not (
+            run.done(result) or result.status in ("interrupted", "failed")
+        ):
             if time.monotonic() > until:
                 raise ConfigError(
                     f"{run.name} was trained, but {run.folder.path} does not show it on this machine: choose "

@@ -29,7 +29,7 @@ from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.stored import check_same, store_errors, with_stored_machine
 from feedbackhook.names import nearest
 from feedbackhook.store.manifest import sweep_file
-from feedbackhook.store.run_folder import RunFolder
+from feedbackhook.store.run_folder import RunFolder, RunResult
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -49,6 +49,8 @@ class PlannedRun:
         seed: seed of the run.
         procedure: how it is trained; sweeps train some conditions in more than one way.
         config: its configuration.
+        until: the epoch after which it pauses, to be compared with other learning rates; None: it trains to
+            the end.
     """
 
     dataset: str
@@ -57,6 +59,7 @@ class PlannedRun:
     seed: int
     procedure: Procedure
     config: RunConfig
+    until: int | None = None
 
     @property
     def name(self) -> str:
@@ -79,6 +82,12 @@ class PlannedRun:
     def folder(self) -> RunFolder:
         return RunFolder(str(self.config.output))
 
+    def done(self, result: RunResult) -> bool:
+        """Whether a run with this result has ended, or has come as far as it is to train for now."""
+        return result.ended or (
+            self.until is not None and result.status == "paused" and result.epoch >= self.until
+        )
+
 
 def plan(config: SweepConfig) -> list[PlannedRun]:
     """Return the runs of a sweep in the order in which they start.
@@ -97,6 +106,7 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
     if config.workers is not None and config.workers < 1:
         raise ConfigError(f"workers must be 1 or more, not {config.workers}")
     _check_cluster(config)
+    _check_pruning(config)
     runs = [
         _placed(config.output, run, name, lr_factor, seed, procedure)
         for dataset in config.datasets
@@ -230,6 +240,18 @@ def _check_cluster(config: SweepConfig) -> None:
         raise ConfigError(f"cluster.gpus must be 0 or more, not {cluster.gpus}")
 
 
+def _check_pruning(config: SweepConfig) -> None:
+    p, key = config.protocol, "protocol.lr_pruning"
+    if not p.lr_pruning:
+        return
+    if sorted(set(p.lr_pruning)) != p.lr_pruning or not 1 <= p.lr_pruning[0] <= p.lr_pruning[-1] < p.epochs:
+        raise ConfigError(
+            f"{key} must be epochs before the last of {p.epochs}, in ascending order, not {p.lr_pruning}"
+        )
+    if not config.data.val_fraction:
+        raise ConfigError(f"{key} compares validation errors: set data.val_fraction to more than 0")
+
+
 def _lr_factors(given: int | list[float]) -> Sequence[float]:
     if isinstance(given, int):
         if given not in (1, 3, 5):
@@ -350,8 +372,8 @@ def check(runs: Sequence[PlannedRun]) -> None:
             check_same(run.folder, given, of_sweep if of_sweep.is_file() else None)
 
 
-def ended(run: PlannedRun) -> bool:
-    """Whether there is nothing left to do: the run has finished or diverged."""
+def done(run: PlannedRun) -> bool:
+    """Whether there is nothing left to do for now: see :meth:`PlannedRun.done`."""
     with store_errors():
         result = run.folder.result()
-    return result is not None and result.ended
+    return result is not None and run.done(result)

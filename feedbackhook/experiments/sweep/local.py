@@ -14,7 +14,7 @@ import joblib
 from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor, get_reusable_executor
 
 from feedbackhook.experiments.config import FolderInUse, SweepConfig
-from feedbackhook.experiments.sweep.grid import PlannedRun, ended
+from feedbackhook.experiments.sweep.grid import PlannedRun, done
 from feedbackhook.experiments.sweep.worker import ATTEMPTS, begin_worker, fail_for_lost_processes, run_one
 from feedbackhook.store.locks import holder, process_name
 
@@ -34,7 +34,7 @@ def workers(config: SweepConfig, runs: Sequence[PlannedRun]) -> int:
 
 
 def run_all(pending: list[PlannedRun], count: int, tell: Callable[[str], None] = logger.info) -> None:
-    """Run them in worker processes, ``count`` at a time, until each has ended or failed.
+    """Run them in worker processes, ``count`` at a time, until each has ended, paused or failed.
 
     A run whose folder another process holds lets the other runs go first and is tried again later. When the
     pool breaks, nobody knows which of its runs broke it: each of them loses an attempt, and a run with a
@@ -93,7 +93,7 @@ class _Queue:
     ) -> bool:
         """Give each idle worker a run; return whether any run is at work then."""
         while len(running) < count and (run := self._free(waiting)) is not None:
-            running[pool.submit(run_one, run.config, os.getpid())] = run
+            running[pool.submit(run_one, run.config, os.getpid(), run.until)] = run
         return bool(running)
 
     def _free(self, waiting: deque[PlannedRun]) -> PlannedRun | None:
@@ -129,7 +129,7 @@ class _Queue:
 
     def _lose(self, run: PlannedRun) -> None:
         """Take an attempt from a run whose process, or one in the same pool, is gone."""
-        if ended(run):
+        if done(run):
             del self.left[run.name]
             return
         self.attempts[run.name] += 1

@@ -53,6 +53,7 @@ def describe(config: SweepConfig, runs: Sequence[PlannedRun]) -> Manifest:
         val_fraction=config.data.val_fraction,
         published=_published(config.datasets, conditions),
         runs=[_run(run) for run in runs],
+        lr_pruning=p.lr_pruning,
     )
 
 

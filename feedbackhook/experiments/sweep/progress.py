@@ -9,7 +9,7 @@ from statistics import fmean
 from feedbackhook.experiments.sweep.grid import PlannedRun
 from feedbackhook.store.run_folder import RunResult
 
-ENDED = ("finished", "diverged", "failed")
+ENDED = ("finished", "diverged", "pruned", "failed")
 
 
 class SweepClock:

@@ -14,7 +14,8 @@ from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.resolve import check_device
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep import manifest
-from feedbackhook.experiments.sweep.grid import PlannedRun, check, ended, plan, shrink
+from feedbackhook.experiments.sweep.grid import PlannedRun, check, done, plan, shrink
+from feedbackhook.experiments.sweep.pruning import run_in_stages
 from feedbackhook.experiments.sweep.worker import keep_interrupted
 from feedbackhook.experiments.training.stopping import stoppable
 from feedbackhook.experiments.training.summary import describe_runs
@@ -35,7 +36,7 @@ def sweep(
 ) -> dict[str, RunResult]:
     """Run the runs that have not ended, in worker processes; return all results by name, in planned order.
 
-    Finished and diverged runs are kept as they are, and all others resume from their checkpoints. A run that
+    Runs that have ended are kept as they are, and all others resume from their checkpoints. A run that
     fails is kept as `failed` with its reason and stops no other run; the next sweep tries it again. A run
     whose process is killed resumes from its checkpoint in a new process; after three lost processes it is
     kept as `failed`. If the sweep is interrupted (Ctrl-C or SIGTERM), its runs stop as `interrupted`, and the
@@ -62,7 +63,7 @@ def sweep(
     monitor = _Monitor(runs, progress, tell)
     with stoppable(), _alone(Path(config.output)):
         check(runs)
-        pending = [run for run in runs if not ended(run)]
+        pending = [run for run in runs if not done(run)]
         _announce(config, runs, pending, tell)
         with _backend(config, pending, tell) as run_all:
             for dataset in {run.dataset: run for run in pending}.values():
@@ -75,7 +76,7 @@ def sweep(
                     tell(f"{line}{device}")
             manifest.write(config, runs)
             with monitor, _interrupted_at_the_end(pending):
-                run_all(pending)
+                run_in_stages(runs, config.protocol.lr_pruning, run_all)
     states, nothing = monitor.states(), "it left nothing in its folder"
     return {run.name: states[run.name] or RunResult(run.folder.path, "failed", nothing) for run in runs}
 

@@ -34,7 +34,7 @@ _POLL = 0.25  # seconds
 _GRACE = 10.0  # seconds that a run has to end after its parent process has ended
 
 
-def run_one(config: RunConfig, parent: int) -> str:
+def run_one(config: RunConfig, parent: int, until: int | None = None) -> str:
     """Train a run, from its checkpoint if there is one, and return the name of its folder.
 
     How the run ended is written into the folder.
@@ -42,6 +42,7 @@ def run_one(config: RunConfig, parent: int) -> str:
     Args:
         config: configuration of the run.
         parent: ID of the process whose end also ends this one.
+        until: the epoch after which it pauses; None: train to the end.
 
     Raises:
         FolderInUse: another process holds the folder, perhaps one that only seemed lost: try again later.
@@ -49,7 +50,7 @@ def run_one(config: RunConfig, parent: int) -> str:
     """
     try:
         with stoppable(always=True), _bound_to(parent):
-            train(config, resume=True, draw=draw_run)
+            train(config, resume=True, draw=draw_run, until=until)
     except FolderInUse:
         raise
     except Exception as error:  # whatever ends a run is kept in its folder and stops no other run

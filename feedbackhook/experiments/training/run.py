@@ -41,6 +41,7 @@ def train(
     images: ImageData | None = None,
     tell: Callable[[str], None] = logger.info,
     draw: Callable[[Path], None] | None = None,
+    until: int | None = None,
 ) -> RunResult:
     """Train as `config` says and leave a run folder.
 
@@ -61,6 +62,7 @@ def train(
         tell: called once with a line that says what is trained, on what.
         draw: called with the run folder to draw its figures, when the run has ended and `record.figures` is
             set, for example :func:`feedbackhook.report.plots.draw_run`.
+        until: stop as `paused` after this epoch, to be resumed later; None: train to the end.
 
     Returns:
         How the run ended.
@@ -82,10 +84,10 @@ def train(
                 with context.raise_together(), config_errors():
                     recorder = _open_recorder(folder, config)
                 with recorder:
-                    _run(state, folder, recorder, (context.is_main and progress) or (lambda _: None))
+                    _run(state, folder, recorder, (context.is_main and progress) or (lambda _: None), until)
             finally:
                 state.close()
-            if config.record.figures and draw is not None:
+            if state.result.ended and config.record.figures and draw is not None:
                 context.broadcast_from_main(lambda: draw(folder.path))
     return state.result
 
@@ -120,10 +122,14 @@ def _build(config: RunConfig, images: ImageData | None, context: DistributedCont
 
 
 def _run(
-    state: TrainingState, folder: RunFolder, recorder: Recorder, progress: Callable[[Progress], None]
+    state: TrainingState,
+    folder: RunFolder,
+    recorder: Recorder,
+    progress: Callable[[Progress], None],
+    until: int | None,
 ) -> None:
-    """Train to the end, and save how it ended."""
-    result = state.result
+    """Train to the end, or to the epoch `until`, and save how it ended."""
+    result, epochs = state.result, state.config.protocol.epochs
     folder.tidy()
     checkpoint = state.context.broadcast_from_main(lambda: _load_checkpoint(folder))
     try:
@@ -137,13 +143,13 @@ def _run(
             resume_from(checkpoint, state, folder, recorder)
             folder.write_result(result)
         _watch(state, recorder)
-        while state.epoch < state.config.protocol.epochs:
+        while state.epoch < (epochs if until is None else min(until, epochs)):
             state.epoch += 1
             with data.seeded(state.config.protocol.seed, state.epoch):  # for augmentation
                 train_epoch(state, recorder, progress)
             evaluate(state, recorder, progress)
             commit(state, folder, recorder)
-        result.status = "finished"
+        result.status = "finished" if state.epoch == epochs else "paused"
     except Diverged as stop:
         result.status = "diverged"
         result.reason = f"{stop} in epoch {state.epoch}, after {state.step} steps"

@@ -23,7 +23,7 @@ from feedbackhook.report.aggregate import ALIKE, BETTER, THRESHOLD, WORSE, Sweep
 from feedbackhook.report.errors import ReportError
 from feedbackhook.report.html.charts import alignment, concordance, curves
 from feedbackhook.report.html.vega import ANGLES
-from feedbackhook.report.tables import COLORS, MARKS, batch_sizes_text, procedures
+from feedbackhook.report.tables import COLORS, MARKS, batch_sizes_text, procedures, pruning_text
 from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.errors import one_line
 from feedbackhook.store.manifest import ManifestRun
@@ -64,7 +64,8 @@ def page(folder: str | os.PathLike[str]) -> str:
     table = sweep_table(folder, of_layers=ANGLES)
     sections = {"concordance": concordance(table), "curves": curves(table), "alignment": alignment(table)}
     members = [_member(run, table.run_folder(run)) for run in table.manifest.runs]
-    left_out = table.missing | table.runs.skipped  # now with runs whose damage was found when they were read
+    # `skipped` now holds the runs whose damage was found when they were read, too
+    left_out = table.missing | {n: why for n, why in table.runs.skipped.items() if n not in table.pruned}
     return str(
         _template().render(
             name=folder.resolve().name,
@@ -81,6 +82,7 @@ def page(folder: str | os.PathLike[str]) -> str:
             charts={name: chart for part in sections.values() for name, chart in part.charts.items()},
             data={name: text for part in sections.values() for name, text in part.data.items()},
             members=members,
+            pruning_text=pruning_text,
             left_out=left_out,
             vega=_vega(),
         )
@@ -160,6 +162,7 @@ def _summary(folder: Path, table: SweepTable, members: Sequence[_Member]) -> dic
         },
         "status": Counter(member.status for member in members),
         "missing": sum(member.run.name in table.missing for member in members),
+        "pruned": len(table.pruned),
         "again": _command("sweep", folder / "sweep.yaml", f"{again}-again"),
         "resume": _command("sweep", folder / "sweep.yaml", str(folder)),
     }

@@ -23,7 +23,7 @@ from feedbackhook.experiments.config import (
 )
 from feedbackhook.experiments.sweep import local as pool
 from feedbackhook.experiments.sweep import worker
-from feedbackhook.experiments.sweep.grid import ended, plan, stored
+from feedbackhook.experiments.sweep.grid import done, plan, stored
 from feedbackhook.experiments.sweep.local import workers
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.experiments.training.progress import Progress
@@ -97,7 +97,7 @@ FAILED = "digits-uSF-rate1-seed0"
 _run_one = worker.run_one
 
 
-def _failing(config: Any, sweeper: int) -> str:
+def _failing(config: Any, sweeper: int, until: int | None) -> str:
     """In a worker: one run fails in the middle of its training."""
     real = worker.train
 
@@ -108,7 +108,7 @@ def _failing(config: Any, sweeper: int) -> str:
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(worker, "train", train)
-        return _run_one(config, sweeper)
+        return _run_one(config, sweeper, until)
 
 
 def test_a_run_that_fails_is_kept_with_its_reason_and_stops_no_other(
@@ -208,7 +208,7 @@ def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
     )
     results = list(sweep(config).values())
     assert [result.status for result in results] == ["diverged", "finished"]
-    assert ended(plan(config)[0])
+    assert done(plan(config)[0])
     row = sweep_table(tmp_path).cells.iloc[0]
     assert (row["ended"], row["diverged"], row["lr_factor"]) == (2, 1, 1.0)
 
@@ -225,10 +225,10 @@ def test_a_run_whose_process_is_killed_each_time_fails_and_the_others_end(
     assert results["digits-uSF-rate1-seed0"].reason == "its process ended 3 times: killed, or out of memory?"
 
 
-def _poisoned(name: str, config: Any, sweeper: int) -> str:
+def _poisoned(name: str, config: Any, sweeper: int, until: int | None) -> str:
     if Path(config.output).name == name:
         os.kill(os.getpid(), signal.SIGKILL)
-    return _run_one(config, sweeper)
+    return _run_one(config, sweeper, until)
 
 
 def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
