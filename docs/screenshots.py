@@ -1,6 +1,6 @@
 """Take screenshots of the table and charts of a sweep's page: two widths, light and dark, into this folder.
 
-    feedbackhook report runs/mnist -o report.html
+    feedbackhook report analysis/runs/evidence/mnist -o report.html
     python docs/screenshots.py report.html
 
 It needs selenium, chromium and chromedriver, but no display.

@@ -47,7 +47,13 @@ def _report(given: Namespace) -> int:
 
 
 def _plot_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=str, help="a run folder, or a folder of run folders")
+    parser.add_argument("run", type=str, help="a run folder, or a folder that holds runs at any depth")
+    parser.add_argument(
+        "--figures",
+        type=list[str] | None,
+        help="names of figures, such as [error, error_and_angle]; null: all but error_and_angle, the last "
+        "error of each run against its mean gradient angle",
+    )
     parser.add_argument("--output", type=str | None, help="folder for the figures; null: RUN/figures")
     parser.add_argument(
         "--size", type=Literal["readme", "column", "slide"], default="readme", help="where they are shown"
@@ -60,14 +66,26 @@ def _plot_arguments(parser: ArgumentParser) -> None:
 
 def _plot(given: Namespace) -> int:
     from feedbackhook.experiments.config import ConfigError
-    from feedbackhook.report import theme
-    from feedbackhook.report.plots import draw_all
+    from feedbackhook.names import nearest
+    from feedbackhook.report import error_and_angle, theme
+    from feedbackhook.report.plots import FIGURES, draw_all
+    from feedbackhook.report.runs import collect
     from feedbackhook.store.recorder import read
 
+    of_table = list(FIGURES if given.figures is None else given.figures)
+    over_runs = error_and_angle.NAME in of_table
+    of_table = [name for name in of_table if name != error_and_angle.NAME]
+    if unknown := [name for name in of_table if name not in FIGURES]:
+        known = [*FIGURES, error_and_angle.NAME]
+        near = nearest(unknown[0], known)
+        raise ConfigError(f"there is no figure {unknown[0]!r}{near or ': there are ' + ', '.join(known)}")
+    folder = Path(given.output or Path(given.run) / "figures")
     try:
-        table = read(given.run)
+        table = read(given.run) if of_table else None
         with theme.use(given.size, given.dark):
-            written, missing = draw_all(table, given.output or Path(given.run) / "figures", given.formats)
+            written, missing = draw_all(table, folder, given.formats, figures=of_table)
+            if over_runs:
+                written += error_and_angle.write(collect(given.run), folder, given.formats)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     console = plain_console()

@@ -1,0 +1,283 @@
+"""Write the page about the paper's claims on real data, and its tables and figure, from the committed runs.
+
+    python analysis/evidence.py
+
+Reads analysis/runs/evidence and writes analysis/results/liao2016. The page's numbers and verdicts are
+computed here; its sentences are in evidence.md.jinja.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jsonargparse import auto_cli
+
+from feedbackhook.liao2016.published import error_rates
+from feedbackhook.report import error_and_angle
+from feedbackhook.report.aggregate import sweep_table
+from feedbackhook.report.runs import collect
+from feedbackhook.report.tables import write
+
+HERE = Path(__file__).parent
+HOLDS, IN_PART, DOES_NOT, CANNOT_TELL = "holds", "holds in part", "does not hold", "cannot be told"
+FULL = ("uSF+BN+BM", "brSF+BN+BM concordance=1", "frSF+BN+BM concordance=1")
+HALF = ("brSF+BN+BM concordance=0.5", "frSF+BN+BM concordance=0.5")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One sweep of the evidence.
+
+    Args:
+        title: name of the dataset on the page.
+        test: number of its test images.
+        paper: its column in the paper's tables; None for a stand-in, which has none.
+        margin: difference from the paper, in points, from which the page explains a cell.
+    """
+
+    title: str
+    test: int
+    paper: str | None
+    margin: float = 5.0
+
+
+SOURCES = {
+    "mnist": Source("MNIST", 10_000, "MNIST", 2.0),
+    "cifar10": Source("CIFAR-10 (JPEG)", 10_000, "CIFAR-10", 2.0),
+    "flowers17": Source("Flowers17", 340, "Flowers17"),
+    "lfw": Source("LFW-ID", 400, "LFW-ID"),
+    "caltech101": Source("Caltech101", 1_020, "Caltech101"),
+    "scene15": Source("15 scenes", 2_985, None),
+    "phoneme": Source("phonemes", 1_169, None),
+}
+
+
+def read_cells(folder: Path) -> pd.DataFrame:
+    """Return a row for each sweep and condition in ``folder``.
+
+    Columns: `sweep`, `condition`, the errors `best` and `chosen` in percent (see
+    :class:`feedbackhook.report.aggregate.SweepTable`), `paper` (missing if it has none), `difference`, the
+    `epoch` of the best error and the number of `epochs`, and the numbers of `seeds`, `runs`, `ended`,
+    `pruned`, `diverged` and `missing` runs.
+    """
+    published = error_rates()
+    parts = []
+    for name, source in SOURCES.items():
+        if not (folder / name).is_dir():
+            continue
+        table = sweep_table(folder / name)
+        cells = table.cells.assign(epochs=table.manifest.epochs).rename(columns={"best_epoch": "epoch"})
+        column = published[source.paper] if source.paper else pd.Series(dtype=float)
+        paper = cells["condition"].map(column)
+        counts = ["epoch", "epochs", "seeds", "runs", "ended", "pruned", "diverged", "missing"]
+        part = cells[["condition", "best_error", "chosen_error", *counts]].assign(sweep=name, paper=paper)
+        parts.append(part.rename(columns={"best_error": "best", "chosen_error": "chosen"}))
+    cells = pd.concat(parts, ignore_index=True)
+    cells["difference"] = cells["best"] - cells["paper"]
+    return cells[["sweep", "condition", "best", "chosen", "paper", "difference", *counts]]
+
+
+class NotBorneOut(ValueError):
+    """A sentence of the page claims more than the runs show."""
+
+
+class Evidence:
+    """What the runs say.
+
+    Args:
+        cells: what :func:`read_cells` returns.
+        points: what :func:`feedbackhook.report.error_and_angle.points` returns for the same runs, with the
+            column `sweep`.
+    """
+
+    def __init__(self, cells: pd.DataFrame, points: pd.DataFrame) -> None:
+        self.cells, self.points = cells, points
+        self.sweeps = list(dict.fromkeys(cells["sweep"]))
+        by_cell = cells.set_index(["sweep", "condition"])
+        self._best, self._paper = by_cell["best"].to_dict(), by_cell["paper"].to_dict()
+
+    def best(self, sweep: str, condition: str) -> float:
+        """The best test error in percent; NaN if no run of the cell has ended."""
+        return float(self._best.get((sweep, condition), math.nan))
+
+    def paper(self, sweep: str, condition: str) -> float:
+        """The paper's error in percent; NaN if it has none."""
+        return float(self._paper.get((sweep, condition), math.nan))
+
+    def worse(self, sweep: str, condition: str, than: str) -> bool:
+        """Whether an error is higher by more than two standard errors of the difference between two rates
+        measured on the sweep's test images, as independent binomial samples. Seeds are not in it."""
+        a, b = (self.best(sweep, name) / 100 for name in (condition, than))
+        return a - b > 2 * math.sqrt((a * (1 - a) + b * (1 - b)) / SOURCES[sweep].test)
+
+    def alike(self, sweep: str, one: str, other: str) -> bool:
+        """Whether neither of two errors is worse than the other."""
+        return not (self.worse(sweep, one, other) or self.worse(sweep, other, one))
+
+    def known(self, *conditions: str) -> list[str]:
+        """The sweeps in which all these conditions have an error."""
+        return [s for s in self.sweeps if not any(math.isnan(self.best(s, c)) for c in conditions)]
+
+    def claim(self, text: str, holds: bool) -> str:
+        """Return ``text``, a sentence of the page.
+
+        Raises:
+            NotBorneOut: ``holds`` is false: the sentence must be changed.
+        """
+        if not holds:
+            raise NotBorneOut(f"the runs do not bear this out: {text!r}; change it in evidence.md.jinja")
+        return text
+
+    def angle_correlations(self) -> list[dict[str, object]]:
+        """Return Spearman's correlation of angle and last error over the runs of each sweep: over `all` of
+        them, and over those `with_both` Batch Normalization and Batch Manhattan; and the number of `runs`."""
+        found = []
+        for sweep, part in self.points.groupby("sweep", sort=False):
+            both = part[part["condition"].str.contains(r"BN\+BM")]
+            of_all, of_both = (p["angle"].corr(p["error"], method="spearman") for p in (part, both))
+            found.append({"sweep": sweep, "all": of_all, "with_both": of_both, "runs": len(part)})
+        return sorted(found, key=lambda row: self.sweeps.index(str(row["sweep"])))
+
+    # What the page's sentences say
+
+    def lowest(self, condition: str) -> float:
+        """The smallest error of a condition over the sweeps."""
+        return min(self.best(s, condition) for s in self.known(condition))
+
+    def usf_fails(self) -> bool:
+        return self.lowest("uSF") > 85  # the most frequent of ten classes is 11% of MNIST
+
+    def everywhere_worse(self, condition: str, than: str) -> bool:
+        return all(self.worse(s, condition, than) for s in self.known(condition, than))
+
+    def everywhere_alike(self, one: str, other: str) -> bool:
+        return all(self.alike(s, one, other) for s in self.known(one, other))
+
+    def random_feedback_needs_help(self) -> bool:
+        natural = [s for s in self.known("RndF", "RndF+BN+BM") if s in ("cifar10", "flowers17", "lfw")]
+        far_worse = all(self.best(s, "RndF") > 20 * self.best("mnist", "RndF") for s in natural)
+        return far_worse and all(self.worse(s, "RndF", "RndF+BN+BM") for s in natural)
+
+    def still_learning(self, sweep: str) -> bool:
+        """Whether the best epoch is the last one of every cell with an error of less than 85%."""
+        cells = self.cells[(self.cells["sweep"] == sweep) & (self.cells["best"] < 85)]
+        return bool((cells["epoch"] == cells["epochs"]).all())
+
+    def angle_ranks(self, least: float) -> bool:
+        """Whether angle and error of the runs with BN and BM have at least this rank correlation in each."""
+        return all(float(str(row["with_both"])) >= least for row in self.angle_correlations())
+
+    def good_angles_bad_errors(self) -> bool:
+        """Whether some run with NuSF or uSF alone has a smaller angle than a run with BN and BM that has at
+        most nine tenths of its error."""
+        cases = [("NuSF", s) for s in ("cifar10", "flowers17", "lfw")]
+        cases += [("uSF", s) for s in ("mnist", "flowers17")]
+        return all(self._beaten_at_a_larger_angle(condition, sweep) for condition, sweep in cases)
+
+    def _beaten_at_a_larger_angle(self, condition: str, sweep: str) -> bool:
+        points = self.points[self.points["sweep"] == sweep]
+        both = points[points["condition"].str.contains(r"BN\+BM")]
+        return any(
+            ((both["angle"] > run.angle) & (both["error"] < 0.9 * run.error)).any()
+            for run in points[points["condition"] == condition].itertuples()
+        )
+
+    # The paper's four conclusions: the sweeps where each holds, and those where it was tried
+
+    def magnitudes_do_not_matter(self) -> tuple[list[str], list[str]]:
+        """All signs agree: uniform, redrawn and fixed random magnitudes do alike."""
+        tried = self.known(*FULL)
+        return [s for s in tried if all(self.alike(s, a, b) for a in FULL for b in FULL)], tried
+
+    def signs_matter(self) -> tuple[list[str], list[str]]:
+        """Half of the signs agree: worse than all, for redrawn and for fixed magnitudes."""
+        tried = self.known(*FULL, *HALF)
+        return [
+            s
+            for s in tried
+            if all(self.worse(s, half, full) for half, full in zip(HALF, FULL[1:], strict=True))
+        ], tried
+
+    def random_magnitudes_equal_sgd(self) -> tuple[list[str], list[str]]:
+        """All signs agree, random magnitudes: no worse than SGD."""
+        tried = self.known("SGD", *FULL)
+        return [s for s in tried if not any(self.worse(s, full, "SGD") for full in FULL[1:])], tried
+
+    def normalization_is_indispensable(self) -> tuple[list[str], list[str]]:
+        """Without Batch Normalization and Batch Manhattan: uSF, NuSF and random feedback are all worse than
+        with both."""
+        tried = self.known("uSF", "NuSF", "RndF", "uSF+BN+BM", "RndF+BN+BM")
+        pairs = (("uSF", "uSF+BN+BM"), ("NuSF", "uSF+BN+BM"), ("RndF", "RndF+BN+BM"))
+        return [s for s in tried if all(self.worse(s, alone, both) for alone, both in pairs)], tried
+
+
+def verdict(holds: list[str], tried: list[str]) -> str:
+    """In words: on all sweeps, on some, on none, or never tried."""
+    if not tried:
+        return CANNOT_TELL
+    return HOLDS if len(holds) == len(tried) else IN_PART if holds else DOES_NOT
+
+
+def page(evidence: Evidence) -> str:
+    """Return the page as Markdown.
+
+    Raises:
+        NotBorneOut: one of its sentences claims more than the runs show.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("evidence.md.jinja").render(
+        e=evidence,
+        sources=SOURCES,
+        verdict=verdict,
+        conditions=list(dict.fromkeys(evidence.cells["condition"])),
+        off=off(evidence.cells),
+        ranks=rank_correlations(evidence.cells),
+        isnan=math.isnan,
+    )
+
+
+def rank_correlations(cells: pd.DataFrame) -> dict[str, float]:
+    """Return Spearman's correlation of our best errors with the paper's, by sweep, where it has three."""
+    both = cells.dropna(subset=["best", "paper"])
+    return {
+        sweep: float(part["best"].corr(part["paper"], method="spearman"))
+        for sweep, part in both.groupby("sweep", sort=False)
+        if len(part) > 2
+    }
+
+
+def off(cells: pd.DataFrame) -> list[dict[str, object]]:
+    """Return the cells that differ from the paper by more than the margin of their dataset."""
+    margin = cells["sweep"].map({name: source.margin for name, source in SOURCES.items()})
+    return cells[cells["difference"].abs() > margin].to_dict("records")
+
+
+def main(runs: Path = HERE / "runs/evidence", output: Path = HERE / "results/liao2016") -> None:
+    """Write the page.
+
+    Args:
+        runs: folder of the sweeps.
+        output: folder to write.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    cells = read_cells(runs)
+    cells.to_csv(output / "cells.csv", index=False, float_format="%.6g")
+    found = collect(runs)
+    points = error_and_angle.points(found)
+    folders = found.runs.set_index("run")["folder"]
+    points.insert(0, "sweep", [Path(folders[run]).parent.name for run in points["run"]])
+    points.to_csv(output / "error_and_angle.csv", index=False, float_format="%.6g")
+    error_and_angle.write(found, output)
+    for name in dict.fromkeys(cells["sweep"]):
+        write(sweep_table(runs / name), output / name)
+    (output / "README.md").write_text(page(Evidence(cells, points)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    auto_cli(main)

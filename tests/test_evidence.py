@@ -1,0 +1,85 @@
+"""The page about the paper's claims says what the committed runs show."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "analysis"))
+import evidence  # noqa: E402
+
+RESULTS = ROOT / "analysis/results/liao2016"
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("evidence")
+    evidence.main(output=output)
+    return output
+
+
+def test_the_page_and_its_tables_are_those_of_the_runs(rebuilt: Path) -> None:
+    """All but pictures, which depend on the version of matplotlib."""
+    texts = [path.relative_to(rebuilt) for path in rebuilt.rglob("*") if path.suffix in (".md", ".csv")]
+    assert Path("README.md") in texts
+    assert len(texts) > 6
+    for path in texts:
+        assert (RESULTS / path).read_text() == (rebuilt / path).read_text(), path
+    pictures = {path.relative_to(rebuilt) for path in rebuilt.rglob("*.png")}
+    assert pictures == {path.relative_to(RESULTS) for path in RESULTS.rglob("*.png")}
+
+
+@pytest.fixture
+def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
+    return pd.read_csv(RESULTS / "cells.csv"), pd.read_csv(RESULTS / "error_and_angle.csv")
+
+
+@pytest.mark.parametrize(
+    ("condition", "sweep", "error", "sentence"),
+    [
+        ("uSF", "cifar10", 30.0, "uSF alone learns nowhere"),
+        ("frSF+BN+BM concordance=0.5", "lfw", 99.0, "fixed feedback is better than redrawn"),
+        ("brSF+BN+BM concordance=1", "mnist", 3.0, "Redrawn magnitudes cost nothing"),
+        ("RndF+BN+BM", "flowers17", 80.0, "Random feedback alone is far worse"),
+        ("NuSF", "mnist", 30.0, "On MNIST, NuSF and random feedback do without"),
+    ],
+)
+def test_a_sentence_that_the_runs_do_not_bear_out_stops_the_page(
+    tables: tuple[pd.DataFrame, pd.DataFrame], condition: str, sweep: str, error: float, sentence: str
+) -> None:
+    cells, points = tables
+    evidence.page(evidence.Evidence(cells, points))
+    changed = (cells["condition"] == condition) & (cells["sweep"] == sweep)
+    assert changed.sum() == 1
+    cells.loc[changed, "best"] = error
+    with pytest.raises(evidence.NotBorneOut, match=sentence):
+        evidence.page(evidence.Evidence(cells, points))
+
+
+def test_a_verdict_follows_the_cells(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    cells, points = tables
+    made = evidence.Evidence(cells, points)
+    holds, tried = made.random_magnitudes_equal_sgd()
+    assert evidence.verdict(holds, tried) == evidence.HOLDS
+    cells.loc[(cells["condition"] == "frSF+BN+BM concordance=1") & (cells["sweep"] == "mnist"), "best"] = 2.0
+    made = evidence.Evidence(cells, points)
+    holds, tried = made.random_magnitudes_equal_sgd()
+    assert set(tried) - set(holds) == {"mnist"}
+    assert evidence.verdict(holds, tried) == evidence.IN_PART
+    assert evidence.verdict([], tried) == evidence.DOES_NOT
+    assert evidence.verdict([], []) == evidence.CANNOT_TELL
+
+
+def test_a_difference_is_two_standard_errors() -> None:
+    """Of 10,000 images, 1.00% and 1.30% are 100 and 130 errors: a standard error of 15.1; 30.2 for two."""
+    cells = pd.DataFrame(
+        {"sweep": "mnist", "condition": ["a", "b", "c"], "best": [1.0, 1.30, 1.31], "paper": float("nan")}
+    )
+    made = evidence.Evidence(cells, pd.DataFrame())
+    assert made.alike("mnist", "a", "b")
+    assert made.worse("mnist", "c", than="a")
+    assert not made.worse("mnist", "a", than="c")
