@@ -102,8 +102,10 @@ def draw(made: pd.DataFrame) -> Figure:
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_minor_locator(NullLocator())
             axes.axvline(90, linestyle=":", color=theme.ink())
+        order = [*theme.RULES, *handles]
+        rules = sorted(handles, key=order.index)
         figure.legend(
-            handles.values(), handles.keys(), loc="outside right upper", title="rule", frameon=False
+            [handles[rule] for rule in rules], rules, loc="outside right upper", title="rule", frameon=False
         )
     return figure
 
