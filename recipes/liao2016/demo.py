@@ -44,7 +44,8 @@ from feedbackhook.store.run_folder import RunResult
 
 CONCORDANCES = (1.0, 0.75, 0.5, 0.25, 0.0)
 # Chosen beforehand, without a search. With Batch Manhattan it is the size of the step of each weight. SGD's,
-# for uSF with neither Batch Normalization nor Batch Manhattan, is the initial rate of the paper's schedule.
+# for uSF with neither Batch Normalization nor Batch Manhattan, is the initial rate of the paper's schedule,
+# which is for gradients summed over the mini-batch.
 MANHATTAN_LR = 5e-5
 SGD_LR = 5e-4
 
@@ -80,7 +81,9 @@ def configuration(condition: dict[str, Any], seed: int, epochs: int, output: Pat
         optimizer=OptimizerConfig("sgd", SGD_LR)
         if plain
         else OptimizerConfig("batch_manhattan", MANHATTAN_LR),
-        protocol=ProtocolConfig(epochs=epochs, seed=seed, threads=1, device="cpu"),
+        protocol=ProtocolConfig(
+            epochs=epochs, seed=seed, threads=1, device="cpu", reduction="sum" if plain else "mean"
+        ),
         output=str(output / f"{name}-seed{seed}"),
     )
 

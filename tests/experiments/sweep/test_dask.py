@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,13 +19,21 @@ import distributed
 import pytest
 from support.bounds import HANG
 from support.machines import ENVIRONMENT, LOOPBACK, wait_until
+from support.run_folders import leave_run
 from support.sweeps import tiny
 
-from feedbackhook.experiments.config import ClusterConfig, ConfigError, SweepConfig, SweepProtocolConfig
+from feedbackhook.experiments.config import (
+    ClusterConfig,
+    ConfigError,
+    RunConfig,
+    SweepConfig,
+    SweepProtocolConfig,
+)
 from feedbackhook.experiments.sweep import dask as cluster
 from feedbackhook.experiments.sweep import run as sweep_module
 from feedbackhook.experiments.sweep import worker
 from feedbackhook.experiments.sweep.grid import PlannedRun, plan
+from feedbackhook.experiments.sweep.pruning import run_in_stages
 from feedbackhook.experiments.sweep.run import sweep
 from feedbackhook.store.recorder import Recorder
 
@@ -170,9 +179,9 @@ def test_a_run_whose_process_is_killed_each_time_has_used_up_its_attempts(
     statuses = [-9, 1, -9, 0]
     monkeypatch.setattr(cluster, "_run_child", lambda *_: statuses.pop(0))
     config = plan(tiny(Path("sweep")))[0].config
-    assert cluster._run(config, ".", 1)
+    assert cluster._run(config, None, ".", 1)
     assert statuses == [0]
-    assert not cluster._run(config, ".", 1)
+    assert not cluster._run(config, None, ".", 1)
 
 
 @pytest.fixture
@@ -289,3 +298,29 @@ def test_a_wrong_option_of_slurm_is_one_clear_error() -> None:
         cluster._slurm(ClusterConfig(slurm={"cores": 1, "memory": "1GB", "quue": "long", **LOOPBACK}), 1)
     with pytest.raises(ConfigError, match=r"cluster\.slurm: You must specify how much cores and memory"):
         cluster._slurm(ClusterConfig(slurm={}), 1)
+
+
+def test_a_cluster_prunes_learning_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_worker: Any
+) -> None:
+    """The scheduler must not take the second stage of a run for the first, which it has done."""
+    asked: list[tuple[str, int | None]] = []
+
+    def run_child(run: RunConfig, until: int | None, *_: Any) -> int:
+        asked.append((Path(str(run.output)).name, until))
+        epoch = until or run.protocol.epochs
+        shutil.rmtree(str(run.output), ignore_errors=True)
+        error = 20.0 if "rate0.1-" in str(run.output) else 10.0
+        curve = [(90.0, 90.0), *[(error, error)] * epoch]
+        leave_run(run, curve, epoch, "paused" if until else "finished")
+        return 0
+
+    monkeypatch.setattr(cluster, "_run_child", run_child)
+    config = tiny(tmp_path / "sweep", conditions=["SGD"])
+    planned = plan(config)
+    with distributed.Client(one_worker) as client:
+        run_in_stages(planned, [1], cluster.Cluster(client, config).run_all)
+    first, second = (run.name for run in planned)
+    assert sorted(asked, key=str) == sorted([(first, 1), (second, 1), (first, None)], key=str)
+    results = [run.folder.result() for run in planned]
+    assert [result and result.status for result in results] == ["finished", "pruned"]
