@@ -34,11 +34,15 @@ def written(config: SweepConfig, path: Path) -> Path:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a sweep or a worker has begun."""
+    """The processes in which a sweep or a worker of a cluster trains runs, and no helpers of theirs.
+
+    A process that has only just been forked still has the command line of its parent, and is not one yet.
+    """
     found = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
         for child in (thread / "children").read_text().split():
-            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            if b"popen_loky" in command or b"feedbackhook.experiments.sweep.worker" in command:
                 found.append(int(child))
     return found
 
