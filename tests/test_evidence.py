@@ -33,6 +33,10 @@ def test_the_page_and_its_tables_are_those_of_the_runs(rebuilt: Path) -> None:
     assert pictures == {path.relative_to(RESULTS) for path in RESULTS.rglob("*.png")}
 
 
+def made_of(cells: pd.DataFrame, points: pd.DataFrame) -> evidence.Evidence:
+    return evidence.Evidence(cells, points, {680: 40.0, 1020: 34.0})
+
+
 @pytest.fixture
 def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.read_csv(RESULTS / "cells.csv"), pd.read_csv(RESULTS / "error_and_angle.csv")
@@ -52,21 +56,21 @@ def test_a_sentence_that_the_runs_do_not_bear_out_stops_the_page(
     tables: tuple[pd.DataFrame, pd.DataFrame], condition: str, sweep: str, error: float, sentence: str
 ) -> None:
     cells, points = tables
-    evidence.page(evidence.Evidence(cells, points))
+    evidence.page(made_of(cells, points))
     changed = (cells["condition"] == condition) & (cells["sweep"] == sweep)
     assert changed.sum() == 1
     cells.loc[changed, "best"] = error
     with pytest.raises(evidence.NotBorneOut, match=sentence):
-        evidence.page(evidence.Evidence(cells, points))
+        evidence.page(made_of(cells, points))
 
 
 def test_a_verdict_follows_the_cells(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     cells, points = tables
-    made = evidence.Evidence(cells, points)
+    made = made_of(cells, points)
     holds, tried = made.random_magnitudes_equal_sgd()
     assert evidence.verdict(holds, tried) == evidence.HOLDS
     cells.loc[(cells["condition"] == "frSF+BN+BM concordance=1") & (cells["sweep"] == "mnist"), "best"] = 2.0
-    made = evidence.Evidence(cells, points)
+    made = made_of(cells, points)
     holds, tried = made.random_magnitudes_equal_sgd()
     assert set(tried) - set(holds) == {"mnist"}
     assert evidence.verdict(holds, tried) == evidence.IN_PART
@@ -79,7 +83,7 @@ def test_a_difference_is_two_standard_errors() -> None:
     cells = pd.DataFrame(
         {"sweep": "mnist", "condition": ["a", "b", "c"], "best": [1.0, 1.30, 1.31], "paper": float("nan")}
     )
-    made = evidence.Evidence(cells, pd.DataFrame())
+    made = made_of(cells, pd.DataFrame())
     assert made.alike("mnist", "a", "b")
     assert made.worse("mnist", "c", than="a")
     assert not made.worse("mnist", "a", than="c")

@@ -12,6 +12,7 @@ from support.bounds import HALF_OF_FLOAT32, HANG
 from support.imagenet import (
     LR,
     SCRIPT,
+    WEIGHT_DECAY,
     build,
     checkpoint_of,
     make_tree,
@@ -51,6 +52,7 @@ def test_two_processes_equal_a_plain_loop_over_the_halves_of_each_batch(recipe, 
     rule, rule_options = rule
     root = make_tree(tmp_path / "images", test=5, noise=False)  # 15 test images: the last batch is filled up
     given = {"root": root, "rule": rule, "batch_size": 8, "size": 32, "lr": LR, "workers": 0, "cpu": "true"}
+    given["weight_decay"] = WEIGHT_DECAY
     arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
     arguments += [part for name, value in rule_options.items() for part in (f"--options.{name}", value)]
     for epochs in (1, 2):  # the second resumes from the first's checkpoint
