@@ -32,6 +32,11 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def after_backward(call: Callable[[], None]) -> None:
+    """Call a function when the running backward has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def backward_roots() -> list[Node] | None:
     """Return the nodes where the running backward started, or None if they cannot be found.
 
