@@ -63,6 +63,16 @@ class Coverage:
         own = (*parameters.values(), *self._root.buffers(), *(p for p, _ in patched))
         return audit(nodes, weights, own, since)
 
+    def audit_all(self, nodes: Iterable[Any]) -> list[Finding]:
+        """Return what a graph does with the model's matrices, whether they belong to layers or not."""
+        parameters = dict(self._root.named_parameters())
+        weights = {
+            id(parameter): Weight(name, True, tuple(parameter.shape))
+            for name, parameter in parameters.items()
+            if parameter.dim() > 1
+        }
+        return audit(nodes, weights, (*parameters.values(), *self._root.buffers()))
+
     def audit_forward(self, mode: Mode, outermost: Running, inputs: object, output: object) -> bool:
         """Audit the graph of a forward that did something new: it called a function for the first time, or
         was the first in this training mode, or the first with inputs that require a gradient.

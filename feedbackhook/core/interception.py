@@ -24,7 +24,7 @@ from torch import nn
 from feedbackhook.core import torch_internals
 from feedbackhook.core.calls import NO_COMPILE, Calls
 from feedbackhook.core.coverage import Coverage
-from feedbackhook.core.guard import BackwardAudits
+from feedbackhook.core.guard import BackwardAudits, SiteGuards
 from feedbackhook.core.layer import Layer, ModuleSite
 from feedbackhook.core.marks import Link, Mark, mark_of
 from feedbackhook.core.mode import Mode, Running
@@ -67,6 +67,7 @@ class Interceptor:
         self._weights = Weights(self.state.layers, self._guard)
         self.coverage = Coverage(root, self.state, self._weights)
         self._audits = BackwardAudits(self.state, self.coverage.audit, self.coverage.look_again)
+        self._site_guards = SiteGuards(root, self.state, self.coverage.audit_all)
         self._calls = Calls(self.state, self._weights, self.coverage, self._follow_checkpoint)
         self._set_up()
 
@@ -111,6 +112,7 @@ class Interceptor:
             self._clock.stop()
             self._clock = None
         self._weights.clear()
+        self._site_guards.clear()
         for module in self.coverage.patched_modules():
             mark = mark_of(module)
             if mark is not None and mark.link.owner is self:
@@ -123,6 +125,7 @@ class Interceptor:
         clock runs."""
         if self._clock is None:
             self._clock = Clock(self.state)
+        self._site_guards.update()
         if self._weights.update(layers):
             self.state.index_layers()
             self.coverage.look_again()
@@ -244,6 +247,8 @@ class Interceptor:
                     return function(*args, **kwargs)
                 with self._reopened(running, forward) as again:
                     output = function(*args, **kwargs)
+                if again.forward is not None:
+                    again.forward.hear(output)
                 self._audit(again, running[-1], (args, kwargs), output)
                 return output
 

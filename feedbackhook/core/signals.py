@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from feedbackhook.core.audit import tensors_in
 from feedbackhook.core.layer import Patched
 from feedbackhook.core.projection import Place, Projection, Use
 from feedbackhook.core.state import PatchState
@@ -78,9 +79,10 @@ class Forward:
                 f"{name!r} ran after {self.output()}, so the gradient of that output comes too late for it; "
                 f"pass exclude=[{name!r}] to feedbackhook.patch, or another output="
             )
-        if self.part_of is not None and self.part_of.shape is not None:
-            self.part_of.check(name, place)
-        self._sites.append((name, projection, place, like))
+        if (whole := self.whole()).shape is not None:
+            whole.recomputed(name, projection, place, like)
+        else:
+            self._sites.append((name, projection, place, like))
         return Delivery(self, patched, copy.copy(projection), place, like)
 
     def end(self, output: Any, examine: bool = False) -> None:
@@ -95,7 +97,7 @@ class Forward:
             RuntimeError: it ran before in this forward; a site has another batch, or has not run at all.
             ValueError: the targets do not fit the output.
         """
-        if self.part_of is not None and self.part_of.shape is not None:
+        if self.part_of is not None and self.whole().shape is not None:
             return  # a checkpoint recomputes an output that is known
         tensor = _tensor_of(output)
         if tensor is None:
@@ -170,6 +172,21 @@ class Forward:
                 f"{self.shape} needs shape {self.shape[:-1]}"
             )
 
+    def recomputed(self, name: str, projection: Projection, place: Place, like: Tensor) -> None:
+        """A site runs again in a checkpoint, or for the first time if that is reentrant.
+
+        Raises:
+            RuntimeError: as in `check`, or its width changes the matrix that others have used already.
+        """
+        before = dict(self._widths)
+        self.check(name, place)
+        if projection.rule.shared and self._widths != before:
+            raise RuntimeError(
+                f"{name!r} is the widest site, which a reentrant checkpoint hides until others have used the "
+                "shared matrix; checkpoint with use_reentrant=False"
+            )
+        projection.last = self.use(projection, place, like)
+
     def check(self, name: str, place: Place) -> None:
         """Check that the batches of the output and a site agree, and note how wide the site is.
 
@@ -199,7 +216,18 @@ class Forward:
                 "or name another module with output= in feedbackhook.patch"
             )
         self.errors[running] = error.detach()
+        self.state.heard.note(running)
         after_backward(lambda: self._forget(running))
+
+    def hear(self, output: object) -> None:
+        """Let a backward through what a checkpoint has recomputed count as one that came from the output, if
+        the backward around it did."""
+        around = self.backward
+        if around is None or not self.state.heard.has(around):
+            return
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self.state.heard.note(current_backward()))
 
     def _forget(self, backward: int) -> None:
         self.errors.pop(backward, None)
@@ -210,9 +238,9 @@ class Forward:
         Raises:
             RuntimeError: this backward did not come through the output, or the output never ran.
         """
-        top, running = self, self.backward
+        top, running = self, None
         while top.part_of is not None:
-            running = top.backward if running is None else running
+            running = running if top.backward is None else top.backward  # the outermost backward
             top = top.part_of
         error = top.errors.get(current_backward() if running is None else running)
         if error is not None:
@@ -269,6 +297,20 @@ class Delivery(NamedTuple):
         signal = self.projection.rule.signal(error, whole.targets)
         sent = self.projection.send(signal, whole.use(self.projection, self.place, self.like))
         return self.place.back(sent, error.shape)
+
+
+def comes_from_output(roots: Iterable[Node]) -> bool:
+    """Whether a graph contains the output of a forward."""
+    stack, seen = list(roots), set[Node]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if OUTPUT in node.metadata:
+            return True
+        seen.add(node)
+        stack += [earlier for earlier, _ in node.next_functions]
+    return False
 
 
 def walk(roots: Iterable[Node]) -> Iterator[Node]:

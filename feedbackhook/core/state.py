@@ -59,6 +59,7 @@ class PatchState:
         step_listeners: called before and after optimizer steps.
         arrivals: which layers each running backward has reached.
         site_at: the site at a module's input, by the module's full name.
+        heard: which backwards came through the output.
         own: the layer whose `weight` a module holds, by the module's full name.
         inside: the layers inside a module, by the module's full name.
     """
@@ -76,6 +77,7 @@ class PatchState:
         self.error_listeners: OrderedDict[int, ErrorListener] = OrderedDict()
         self.step_listeners: OrderedDict[int, StepListener] = OrderedDict()
         self.arrivals = Arrivals()
+        self.heard = Heard()
         self.site_at = {site.info.name: site for site in self.sites}
         self.own: dict[str, Layer] = {}
         self.inside: dict[str, list[Layer]] = {}
@@ -190,6 +192,27 @@ class PatchHandle(Protocol):
     @property
     def state(self) -> PatchState:
         """The state to subscribe to."""
+
+
+class Heard:
+    """The backwards that came through an output whose error direct rules send."""
+
+    def __init__(self) -> None:
+        self._backwards: OrderedDict[int, None] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Backwards belong to one process."""
+        return {"_backwards": OrderedDict()}
+
+    def note(self, backward: int) -> None:
+        """Record that a backward, by its id, has come to the output."""
+        self._backwards[backward] = None
+        if len(self._backwards) > _BACKWARDS:
+            self._backwards.popitem(last=False)
+
+    def has(self, backward: int) -> bool:
+        """Whether a backward has come to the output."""
+        return backward in self._backwards
 
 
 class Arrivals:

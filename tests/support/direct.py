@@ -1,7 +1,7 @@
 """What learning with direct feedback must give, by a mechanism that shares nothing with the library.
 
-A model without any patch and `matrices = {name: B}` go in, B of the shape (D, K). A full backward hook on each
-named layer or module returns B times the error at the output, which a pass of its own computes first.
+A model without any patch and `matrices = {name: B}` go in, B of the shape (D, K). A full backward hook on
+each named layer or module returns B times the error at the output, which a pass of its own computes first.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from support.oracle import Gradients, Step, call, probe, read_gradients
 from torch import Tensor, nn
 
 import feedbackhook
+from support.oracle import Gradients, Step, call, probe, read_gradients
 
 Matrices = Mapping[str, Tensor]
 Signal = Callable[[Tensor], Tensor]
