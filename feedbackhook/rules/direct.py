@@ -94,8 +94,9 @@ class DirectTargets(DirectFeedback):
     (Frenkel, Lefebvre and Bol 2021; sign and scale as in their code).
 
     The targets y are those of `Patch.targets`, or else the only negative entry of each row of e, which is the
-    target where the loss is a softmax cross-entropy with hard labels. B y does not depend on the scale of the
-    loss: an average over the batch or a loss scale changes the gradient of the last layer alone.
+    target where the loss is a softmax cross-entropy with hard labels (each row then adds up to 0). B y does
+    not depend on the scale of the loss: an average over the batch, or a loss scale, changes the gradient of
+    the last layer alone.
     """
 
     scale: DirectScale | float | None = "kaiming"
@@ -113,13 +114,20 @@ class DirectTargets(DirectFeedback):
                 "loss; use bfloat16 or float32"
             )
         if targets is None:
-            negative = error < 0
-            if error.dim() < 2 or not bool((negative.sum(-1) == 1).all()):
-                raise ValueError(
-                    "DRTP needs the targets: they follow from the output's error signal only if each row of "
-                    "it has exactly one negative entry, as under softmax cross-entropy with hard labels. "
-                    "Call patch.targets(y) before the forward, with the classes of its samples"
-                )
-            return negative.to(error.dtype)
+            return _targets_in(error).to(error.dtype)
         classes = targets.to(error.device)
         return F.one_hot(classes.clamp(min=0), error.shape[-1]).to(error.dtype) * (classes >= 0).unsqueeze(-1)
+
+
+def _targets_in(error: Tensor) -> Tensor:
+    """Return where the targets are, from e = s (p - y) of softmax cross-entropy with hard labels, s > 0."""
+    negative = error < 0
+    wide = error.double() if error.device.type != "mps" else error.float()
+    off = wide.sum(-1).abs() > 64 * torch.finfo(error.dtype).eps * wide.abs().sum(-1)
+    if error.dim() < 2 or not bool(((negative.sum(-1) == 1) & ~off).all()):
+        raise ValueError(
+            "DRTP needs the targets: they follow from the output's error signal only under softmax "
+            "cross-entropy with hard labels, where each row of it has exactly one negative entry and adds up "
+            "to 0. Call patch.targets(y) before the forward, with the classes of its samples"
+        )
+    return negative
