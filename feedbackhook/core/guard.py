@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from feedbackhook.core.audit import Finding
 from feedbackhook.core.errors import ExactGradientError
 from feedbackhook.core.layer import Layer
-from feedbackhook.core.signals import comes_from_output
+from feedbackhook.core.signals import comes_from_output, if_compiled
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import Node, backward_roots, current_backward, forget_compiled_code
 
@@ -156,7 +156,7 @@ class SiteGuards:
                 f"{name!r} got a gradient in a backward that does not come from {where}, so the sites had no "
                 "error to send and the gradients are exact. Call the model itself, or name a module that is "
                 "called with output= in feedbackhook.patch; or put `with patch.exact():` around a backward "
-                "that is meant to be exact"
+                f"that is meant to be exact{if_compiled()}"
             )
 
 

@@ -22,6 +22,7 @@ from feedbackhook.core.torch_internals import (
     Node,
     after_backward,
     backward_roots,
+    compiler_is_loaded,
     current_backward,
     transformed,
 )
@@ -247,9 +248,9 @@ class Forward:
             return error
         if top.shape is None:
             raise RuntimeError(
-                f"{name!r} ran in a forward that {self.output()} was not computed from, or before a gradient "
-                "was enabled, so there is no output's error to send; call the model itself, or name a module "
-                "that is called with output= in feedbackhook.patch"
+                f"{name!r} ran in a forward that {self.output()} was not computed from, so there is no "
+                "output's error to send. Call the model itself, or name a module that is called with output= "
+                f"in feedbackhook.patch{if_compiled()}"
             )
         raise RuntimeError(
             f"this loss reaches {name!r}, but does not come from {self.output()}, so there is no output's "
@@ -297,6 +298,11 @@ class Delivery(NamedTuple):
         signal = self.projection.rule.signal(error, whole.targets)
         sent = self.projection.send(signal, whole.use(self.projection, self.place, self.like))
         return self.place.back(sent, error.shape)
+
+
+def if_compiled() -> str:
+    """Return what to add to an error that compiled code may be the reason for."""
+    return ". A compiled model must run uncompiled" if compiler_is_loaded() else ""
 
 
 def comes_from_output(roots: Iterable[Node]) -> bool:

@@ -148,12 +148,17 @@ def forget_compiled_code() -> bool:
     Returns:
         Whether the compiler is in use and did not check hooks before.
     """
-    if "torch._dynamo" not in sys.modules:
+    if not compiler_is_loaded():
         return False
     blind: bool = torch._dynamo.config.skip_nnmodule_hook_guards
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch.compiler.reset()
     return blind
+
+
+def compiler_is_loaded() -> bool:
+    """Whether this process may have compiled code."""
+    return "torch._dynamo" in sys.modules
 
 
 # --- modules and tensors -----------------------------------------------------------------------------------
