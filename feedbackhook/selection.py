@@ -82,7 +82,7 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> dict[LayerInfo, 
         if name in chosen and not any(name.startswith(f"{other}.") for other in chosen)
     ]
     for name in outermost:
-        if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+        if type(modules[name]).forward is nn.Module.forward:  # it has none of its own
             raise ValueError(
                 f"sites={_show(sites)} selects {name!r}, a {type(modules[name]).__name__}, which is never "
                 f"called; select the modules in it, as in sites={re.escape(name) + '[.][^.]*'!r}"

@@ -124,9 +124,9 @@ class Forward:
         try:
             self._adopt(tensor.grad_fn)
             self._take_targets()
-            for name, _, place, _ in self._sites:
-                self.check(name, place)
-            self._note_uses(self)
+            self._check([(name, place) for name, _, place, _ in self._sites])
+            for _, projection, place, like in self._sites:
+                projection.last = self.use(projection, place, like)
         except (RuntimeError, ValueError):
             self.shape = None
             raise
@@ -150,20 +150,12 @@ class Forward:
             delivery = getattr(node, "delivery", None)
             if delivery is not None and (part := delivery.forward) in self.state.parts:
                 self.state.parts.discard(part)
-                part.join(self)
+                self._sites += part.join(self)
 
-    def join(self, whole: Forward) -> None:
-        """Become a part of a forward that has an output."""
+    def join(self, whole: Forward) -> list[tuple[str, Projection, Place, Tensor]]:
+        """Become a part of a forward that has an output, and return the sites that ran in this part."""
         self.part_of = whole
-        for name, _, place, _ in self._sites:
-            whole.check(name, place)
-        self._note_uses(whole)
-
-    def _note_uses(self, whole: Forward) -> None:
-        """Let each projection know what it is needed for."""
-        for _, projection, place, like in self._sites:
-            projection.last = whole.use(projection, place, like)
-        self._sites.clear()
+        return self._sites
 
     def _take_targets(self) -> None:
         self.targets, self.state.targets = self.state.targets, None
@@ -177,10 +169,10 @@ class Forward:
         """A site runs again in a checkpoint, or for the first time if that is reentrant.
 
         Raises:
-            RuntimeError: as in `check`, or its width changes the matrix that others have used already.
+            RuntimeError: as in `_check`, or its width changes the matrix that others have used already.
         """
         before = dict(self._widths)
-        self.check(name, place)
+        self._check([(name, place)])
         if projection.rule.shared and self._widths != before:
             raise RuntimeError(
                 f"{name!r} is the widest site, which a reentrant checkpoint hides until others have used the "
@@ -188,22 +180,29 @@ class Forward:
             )
         projection.last = self.use(projection, place, like)
 
-    def check(self, name: str, place: Place) -> None:
-        """Check that the batches of the output and a site agree, and note how wide the site is.
+    def _check(self, sites: Sequence[tuple[str, Place]]) -> None:
+        """Check that the batches of the output and of sites agree, and note how wide the sites are.
 
         Raises:
-            RuntimeError: they do not.
+            RuntimeError: some do not.
         """
         assert self.shape is not None
-        fits = place.fit(self.shape)
-        if fits is None:
+        differ: dict[str, Place] = {}
+        for name, place in sites:
+            fits = place.fit(self.shape)
+            if fits is None:
+                differ.setdefault(name, place)
+            else:
+                self._widths[fits.source] = max(fits.features, self._widths.get(fits.source, 0))
+        if differ:
+            name, place = next(iter(differ.items()))
+            more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+            larger = "put sites at the inputs of larger modules with sites= in feedbackhook.patch"
+            hint = larger if self.state.sites else f"pass exclude={list(differ)}, or {larger}"
             raise RuntimeError(
-                f"the batches of {self.output()} and of the input of {name!r} differ (their shapes are "
-                f"{self.shape} and {place.shape}), so no error belongs to its samples; pass "
-                f"exclude=[{name!r}] to feedbackhook.patch, or put sites at the inputs of larger modules "
-                "with sites="
+                f"the batches of {self.output()} and of the input of {name!r}{more} differ (their shapes are "
+                f"{self.shape} and {place.shape}), so no error belongs to its samples; {hint}"
             )
-        self._widths[fits.source] = max(fits.features, self._widths.get(fits.source, 0))
 
     # --- in the backward -----------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ SITES = {
     "at layers, named output": {"output": "classifier"},
     "at blocks, named output": {"sites": "blocks[.].*", "output": "classifier"},
     "at layers, shared": {"shared": True},
+    "at layers, shared, named output": {"shared": True, "output": "classifier"},
 }
 
 WITHOUT_ROOT = {
