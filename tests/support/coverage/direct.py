@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import feedbackhook
 from support import oracle
@@ -23,7 +24,9 @@ from support.coverage.comparison import Row, worst
 from support.coverage.replaced_functions import LAYERS, layers_by_weight
 from support.oracle import Gradients
 
-BLOCKS = r"(.*\.)?(blocks|stages|layers|layer\d|levels|features|network|stage\d|body)(\.\d+|\.\w*block\w*)"
+BLOCKS = (
+    r"(.*\.)?(\w*blocks\d*|stages|layers|layer\d|levels|features|network|stage\d|body)(\.\d+|\.\w*block\w*)"
+)
 """Where the families of timm keep their blocks."""
 
 Cuts = list[tuple[str, Tensor]]
@@ -81,13 +84,16 @@ def cut_at_modules(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
     cuts: Cuts = []
 
     def hook_of(name: str) -> Callable[..., Any]:
-        def cut(number: int, x: Any) -> Any:
-            if not isinstance(x, Tensor) or not x.requires_grad:
-                return x
-            cuts.append((name if number == 0 else f"{name}[{number}]", x))
-            return x.detach()
+        def hook(module: nn.Module, args: Any) -> Any:
+            leaves, tree = tree_flatten(args)
+            pieces: dict[Tensor, Tensor] = {}  # a tensor that is given twice is one input
+            for x in leaves:
+                if isinstance(x, Tensor) and x.requires_grad and x not in pieces:
+                    cuts.append((f"{name}[{len(pieces)}]" if pieces else name, x))
+                    pieces[x] = x.detach().requires_grad_().clone()
+            return tree_unflatten([pieces.get(x, x) if isinstance(x, Tensor) else x for x in leaves], tree)
 
-        return lambda module, args: tuple(cut(number, x) for number, x in enumerate(args))
+        return hook
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
     try:
@@ -97,15 +103,24 @@ def cut_at_modules(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
             hook.remove()
 
 
-def by_cuts(model: nn.Module, x: Tensor, matrices: dict[str, Tensor], cutting: Any) -> Gradients:
+def sent(name: str, e: Tensor, x: Tensor) -> Tensor:
+    """B e for the input `x` of a site, with B ~ U[-1/sqrt(D), 1/sqrt(D)] drawn from the site's name."""
+    errors = e.flatten(1)
+    features = x[0].numel()
+    rng = feedbackhook.CounterRNG(0, feedbackhook.LayerInfo(name, "", (), 0))
+    b = rng.uniform(torch.empty(features, errors.shape[1])).double() * 2 - 1
+    return (errors @ b.T).reshape(x.shape) / features**0.5
+
+
+def by_cuts(model: nn.Module, x: Tensor, names: set[str], cutting: Any) -> Gradients:
     """The gradients of the oracle."""
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
-    with cutting(model, set(matrices)) as cuts:
+    with cutting(model, names) as cuts:
         output = model(x)
     leaf = output.detach().requires_grad_()
     (e,) = torch.autograd.grad(oracle.probe(leaf), leaf)
-    signals = [(e.flatten(1) @ matrices[name].T).reshape(cut.shape) for name, cut in cuts]
+    signals = [sent(name, e, cut) for name, cut in cuts]
     roots = [output] if output.requires_grad else []  # its graph may begin at a frozen last layer
     torch.autograd.backward([*roots, *(cut for _, cut in cuts)], [*([e] if roots else []), *signals])
     return oracle.read_gradients(model, x, output)
@@ -154,8 +169,8 @@ def compare_direct(model: nn.Module, x: Tensor, row: Row, sites: str | None) -> 
     row.calls = sum(layer.calls for layer in patch.layers)
     row.rerouted = sum(layer.rerouted for layer in patch.layers)
     assert row.rerouted > 0
-    matrices = {layer.name: patch.projection(layer.name) for layer in patch.layers if layer.rerouted}
-    want = by_cuts(model, x, matrices, cut_at_modules if sites else cut_at_layers)
+    names = {layer.name for layer in patch.layers if layer.rerouted}
+    want = by_cuts(model, x, names, cut_at_modules if sites else cut_at_layers)
     apart = oracle.distances(got, want)
     row.error = max(apart.values())
     assert all(d <= oracle.TOLERANCE for d in apart.values()), f"gradients differ: {worst(apart)}"
