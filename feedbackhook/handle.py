@@ -12,12 +12,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.core.audit import Finding, graph_of
-from feedbackhook.core.discovery import LayerInfo, layers_in
+from feedbackhook.core.discovery import LayerInfo
+from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.interception import Interceptor
-from feedbackhook.core.layer import Layer, Probe
+from feedbackhook.core.layer import Layer, Patched, Probe
+from feedbackhook.core.projection import Projection
 from feedbackhook.core.state import PatchState
+from feedbackhook.listing import table
 from feedbackhook.monitor import Watch
-from feedbackhook.rules import changed, check_layers, describe, make_rule, rule_name, rule_values
+from feedbackhook.rules import (
+    changed,
+    check_layers,
+    describe,
+    follow,
+    make_rule,
+    restored,
+    rule_name,
+    rule_values,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,32 +130,68 @@ class Patch:
             TypeError: no rule has these options, or a value has the wrong type. Nothing is changed.
             ValueError: a value is out of range. Nothing is changed.
         """
-        layers = self.state.layers
-        having = [layer for layer in layers if options.keys() <= rule_values(layer.feedback.rule).keys()]
-        old = {id(layer.feedback.rule): layer.feedback.rule for layer in having or layers}
+        patched = self.state.patched
+        having = [each for each in patched if options.keys() <= rule_values(each.feedback.rule).keys()]
+        old = {id(each.feedback.rule): each.feedback.rule for each in having or patched}
         new = {key: changed(rule, options) for key, rule in old.items()}
-        rules = [new[id(layer.feedback.rule)] for layer in having]
-        check_layers((layer.info, rule) for layer, rule in zip(having, rules, strict=True))
-        for layer, rule in zip(having, rules, strict=True):
-            layer.feedback.follow(rule)
-        for layer in having:
-            layer.draw()
+        rules = [new[id(each.feedback.rule)] for each in having]
+        check_layers((each.info, rule) for each, rule in zip(having, rules, strict=True))
+        for each, rule in zip(having, rules, strict=True):
+            follow(each.feedback, rule)
+        for each in having:
+            each.draw()
 
     def redraw(self) -> None:
-        """Draw the random parts of every V again, as `redraw="update"` does after each optimizer step."""
-        for layer in self.state.layers:
-            layer.feedback.redraw()
-        for layer in self.state.layers:
-            layer.draw()
+        """Draw the random parts of every V and B again, as `redraw="update"` does after optimizer steps."""
+        for each in self.state.patched:
+            each.feedback.redraw()
+        for each in self.state.patched:
+            each.draw()
+
+    def targets(self, classes: Tensor) -> None:
+        """Give the next forward the classes of its samples, for the rule "DRTP".
+
+        Args:
+            classes: integers in the shape of the output without its last dimension; negative: ignored.
+
+        Raises:
+            TypeError: they are no integers.
+        """
+        if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.is_complex():
+            raise TypeError("targets must be a tensor of integers, the classes of the next forward's samples")
+        self.state.targets = classes.detach()
 
     def feedback(self, name: str) -> Tensor:
         """Return a layer's current V, detached, in the layout of its weight.
 
         Raises:
             KeyError: no patched layer has that name.
+            ValueError: the layer follows a direct rule, which has no V.
         """
         layer = self._layer(name)
+        if not isinstance(layer.feedback, Feedback):
+            raise ValueError(
+                f"{name!r} follows {rule_name(layer.feedback.rule)}, which has no V; "
+                f"patch.projection({name!r}) returns its B"
+            )
         return layer.feedback(layer.weight()).clone()
+
+    def projection(self, name: str) -> Tensor:
+        """Return the current B of a layer or module that follows a direct rule, as its last forward needs it.
+
+        Its shape is (D, K): D features of the site's input, K numbers of the output's error signal, in each
+        sample or position.
+
+        Raises:
+            KeyError: nothing that is patched has that name.
+            ValueError: it follows no direct rule, or has not run yet, so that the shape of B is not known.
+        """
+        found = self._patched(name)
+        if not isinstance(found.feedback, Projection):
+            raise ValueError(f"{name!r} follows {rule_name(found.feedback.rule)}, which has no B")
+        if found.feedback.last is None:
+            raise ValueError(f"{name!r} has no B before its first forward, which tells the shape of B")
+        return found.feedback.matrix(found.feedback.last).clone()
 
     def weight(self, name: str) -> Tensor:
         """Return a layer's current W, detached, as its forward uses it.
@@ -154,18 +202,19 @@ class Patch:
         return self._layer(name).weight().detach()
 
     def on_error_signal(self, name: str, fn: Probe) -> RemovableHandle:
-        """Call `fn(grad_input, grad_output)` for each error signal that passes a layer.
+        """Call `fn(grad_input, grad_output)` for each error signal that passes a layer or site.
 
         `grad_output` is the gradient with respect to the layer's output. `grad_input` is the gradient with
-        respect to its input, computed with V, or None if the input requires no gradient.
+        respect to its input, computed with V or B, or None if the input requires no gradient. For a site at a
+        module's input, both are at this input: what arrives there from the module, and what is sent on.
 
         Returns:
             A handle whose `remove()` stops the calls.
 
         Raises:
-            KeyError: no patched layer has that name.
+            KeyError: nothing that is patched has that name.
         """
-        probes = self._layer(name).probes
+        probes = self._patched(name).probes
         handle = RemovableHandle(probes)
         probes[handle.id] = fn
         return handle
@@ -232,17 +281,18 @@ class Patch:
 
     @property
     def layers(self) -> list[LayerRow]:
-        """A row for each patched layer, in the order in which the model registers them."""
+        """A row for each patched layer, then one for each site at a module's input, in the order in which the
+        model registers them."""
         return [
             LayerRow(
-                layer.info,
-                describe(layer.feedback.rule),
-                layer.calls,
-                layer.rerouted,
-                layer.input_requires_grad,
-                layer.depth,
+                each.info,
+                describe(each.feedback.rule),
+                each.calls,
+                each.rerouted,
+                each.input_requires_grad,
+                each.depth,
             )
-            for layer in self.state.layers
+            for each in self.state.patched
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,14 +302,14 @@ class Patch:
         seed and the draw counts.
         """
         layers = {
-            layer.info.name: {
-                "mode": rule_name(layer.feedback.rule),
-                "options": rule_values(layer.feedback.rule),
-                "seed": layer.feedback.seed,
-                "draws": layer.feedback.draws,
-                "drawn_as": layer.feedback.layer.name,  # differs from the name after weights were untied
+            each.info.name: {
+                "mode": rule_name(each.feedback.rule),
+                "options": rule_values(each.feedback.rule),
+                "seed": each.feedback.seed,
+                "draws": each.feedback.draws,
+                "drawn_as": each.feedback.layer.name,  # differs from the name after weights were untied
             }
-            for layer in self.state.layers
+            for each in self.state.patched
         }
         return {"enabled": self.enabled, "layers": layers}
 
@@ -267,23 +317,28 @@ class Patch:
         """Restore what `state_dict` returned, on a patch of the same layers.
 
         Raises:
-            ValueError: the layers differ. Nothing is changed.
+            ValueError: the layers differ, or the places that direct rules take errors from and send them to.
+                Nothing is changed.
         """
-        own = {layer.info.name: layer for layer in self.state.layers}
+        own = {each.info.name: each for each in self.state.patched}
         saved = state["layers"]
         if own.keys() != saved.keys():
             missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
             raise ValueError(f"the state lacks the layers {missing} and has the unknown layers {unknown}")
-        restored = {
-            name: own[name].feedback.like(
-                make_rule(row["mode"], row["options"]), row["seed"], row["draws"], row.get("drawn_as")
+        feedbacks = {
+            name: restored(
+                own[name].feedback,
+                make_rule(row["mode"], row["options"]),
+                row["seed"],
+                row["draws"],
+                row.get("drawn_as"),
             )
             for name, row in saved.items()
         }
-        for name, feedback in restored.items():
+        for name, feedback in feedbacks.items():
             own[name].feedback = feedback
-        for layer in self.state.layers:
-            layer.draw()
+        for each in self.state.patched:
+            each.draw()
         self.enabled = state["enabled"]
 
     def name_of(self, module: nn.Module) -> str | None:
@@ -291,44 +346,22 @@ class Patch:
         return next((name for name, part in self.model.named_modules() if part is module), None)
 
     def __repr__(self) -> str:
-        return f"<feedbackhook.Patch of {type(self.model).__name__}, {len(self.state.layers)} layers>"
+        sites = f", {len(self.state.sites)} sites" if self.state.sites else ""
+        layers = f", {len(self.state.layers)} layers" if self.state.layers or not sites else ""
+        return f"<feedbackhook.Patch of {type(self.model).__name__}{layers}{sites}>"
 
     def __str__(self) -> str:
-        """Return a table of the patched layers, their rules and counts, then the layers left exact."""
-        head = ("layer", "kind", "weight", "rule", "calls", "rerouted")
-        rows = [
-            (
-                row.name or "(root)",
-                row.kind,
-                "x".join(map(str, row.shape)),
-                row.rule,
-                str(row.calls),
-                "input needs no grad" if row.input_requires_grad is False else str(row.rerouted),
-            )
-            for row in self.layers
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)
-        ]
-        if exact := self._exact_layers():
-            lines.append(f"exact: {', '.join(exact)}")
-        return "\n".join(line.rstrip() for line in lines)
+        """Return a table of what is patched, with rules and counts, then the layers left exact, or the memory
+        of all B."""
+        return table(self.model, self.state)
 
-    def _exact_layers(self) -> list[str]:
-        """Return the names of the layers that could be patched but are not."""
-        patched = {name for layer in self.state.layers for name in layer.names}
-        # a patched module may have been given another name since then
-        modules = {target.place.module for layer in self.state.layers for target in layer.targets}
-        return [
-            name or "(root)"
-            for name, module in layers_in(self.model).items()
-            if name not in patched and module not in modules
-        ]
+    def _patched(self, name: str) -> Patched:
+        site = self.state.site_at.get(name)
+        return self._layer(name) if site is None else site
 
     def _layer(self, name: str) -> Layer:
         for layer in self.state.layers:
             if name in layer.names:
                 return layer
-        known = ", ".join(repr(layer.info.name) for layer in self.state.layers)
+        known = ", ".join(repr(each.info.name) for each in self.state.patched)
         raise KeyError(f"no patched layer is named {name!r}; patched: {known}")

@@ -11,6 +11,8 @@ of a layer's weight as delivered, G* the gradient under exact backprop on the sa
 | sign_agreement | fraction, 0 to 1, of the entries nonzero in V and W whose signs agree |
 | norm_ratio | norm(V) / norm(W), Frobenius |
 
+Direct rules have no V: what they send stands in the place of V's product, and what needs V is NaN.
+
 An undefined value, such as the angle to a tensor that is all zero, is NaN and keeps its row.
 """
 
@@ -24,7 +26,8 @@ import torch
 from torch import Tensor
 
 from feedbackhook.core.angles import Sums, angles_of_rows, sums_of
-from feedbackhook.core.layer import Layer
+from feedbackhook.core.feedback import Feedback
+from feedbackhook.core.layer import Patched
 from feedbackhook.core.state import PatchHandle, PatchState
 from feedbackhook.core.torch_internals import awaits_first_backward, current_backward
 
@@ -89,7 +92,7 @@ def measure(
     if loss is None:
         return list(weight_rows(state))
     _check(state, loss)
-    layers = state.layers
+    layers = state.patched
     parameters = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
     with _undisturbed(patch), collect_error_angles(state, per_sample) as errors:
         delivered = _gradients(loss, parameters)
@@ -106,12 +109,14 @@ def measure(
 
 
 def weight_rows(state: PatchState) -> Iterator[Row]:
-    """Yield `weight_angle`, `sign_agreement` and `norm_ratio` of each layer and of all together."""
-    totals: dict[Layer | None, Sums] = {}
+    """Yield `weight_angle`, `sign_agreement` and `norm_ratio` of each layer and of all together, NaN if there
+    is no V."""
+    totals: dict[Patched | None, Sums] = dict.fromkeys(state.patched, Sums())
     for layer in state.layers:
-        w = layer.weight().detach()
-        totals[layer] = Sums.of(layer.feedback(w), w)
-    totals[None] = Sums.total(totals.values())
+        if isinstance(layer.feedback, Feedback):
+            w = layer.weight().detach()
+            totals[layer] = Sums.of(layer.feedback(w), w)
+    totals[None] = Sums() if state.projections else Sums.total(totals.values())
     for of, total in totals.items():
         yield _row(of, "weight_angle", total.angle)
         yield _row(of, "sign_agreement", total.sign_agreement)
@@ -119,7 +124,7 @@ def weight_rows(state: PatchState) -> Iterator[Row]:
 
 
 def _gradient_rows(
-    delivered: dict[Layer, list[Tensor]], exact: dict[Layer, list[Tensor]], group: ProcessGroup | None
+    delivered: dict[Patched, list[Tensor]], exact: dict[Patched, list[Tensor]], group: ProcessGroup | None
 ) -> Iterator[Row]:
     """Yield `gradient_angle` of each layer and of all together."""
     if group is not None:
@@ -140,14 +145,14 @@ class ErrorAngles:
     weight is the first of its step; what was collected before it belongs to a step that was abandoned.
     """
 
-    def __init__(self, layers: Iterable[Layer], per_sample: bool = False) -> None:
+    def __init__(self, layers: Iterable[Patched], per_sample: bool = False) -> None:
         self.per_sample = per_sample
-        self.seen: dict[Layer, list[Tensor]] = {}
-        self._samples: dict[Layer, list[Tensor]] = {}
+        self.seen: dict[Patched, list[Tensor]] = {}
+        self._samples: dict[Patched, list[Tensor]] = {}
         self._layers = list(layers)
         self._backward = -1
 
-    def observe(self, layer: Layer, by_v: Tensor, by_w: Tensor) -> None:
+    def observe(self, layer: Patched, by_v: Tensor, by_w: Tensor) -> None:
         """Record one error signal: its products with V and with W, each of the input's shape."""
         if self._backward != (now := current_backward()):
             self._backward = now
@@ -162,13 +167,14 @@ class ErrorAngles:
             a, b = (x.reshape(samples, x.numel() // max(1, samples)) for x in (by_v, by_w))
             self._samples.setdefault(layer, []).append(angles_of_rows(a, b))
 
-    def rows(self, layers: Iterable[Layer], group: ProcessGroup | None = None) -> Iterator[Row]:
+    def rows(self, layers: Iterable[Patched], group: ProcessGroup | None = None) -> Iterator[Row]:
         """Yield the rows of each layer, NaN if nothing was collected. With a group, all its ranks must call
         this, and what they have collected counts together."""
         layers = list(layers)
         collected = [self._sums_of(layer) for layer in layers]
         if group is not None and collected:
-            table = torch.tensor(collected, dtype=torch.float64, device=layers[0].weight().device)
+            parameters = (parameter for layer in layers for parameter in layer.parameters())
+            table = torch.tensor(collected, dtype=torch.float64, device=next(parameters).device)
             torch.distributed.all_reduce(table, group=group)
             collected = table.tolist()
         for layer, (ab, aa, bb, degrees, samples) in zip(layers, collected, strict=True):
@@ -178,7 +184,7 @@ class ErrorAngles:
                 yield _row(layer, "error_angle_per_sample", mean)
                 yield _row(layer, "error_angle_samples", samples)
 
-    def _sums_of(self, layer: Layer) -> list[float]:
+    def _sums_of(self, layer: Patched) -> list[float]:
         """Return a.b, a.a and b.b of a layer's error signals, the sum of its samples' angles, and the number
         of these samples."""
         calls = (Sums(*part.tolist()) for part in self.seen.get(layer, []))
@@ -191,7 +197,7 @@ class ErrorAngles:
 @contextmanager
 def collect_error_angles(state: PatchState, per_sample: bool = False) -> Iterator[ErrorAngles]:
     """Collect the error angles of the backwards within this context."""
-    errors = ErrorAngles(state.layers, per_sample)
+    errors = ErrorAngles(state.patched, per_sample)
     with state.listen_to_errors(errors.observe):
         yield errors
 
@@ -202,14 +208,14 @@ def _check(state: PatchState, loss: Tensor) -> None:
         raise ValueError(f"loss must be a tensor with one element, not {shape}")
     if loss.grad_fn is None:
         raise ValueError("loss has no graph: was it made without gradients, or detached?")
-    if any(hasattr(p, "full_tensor") for layer in state.layers for p in layer.parameters()):
+    if any(hasattr(p, "full_tensor") for layer in state.patched for p in layer.parameters()):
         raise RuntimeError(
             "measure(patch, loss) does not work with sharded parameters, whose gradients only backward() "
             "puts together; use patch.watch, or measure(patch) for what needs only V and W"
         )
 
 
-def _gradients(loss: Tensor, parameters: dict[Layer, list[Tensor]]) -> dict[Layer, list[Tensor]]:
+def _gradients(loss: Tensor, parameters: dict[Patched, list[Tensor]]) -> dict[Patched, list[Tensor]]:
     """Return the gradients of each layer's parameters that the loss reaches. The pass visits every node that
     `loss.backward()` would visit."""
     leaves = list(_leaves(loss))
@@ -283,7 +289,7 @@ def _undisturbed(patch: PatchHandle) -> Iterator[None]:
                 buffer.data.copy_(value)  # through `data`, so that a graph that saved the buffer stays valid
 
 
-def _row(layer: Layer | None, metric: str, value: float) -> Row:
+def _row(layer: Patched | None, metric: str, value: float) -> Row:
     if layer is None:
         return Row(None, None, metric, value)
     return Row(layer.info.name, layer.depth, metric, value)

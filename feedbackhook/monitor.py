@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from feedbackhook.core.angles import gathered
+from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.state import PatchHandle
 from feedbackhook.core.torch_internals import current_backward
 from feedbackhook.measurement import ErrorAngles, Row, collect_error_angles, weight_rows
@@ -84,7 +85,7 @@ class Watch:
         if self._errors is None:
             return
         if not arrived:
-            if any(layer.compiled for layer in self._state.layers):
+            if any(layer.compiled for layer in self._state.patched):
                 raise RuntimeError(
                     "patch.watch saw no error signal, since compiled code shows none. Train the uncompiled "
                     "model, or call feedbackhook.measure(patch) for what needs only V and W"
@@ -116,7 +117,7 @@ class Watch:
         self._stop_collecting()
         rows = [
             *weight_rows(self._state),
-            *errors.rows(self._state.layers, self._group),
+            *errors.rows(self._state.patched, self._group),
             *self._norms(optimizer),
             *(self._expected() if self.step == 0 else ()),
             *self._learning_rates(optimizer),
@@ -144,7 +145,7 @@ class Watch:
 
     def _last_backwards(self) -> list[int]:
         """Return which backward has last reached each layer."""
-        return [layer.last_backward for layer in self._state.layers]
+        return [layer.last_backward for layer in self._state.patched]
 
     def _collect_if_due(self) -> None:
         if self.step % self._every == 0:
@@ -174,7 +175,7 @@ class Watch:
         weights: dict[Tensor, float] = {p: _norm(p.detach()) for p in self._model.parameters()}
         gradients = {p: _norm(p.grad) * factor for p in weights if p.grad is not None}
         groups: list[tuple[str | None, int | None, list[Tensor]]] = [
-            (layer.info.name, layer.depth, list(layer.parameters())) for layer in self._state.layers
+            (layer.info.name, layer.depth, list(layer.parameters())) for layer in self._state.patched
         ]
         groups.append((None, None, list(weights)))
         for name, depth, parameters in groups:
@@ -192,7 +193,7 @@ class Watch:
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        layers = self._state.layers
+        layers = self._state.patched
         trainable = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         if len(set(rate.values())) == 1 and all(id(p) in rate for p in trainable):
             yield Row(None, None, "learning_rate", next(iter(rate.values())))
@@ -205,7 +206,8 @@ class Watch:
         for layer in self._state.layers:
             w = layer.weight().detach()
             gradients = [gathered(p.grad) for p in layer.parameters() if p.grad is not None]
-            for name, values in {"W": [w], "V": [layer.feedback(w)], "gradient": gradients}.items():
+            v = [layer.feedback(w)] if isinstance(layer.feedback, Feedback) else []
+            for name, values in {"W": [w], "V": v, "gradient": gradients}.items():
                 for value in values:
                     self._recorder.add_histogram(self.step, f"{name}/{layer.info.name}", value)
 

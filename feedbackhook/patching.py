@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from feedbackhook.core.discovery import Target
+from feedbackhook.core.discovery import LayerInfo, Target
 from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.interception import Interceptor
-from feedbackhook.core.layer import Layer
+from feedbackhook.core.layer import Layer, ModuleSite, Patched
 from feedbackhook.core.marks import mark_of
+from feedbackhook.core.projection import DirectRule, Projection
 from feedbackhook.handle import Patch
-from feedbackhook.rules import Rule, check_layers, make_rule
-from feedbackhook.selection import Selection, find_targets, select
+from feedbackhook.names import nearest
+from feedbackhook.rules import AnyRule, Rule, check_layers, is_direct, make_rule
+from feedbackhook.selection import Selection, find_sites, find_targets, select
 
 Mode = str | Mapping[str, str | Mapping[str, Any]]
 
@@ -39,14 +41,16 @@ def patch(
     Args:
         model: any module.
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
-            "RndF" or a registered one (`register_rule`). Or a mapping from regular expressions for full names
-            to modes, or to dicts of `mode` and its options. The first match wins; other layers stay exact.
+            "RndF", "DFA", "sDFA", "DRTP" or a registered one (`register_rule`). Or a mapping from regular
+            expressions for full names to modes, or to dicts of `mode` and its options. The first match wins;
+            other layers stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
         exclude: layers to leave exact, in the same form; it wins over `include`.
         seed: all random parts of V follow from it and from the layers' names.
         recompute: draw the random parts again for each error signal instead of keeping them. They take as
-            much memory as the weights. V is the same; steps take longer, but hardly with `fused`.
+            much memory as the weights, or what `print(patch)` says for direct rules. V and B are the same;
+            steps take longer, but hardly with `fused`.
         fused: draw with one kernel, which torch.compile makes on first use (in seconds; on CPUs it needs a
             C++ compiler). V is the same. Useful if V is drawn often: brSF, `recompute`.
         options: the rule's options, such as `concordance=0.8`; not allowed with a mapping.
@@ -65,11 +69,15 @@ def patch(
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):  # numpy's integers have it too
         raise TypeError(f"seed must be an int, not {seed!r}")
     _refuse_second_patch(model)
-    layers = _layers(_rules(model, mode, options, include, exclude), int(seed), recompute, fused)
+    make = _Feedbacks(int(seed), recompute, fused)
+    sites = _sites(model, mode, options, make)
+    if sites and (include is not None or exclude is not None):
+        raise TypeError("include and exclude choose layers; with sites=, sites alone chooses the modules")
+    layers = [] if sites else _layers(_rules(model, mode, options, include, exclude), make)
     check_layers((layer.info, layer.feedback.rule) for layer in layers)
     for layer in layers:
         layer.try_feedback()  # any problem must show before anything is attached
-    interceptor = Interceptor(model, layers)
+    interceptor = Interceptor(model, layers, sites, _output(model, [*layers, *sites]))
     handle = Patch(interceptor)
     interceptor.attach(handle)
     return handle
@@ -130,7 +138,7 @@ def _rules(
     options: Mapping[str, Any],
     include: Selection | None,
     exclude: Selection | None,
-) -> list[tuple[Target, Rule]]:
+) -> list[tuple[Target, AnyRule]]:
     """Return the layers to patch, each with its rule."""
     if not isinstance(mode, Mapping):
         targets = find_targets(model, include, exclude)
@@ -145,7 +153,7 @@ def _rules(
             "write them as {pattern: dict(mode=..., option=...)}"
         )
     modules = {target.info.name: target.place.module for target in targets}
-    rules: dict[str, Rule] = {}
+    rules: dict[str, AnyRule] = {}
     for pattern, entry in mode.items():
         if not isinstance(entry, (str, Mapping)):
             raise TypeError(f"mode[{pattern!r}] must be a mode or a dict of mode and options, not {entry!r}")
@@ -153,11 +161,65 @@ def _rules(
         if "mode" not in given:
             raise TypeError(f"mode[{pattern!r}] lacks the key 'mode'")
         rule = make_rule(given.pop("mode"), given)
+        if is_direct(rule) and rule.sites is not None:
+            raise ValueError("a mapping of modes chooses layers; sites= needs a single mode for the model")
         rules = {**dict.fromkeys(select("mode", pattern, modules), rule), **rules}
     return [(target, rules[target.info.name]) for target in targets]
 
 
-def _layers(rules: list[tuple[Target, Rule]], seed: int, recompute: bool, fused: bool) -> list[Layer]:
+class _Feedbacks:
+    """Makes the feedback of each layer and site."""
+
+    def __init__(self, seed: int, recompute: bool, fused: bool) -> None:
+        self._how = seed, 0, recompute, fused
+        self._shared: dict[int, tuple[object, Tensor]] = {}
+
+    def of(self, rule: AnyRule, info: LayerInfo) -> Feedback | Projection:
+        """Return the feedback of a layer."""
+        if is_direct(rule):
+            return self.direct(rule, info)
+        return Feedback(cast(Rule, rule), info, *self._how)
+
+    def direct(self, rule: DirectRule, info: LayerInfo) -> Projection:
+        """Return the projection of a site."""
+        return Projection(rule, info, *self._how, self._shared if rule.shared else None)
+
+
+def _sites(model: nn.Module, mode: Mode, options: Mapping[str, Any], make: _Feedbacks) -> list[ModuleSite]:
+    """Return the sites at the inputs of modules, if the rule asks for them."""
+    if isinstance(mode, Mapping):
+        return []
+    rule = make_rule(mode, options)
+    if not is_direct(rule) or rule.sites is None:
+        return []
+    return [
+        ModuleSite(info, module, make.direct(rule, info))
+        for info, module in find_sites(model, rule.sites).items()
+    ]
+
+
+def _output(model: nn.Module, patched: list[Patched]) -> str | None:
+    """Return the name of the module whose output's gradient direct rules send; None if no rule is direct.
+
+    Raises:
+        ValueError: there is no such module, or rules take it from different ones.
+    """
+    rules = [each.feedback.rule for each in patched if isinstance(each.feedback, Projection)]
+    names = {rule.output or "" for rule in rules}
+    if len(names) > 1:
+        raise ValueError(
+            f"direct rules of one patch take the error from one output, not from {sorted(names)}"
+        )
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ValueError(
+                f"output={name!r} names no module of {type(model).__name__}{nearest(name, modules)}"
+            )
+    return names.pop() if names else None
+
+
+def _layers(rules: list[tuple[Target, AnyRule]], make: _Feedbacks) -> list[Layer]:
     """Return a layer for each target. Targets that hold the same parameter as their weight share a layer.
 
     Raises:
@@ -169,7 +231,7 @@ def _layers(rules: list[tuple[Target, Rule]], seed: int, recompute: bool, fused:
         weight = target.place.parameter()
         layer = by_weight.get(id(weight)) if weight is not None else None
         if layer is None:
-            layer = Layer([target], Feedback(rule, target.info, seed, 0, recompute, fused))
+            layer = Layer([target], make.of(rule, target.info))
             layers.append(layer)
             if weight is not None:
                 by_weight[id(weight)] = layer

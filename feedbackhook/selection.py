@@ -11,6 +11,7 @@ from torch import nn
 
 from feedbackhook.core.discovery import (
     KINDS,
+    LayerInfo,
     Place,
     Target,
     describe_layer,
@@ -61,6 +62,32 @@ def find_targets(
     _check_fused(modules, chosen)
     _check_shared(candidates, set(chosen))
     return [Target(candidates[name], describe_layer(name, candidates[name])) for name in chosen]
+
+
+def find_sites(model: nn.Module, sites: str | Sequence[str]) -> dict[LayerInfo, nn.Module]:
+    """Return the modules that `sites` selects, without those that lie inside another one.
+
+    Args:
+        model: the model.
+        sites: as `include`, but for all modules below the model itself.
+
+    Raises:
+        ValueError: `sites` matches nothing, or a module that is never called.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    chosen = select("sites", sites, modules)
+    outermost = [
+        name
+        for name in modules
+        if name in chosen and not any(name.startswith(f"{other}.") for other in chosen)
+    ]
+    for name in outermost:
+        if type(modules[name]).forward is nn.Module.forward:  # it has none of its own
+            raise ValueError(
+                f"sites={_show(sites)} selects {name!r}, a {type(modules[name]).__name__}, which is never "
+                f"called; select the modules in it, as in sites={re.escape(name) + '[.][^.]*'!r}"
+            )
+    return {LayerInfo(name, type(modules[name]).__name__, (), 0): modules[name] for name in outermost}
 
 
 def classifier(model: nn.Module) -> list[str]:

@@ -16,10 +16,10 @@ FUNCTION_LINES = 60
 
 LAYERS = [
     ["torch_internals", "operations", "parts", "angles"],
-    ["discovery", "rng", "feedback", "layer"],
+    ["discovery", "rng", "feedback", "projection", "layer"],
     ["state"],
-    ["errors", "audit", "weights", "steps", "edge", "guard"],
-    ["marks", "mode", "coverage", "calls", "interception"],
+    ["errors", "audit", "weights", "steps", "signals", "edge", "guard"],
+    ["marks", "mode", "sites", "coverage", "calls", "interception"],
     ["rules", "selection"],
     ["measurement", "monitor"],
     ["handle", "patching"],

@@ -68,7 +68,7 @@ def test_the_watched_run(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for image in range(13):
             Image.effect_noise((32, 32), 50 + image).convert("RGB").save(folder / f"{image}.png")
-    exec(BLOCKS[4], {})
+    exec(BLOCKS[5], {})
     table = feedbackhook.read("runs/resnet18")
     assert set(table["step"]) == {0}
     assert {"error_angle", "gradient_norm", "learning_rate"} < set(table["metric"])
@@ -80,5 +80,21 @@ def test_the_rule_of_ones_own():
     assert feedbackhook.get_patch(model).layers[0].rule == "noisy(std=0.5)"
 
 
+def test_direct_feedback(capsys):
+    model = timm.create_model("resnet10t", num_classes=3)
+    names = {
+        "feedbackhook": feedbackhook,
+        "model": model,
+        "criterion": nn.CrossEntropyLoss(),
+        "x": torch.randn(2, 3, 32, 32),
+        "y": torch.tensor([0, 2]),
+    }
+    exec(BLOCKS[4], names)
+    layers = names["patch"].layers
+    assert [row.name for row in layers] == [f"layer{n}.0" for n in (1, 2, 3, 4)]
+    assert all(row.rerouted == 1 for row in layers)
+    assert "4096x3" in capsys.readouterr().out
+
+
 def test_every_block_is_tried():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6

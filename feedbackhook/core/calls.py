@@ -16,6 +16,7 @@ from feedbackhook.core.errors import exact_use
 from feedbackhook.core.layer import Layer
 from feedbackhook.core.mode import Mode
 from feedbackhook.core.operations import COPYING, LAYER_FUNCTIONS, OPERATIONS, Call
+from feedbackhook.core.projection import Attention, Place, Projection
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import (
     base_of,
@@ -89,8 +90,13 @@ class Calls:
             if eager:
                 self._follow_checkpoint(mode)
         elif func is F.multi_head_attention_forward:
-            with mode:
-                return multi_head_attention(*args, **kwargs)
+            query: Tensor = args[0] if args else kwargs["query"]
+            before, mode.attention = mode.attention, _attention_of(query, mode)
+            try:
+                with mode:
+                    return multi_head_attention(*args, **kwargs)
+            finally:
+                mode.attention = before
         elif eager:
             self._refuse_product(mode, func, (*args, *kwargs.values()))
         return func(*args, **kwargs)
@@ -129,15 +135,18 @@ class Calls:
     ) -> Tensor:
         layer = use.layer
         input_requires_grad = requires_grad(call.input)
+        feedback = layer.feedback
         if not eager:
+            if isinstance(feedback, Projection):
+                raise RuntimeError(NO_COMPILE.format(layer.info.name))
             layer.compiled = True
-            layer.feedback.parts(use.weight)  # draw them here, since a traced backward can keep nothing
+            feedback.parts(use.weight)  # draw them here, since a traced backward can keep nothing
         else:
             _refuse_kind(layer, call)
             if saves_through_hooks():
                 self._follow_checkpoint(mode)
             if layer.depth is None:
-                layer.depth = sum(other.depth is not None for other in self._state.layers)
+                layer.depth = sum(other.depth is not None for other in self._state.patched)
             layer.calls += 1
             layer.input_requires_grad = layer.input_requires_grad or input_requires_grad
         if not input_requires_grad or not self._state.enabled:
@@ -145,8 +154,13 @@ class Calls:
             if eager and output.requires_grad:
                 self._note_arrival(layer, output, exact=input_requires_grad)
             return output
+        delivery = None
+        if isinstance(feedback, Projection):
+            assert mode.forward is not None
+            like = call.input.new_empty(0, dtype=use.weight.dtype)
+            delivery = mode.forward.site(layer, feedback, _place_of(call, mode), like)
         output = call.run(func, args, kwargs, call.input.detach())
-        return join(output, call.input, use.weight.detach(), use.part, self._state, layer, call)
+        return join(output, call.input, use.weight.detach(), use.part, self._state, layer, call, delivery)
 
     def _note_arrival(self, layer: Layer, output: Tensor, exact: bool) -> None:
         """Record an error signal that arrives at an output that is not rerouted, because the input requires
@@ -175,12 +189,38 @@ class Calls:
             raise exact_use(use.layer.info.name, str(getattr(func, "__name__", func)))
 
 
+def _place_of(call: Call, mode: Mode) -> Place:
+    """Return where the input of a call has its batch and its features."""
+    dims = call.weight.dim()  # a linear layer's input has at least that many, if there is a batch
+    shape = tuple(call.input.shape)
+    return Place(shape, len(shape) >= dims, dims > 2, mode.attention)
+
+
+def _attention_of(query: Tensor, mode: Mode) -> Attention | None:
+    """Return where the batch is inside a call of `F.multi_head_attention_forward`."""
+    if query.dim() != 3:
+        return Attention(len(query), 1, True)  # it adds a batch of one
+    batch_first = bool(getattr(mode.running[-1].module, "batch_first", False))
+    return Attention(query.shape[0], query.shape[1], batch_first)
+
+
+NO_COMPILE = (
+    "direct feedback to {0!r} needs the output's gradient, which compiled code does not show to Python: run "
+    "the model uncompiled"
+)
+
+
 def _refuse_kind(layer: Layer, call: Call) -> None:
     """Raise if the edge cannot handle a call's kind of tensor."""
     if type(call.weight) is not nn.Parameter and hasattr(call.weight, "device_mesh"):
         raise RuntimeError(
             f"the weight of {layer.info.name!r} is sharded while it is used (a DTensor, as in tensor "
             f"parallelism), but V is not; pass exclude={[layer.info.name]} to feedbackhook.patch"
+        )
+    if call.input.is_nested and isinstance(layer.feedback, Projection):
+        raise RuntimeError(
+            f"the input of {layer.info.name!r} is a nested tensor, so direct feedback cannot tell its "
+            f"samples apart; pad it, or pass exclude={[layer.info.name]} to feedbackhook.patch"
         )
     if call.input.is_nested and call.input.layout is torch.strided:
         raise RuntimeError(

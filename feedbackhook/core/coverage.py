@@ -33,7 +33,7 @@ class Coverage:
         self._weights = weights
         self._known_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet(layers_in(root).values())
         self._warned: set[str] = set()
-        self._tree = [_place_in(root, name) for name in state.inside if name]
+        self._tree = [_place_in(root, name) for name in state.paths() if name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known_layers": list(self._known_layers)}
@@ -63,6 +63,16 @@ class Coverage:
         own = (*parameters.values(), *self._root.buffers(), *(p for p, _ in patched))
         return audit(nodes, weights, own, since)
 
+    def audit_all(self, nodes: Iterable[Any]) -> list[Finding]:
+        """Return what a graph does with the model's matrices, whether they belong to layers or not."""
+        parameters = dict(self._root.named_parameters())
+        weights = {
+            id(parameter): Weight(name, True, tuple(parameter.shape))
+            for name, parameter in parameters.items()
+            if parameter.dim() > 1
+        }
+        return audit(nodes, weights, (*parameters.values(), *self._root.buffers()))
+
     def audit_forward(self, mode: Mode, outermost: Running, inputs: object, output: object) -> bool:
         """Audit the graph of a forward that did something new: it called a function for the first time, or
         was the first in this training mode, or the first with inputs that require a gradient.
@@ -77,9 +87,11 @@ class Coverage:
         kind = (outermost.module.training, grad_of_inputs)
         if not self._state.enabled or (not mode.new and kind in outermost.mark.audited):
             return False
-        nodes = graph_of(output)
+        # Where the sites are the inputs of modules, backprop is exact inside them.
+        nodes = graph_of(output) if self._state.layers else []
         findings = self.audit(nodes, mode.since) if nodes else []
-        self._warn_of_new_layers()
+        if self._state.layers:
+            self._warn_of_new_layers()
         if patched := [finding for finding in findings if finding.patched]:
             self.look_again()
             raise exact_use(patched[0].name, patched[0].operation)
@@ -108,6 +120,12 @@ class Coverage:
                         f"{target.info.name!r} was replaced after patching, and its replacement would have "
                         "exact backprop: remove the patch, then patch again"
                     )
+        for site in self._state.sites:
+            if id(site.module) not in present:
+                raise RuntimeError(
+                    f"the site {site.info.name!r} was replaced after patching, and its replacement would "
+                    "pass on the exact error: remove the patch, then patch again"
+                )
 
     def patched_modules(self) -> set[nn.Module]:
         """Return all modules that may carry a mark, including those that are no longer in the model."""

@@ -1,4 +1,4 @@
-"""The edge in the autograd graph that sends error signals back through V."""
+"""The edges in the autograd graph that send error signals through V, or the output's error through B."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedbackhook.core.layer import Layer
+from feedbackhook.core.feedback import Feedback
+from feedbackhook.core.layer import Layer, Patched
 from feedbackhook.core.operations import Call
 from feedbackhook.core.parts import Part
+from feedbackhook.core.signals import Delivery
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import transformed
 
 
 class FeedbackEdge(torch.autograd.Function):
-    """Joins a layer's output, computed from the detached input, to the input through V's product."""
+    """Joins a layer's output, computed from the detached input, to the input through V's product, or through
+    what B delivers."""
 
     @staticmethod
     def forward(
@@ -27,11 +30,14 @@ class FeedbackEdge(torch.autograd.Function):
         state: PatchState,
         layer: Layer,
         call: Call,
+        delivery: Delivery | None,
     ) -> Tensor:
         ctx.part, ctx.state, ctx.layer, ctx.product = part, state, layer, call.product
+        ctx.delivery, ctx.input_at = delivery, 1
         # The graph keeps the V of its forward. A traced backward can keep nothing, so it uses the current V.
-        compiling = torch.compiler.is_compiling()
-        ctx.feedback = layer.feedback.of if compiling else layer.feedback.bound(weight)
+        if isinstance(layer.feedback, Feedback):
+            compiling = torch.compiler.is_compiling()
+            ctx.feedback = layer.feedback.of if compiling else layer.feedback.bound(weight)
         ctx.dtype = input.dtype
         # Save the input only if PyTorch's own node saves the very same tensor, so that it takes no memory.
         keep = call.wants_input and call.weight.requires_grad and input.dtype == output.dtype
@@ -55,7 +61,10 @@ def _send_back(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     state: PatchState = ctx.state
     exact = state.exact
     eager = not torch.compiler.is_compiling()
-    grad_input = _product(ctx, grad_output, weight if exact else ctx.feedback(weight), input)
+    if ctx.delivery is None or exact:
+        grad_input = _product(ctx, grad_output, weight if exact else ctx.feedback(weight), input)
+    else:
+        grad_input = ctx.delivery.send()
     if eager and state.error_listeners and not exact:
         by_weight = _product(ctx, grad_output, weight, input)
         for listener in list(state.error_listeners.values()):
@@ -67,7 +76,7 @@ def _send_back(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         state.arrivals.note(layer)
         if layer.probes:
             layer.probe(grad_input, grad_output)
-    return grad_output, grad_input, None, None, None, None, None
+    return grad_output, grad_input, None, None, None, None, None, None
 
 
 def _product(ctx: Any, grad_output: Tensor, whole: Tensor, input: Tensor | None) -> Tensor:
@@ -80,7 +89,7 @@ def _product(ctx: Any, grad_output: Tensor, whole: Tensor, input: Tensor | None)
 
 
 class _NotDifferentiable(torch.autograd.Function):
-    """The identity on an error signal that V has produced. It has no derivative."""
+    """The identity on an error signal that V or B has produced. It has no derivative."""
 
     generate_vmap_rule = True
 
@@ -95,7 +104,7 @@ class _NotDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         raise RuntimeError(
-            "cannot differentiate a gradient that went through feedback weights: V's product is not a "
+            "cannot differentiate a gradient that went through feedback: what V or B sends is not a "
             "derivative of the forward, so it has none itself; set patch.enabled = False before the forward"
         )
 
@@ -131,3 +140,31 @@ def join(*inputs: Any) -> Tensor:
     """Apply the feedback edge to the inputs of `FeedbackEdge.forward`."""
     joined: Tensor = (TransformableEdge if transformed() else FeedbackEdge).apply(*inputs)
     return joined
+
+
+class SiteEdge(torch.autograd.Function):
+    """The identity on a module's input, whose backward returns what B delivers instead of what arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, state: PatchState, delivery: Delivery) -> Tensor:
+        ctx.state, ctx.dtype = state, input.dtype
+        ctx.delivery, ctx.input_at = delivery, 0
+        return input.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        site: Patched = ctx.delivery.patched
+        state: PatchState = ctx.state
+        grad_input = grad_output
+        with torch.no_grad():
+            if not state.exact:
+                grad_input = ctx.delivery.send().to(ctx.dtype)
+                for listener in list(state.error_listeners.values()):
+                    listener(site, grad_input, grad_output)
+        site.rerouted += not state.exact
+        state.arrivals.note(site)
+        if site.probes:
+            site.probe(grad_input, grad_output)
+        if torch.is_grad_enabled() and not state.exact:
+            grad_input = _NotDifferentiable.apply(grad_input, grad_output)
+        return grad_input, None, None

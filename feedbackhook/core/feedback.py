@@ -33,7 +33,7 @@ class Rule(Protocol):
         """Compute V from the current W, in W's layout and dtype and on its device, without side effects."""
 
 
-def redrawn_by_updates(rule: Rule) -> bool:
+def redrawn_by_updates(rule: object) -> bool:
     """Whether the rule's random parts are drawn again after each update of W."""
     return getattr(rule, "redraw", "never") == "update"
 
@@ -138,6 +138,10 @@ class Feedback:
         """
         layer = self.layer if drawn_as is None else dataclasses.replace(self.layer, name=drawn_as)
         return Feedback(rule, layer, seed, draws, self.recompute, self.fused)
+
+    def copy(self) -> Feedback:
+        """Return a feedback with the same random parts."""
+        return self.like(self.rule, self.seed, self.draws, self.layer.name)
 
     def follow(self, rule: Rule) -> None:
         """Change the rule. The draw count stays, so parts that both rules draw alike stay the same."""

@@ -1,4 +1,4 @@
-"""Guards: a hook on each weight, so that exact backprop in a backward never goes unnoticed."""
+"""Guards: hooks on weights, so that exact backprop in a backward never goes unnoticed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.core.audit import Finding
 from feedbackhook.core.errors import ExactGradientError
 from feedbackhook.core.layer import Layer
+from feedbackhook.core.signals import comes_from_output, if_compiled
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import Node, backward_roots, current_backward, forget_compiled_code
 
@@ -96,6 +98,75 @@ class Guard:
             return
         audits.look_again()
         raise _exact_gradient(layer.info.name, how)
+
+
+class SiteGuards:
+    """Hooks on all parameters of a model whose sites are the inputs of modules. There, no weight is rerouted,
+    so what matters is that each backward comes from the output.
+
+    Args:
+        root: the model.
+        state: the patch's.
+        audit: as for `BackwardAudits`, but for all parameters of the model.
+    """
+
+    def __init__(
+        self, root: nn.Module, state: PatchState, audit: Callable[[Iterable[Node]], list[Finding]]
+    ) -> None:
+        self._root, self._state, self._audit = root, state, audit
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._sound: OrderedDict[int, bool] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles guard their own parameters."""
+        return {**self.__dict__, "_hooks": {}, "_sound": OrderedDict()}
+
+    def update(self) -> None:
+        """Guard the parameters that are not guarded yet."""
+        if not self._state.sites:
+            return
+        for name, parameter in self._root.named_parameters():
+            if parameter.requires_grad and parameter not in self._hooks:
+                guard = _SiteGuard(self, name)
+                self._hooks[parameter] = parameter.register_hook(guard)
+
+    def clear(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks = {}
+
+    def check(self, name: str) -> None:
+        """Check the running backward, in which a parameter got a gradient.
+
+        Raises:
+            ExactGradientError: it does not come from the output.
+        """
+        state, running = self._state, current_backward()
+        if not state.enabled or state.exact or state.heard.has(running) or torch.compiler.is_compiling():
+            return
+        if running not in self._sound:
+            roots = backward_roots() or []
+            self._sound[running] = comes_from_output(roots) or not self._audit(roots)
+            if len(self._sound) > _BACKWARDS:
+                self._sound.popitem(last=False)
+        if not self._sound[running]:
+            where = f"the output of {state.output!r}" if state.output else "the model's output"
+            raise ExactGradientError(
+                f"{name!r} got a gradient in a backward that does not come from {where}, so the sites had no "
+                "error to send and the gradients are exact. Call the model itself, or name a module that is "
+                "called with output= in feedbackhook.patch; or put `with patch.exact():` around a backward "
+                f"that is meant to be exact{if_compiled()}"
+            )
+
+
+class _SiteGuard:
+    def __init__(self, guards: SiteGuards, name: str) -> None:
+        self._guards, self._name = weakref.ref(guards), name
+
+    def __call__(self, gradient: Tensor) -> None:
+        if (guards := self._guards()) is not None:
+            guards.check(self._name)
 
 
 def _exact_gradient(name: str, how: str) -> ExactGradientError:

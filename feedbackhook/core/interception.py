@@ -22,12 +22,14 @@ import torch
 from torch import nn
 
 from feedbackhook.core import torch_internals
-from feedbackhook.core.calls import Calls
+from feedbackhook.core.calls import NO_COMPILE, Calls
 from feedbackhook.core.coverage import Coverage
-from feedbackhook.core.guard import BackwardAudits
-from feedbackhook.core.layer import Layer
+from feedbackhook.core.guard import BackwardAudits, SiteGuards
+from feedbackhook.core.layer import Layer, ModuleSite
 from feedbackhook.core.marks import Link, Mark, mark_of
 from feedbackhook.core.mode import Mode, Running
+from feedbackhook.core.signals import Forward
+from feedbackhook.core.sites import reroute_inputs
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.steps import Clock, Redraw
 from feedbackhook.core.weights import Weights
@@ -39,6 +41,8 @@ class Interceptor:
     Args:
         root: the model to patch.
         layers: the patched weights.
+        sites: the modules whose inputs are rerouted.
+        output: as in `PatchState`.
 
     Attributes:
         patch: the user's handle.
@@ -50,13 +54,20 @@ class Interceptor:
 
     patch: Any
 
-    def __init__(self, root: nn.Module, layers: Iterable[Layer]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: Iterable[Layer],
+        sites: Iterable[ModuleSite] = (),
+        output: str | None = None,
+    ) -> None:
         self.root = root
-        self.state = PatchState(layers)
+        self.state = PatchState(layers, sites, output)
         self.attached = False
         self._weights = Weights(self.state.layers, self._guard)
         self.coverage = Coverage(root, self.state, self._weights)
         self._audits = BackwardAudits(self.state, self.coverage.audit, self.coverage.look_again)
+        self._site_guards = SiteGuards(root, self.state, self.coverage.audit_all)
         self._calls = Calls(self.state, self._weights, self.coverage, self._follow_checkpoint)
         self._set_up()
 
@@ -86,8 +97,8 @@ class Interceptor:
         """
         self.patch = patch
         link = Link(self)
-        for name in self.state.inside:
-            Mark(link, name, self.root.get_submodule(name))
+        for name in self.state.paths():
+            Mark(link, name, self.root.get_submodule(name), name in self.state.site_at)
         self.attached = True
         self._update(self.state.layers)
         torch_internals.forget_compiled_code()
@@ -101,6 +112,7 @@ class Interceptor:
             self._clock.stop()
             self._clock = None
         self._weights.clear()
+        self._site_guards.clear()
         for module in self.coverage.patched_modules():
             mark = mark_of(module)
             if mark is not None and mark.link.owner is self:
@@ -113,6 +125,7 @@ class Interceptor:
         clock runs."""
         if self._clock is None:
             self._clock = Clock(self.state)
+        self._site_guards.update()
         if self._weights.update(layers):
             self.state.index_layers()
             self.coverage.look_again()
@@ -137,19 +150,38 @@ class Interceptor:
             if torch_internals.is_replica(module):
                 raise RuntimeError(_NO_REPLICAS)
             self.coverage.check_tree()
-            self._update(self.state.inside[mark.path])
+            self._update(self.state.inside.get(mark.path, []))
             mode = Mode(self._calls)
+            if self.state.output is not None:
+                mode.forward = Forward(self.state)
             mode.__enter__()  # type: ignore[no-untyped-call]
         layer = self.state.own.get(mark.path)
         mode.begin(Running(module, mark, caller, 0 if layer is None else layer.calls))
 
     def _open_traced(self, mode: Mode | None, mark: Mark, module: nn.Module) -> None:
+        if self.state.output is not None and self.state.enabled:
+            raise RuntimeError(NO_COMPILE.format(mark.path or type(module).__name__))
         if mode is None:
             # Where a traced graph breaks, a mode on the stack must be one that the graph did not create.
             mode = self._traced_mode
             mode.running.clear()
             mode.__enter__()  # type: ignore[no-untyped-call]
         mode.running.append(Running(module, mark, None, 0))
+
+    def enter(
+        self, mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The forward of a site's module is about to run."""
+        mode = self._mode()
+        if mode is None or not self.state.enabled:
+            return None
+        site = self.state.site_at[mark.path]
+        site.ran = True
+        if not torch.is_grad_enabled() or torch_internals.saves_through_hooks():
+            self._follow_checkpoint(mode)
+        if not torch.is_grad_enabled():
+            return None
+        return reroute_inputs(self.state, site, mode, args, kwargs)
 
     def close(self, module: nn.Module, inputs: object, output: object) -> None:
         """A hooked module's forward has run, or has raised."""
@@ -172,8 +204,17 @@ class Interceptor:
         if output is None and sys.exc_info()[0] is not None:
             return
         self.coverage.check_opaque(ended, output)
+        if mode.forward is not None:
+            self._end_forward(mode, mode.forward, ended, output)
         if not mode.running:
             self._audit(mode, ended, inputs, output)
+
+    def _end_forward(self, mode: Mode, forward: Forward, ended: Running, output: object) -> None:
+        """Tell a forward of direct rules if its output has been computed, or if the outermost module ends."""
+        if ended.mark.path == self.state.output and self.state.enabled and torch.is_grad_enabled():
+            forward.end(output, examine=bool(mode.new))
+        if not mode.running:
+            forward.close()
 
     def _audit(self, mode: Mode, outermost: Running, inputs: object, output: object) -> None:
         if self.coverage.audit_forward(mode, outermost, inputs, output):
@@ -197,15 +238,17 @@ class Interceptor:
 
         It recomputes in the backward, where no module opens a mode if the checkpoint is of a function.
         """
-        running = tuple(mode.running)
+        running, forward = tuple(mode.running), mode.forward
 
         def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
             def recompute(*args: Any, **kwargs: Any) -> Any:
                 if self._mode() is not None or not self.attached:
                     return function(*args, **kwargs)
-                with self._reopened(running) as again:
+                with self._reopened(running, forward) as again:
                     output = function(*args, **kwargs)
+                if again.forward is not None:
+                    again.forward.hear(output)
                 self._audit(again, running[-1], (args, kwargs), output)
                 return output
 
@@ -214,9 +257,10 @@ class Interceptor:
         torch_internals.wrap_checkpoint(wrap)
 
     @contextmanager
-    def _reopened(self, running: Iterable[Running]) -> Iterator[Mode]:
-        """A mode in which these modules count as running."""
+    def _reopened(self, running: Iterable[Running], forward: Forward | None) -> Iterator[Mode]:
+        """A mode in which these modules count as running, in a part of this forward."""
         mode = Mode(self._calls)
+        mode.forward = None if forward is None else forward.again()
         for one in running:
             mode.begin(one._replace(caller=None))
         with mode:

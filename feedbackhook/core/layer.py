@@ -1,4 +1,4 @@
-"""One patched weight: the modules that hold it, its feedback weight, and what has happened to it."""
+"""What is patched: a weight, or a module's input; its feedback, and what has happened to it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from feedbackhook.core.discovery import LayerInfo, Target, full_shape, weight_of
 from feedbackhook.core.feedback import Feedback
+from feedbackhook.core.projection import Projection
 
 Probe = Callable[[Tensor | None, Tensor], None]
 """Called with `(grad_input, grad_output)`; `grad_input` is None if the input requires no gradient."""
@@ -18,35 +19,114 @@ Probe = Callable[[Tensor | None, Tensor], None]
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class Layer:
-    """A patched weight.
-
-    Args:
-        targets: where the weight is. A tied weight has several targets; the first names the layer.
-        feedback: its V.
+class Patched:
+    """A place where error signals are rerouted, and what has happened there.
 
     Attributes:
         calls: number of forward calls with gradients enabled.
-        rerouted: number of error signals sent through V.
+        rerouted: number of error signals sent through V or B.
         input_requires_grad: whether the input of any call required a gradient; None before the first call.
         depth: position in the order of the forward's calls, from 0; None before the first call.
-        probes: called with each error signal that passes the layer.
-        derived: W as the last forward used it, if it differs from the module's own weight.
+        probes: called with each error signal that passes.
         compiled: whether `torch.compile` has traced a call; then no Python runs in its backward.
         last_backward: id of the last backward that reached a call; -1 before the first.
+        bypassed: for the input of a direct rule, whether the error from above also got to something before it
+            by another path, such as a skip connection, in the last forward that was examined; None if none
+            was.
     """
 
-    def __init__(self, targets: list[Target], feedback: Feedback) -> None:
-        self.targets = targets
-        self.feedback = feedback
+    feedback: Feedback | Projection
+
+    def __init__(self) -> None:
         self.calls = 0
         self.rerouted = 0
         self.input_requires_grad: bool | None = None
         self.depth: int | None = None
         self.probes: OrderedDict[int, Probe] = OrderedDict()
-        self.derived: Tensor | None = None
         self.compiled = False
         self.last_backward = -1
+        self.bypassed: bool | None = None
+
+    @property
+    def info(self) -> LayerInfo:
+        """What a rule may know about it."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> list[str]:
+        """Its full names."""
+        return [self.info.name]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the parameters whose gradient tells how well it learns."""
+        raise NotImplementedError
+
+    def draw(self) -> None:
+        """Draw the random parts now, if that is possible."""
+
+    def probe(self, grad_input: Tensor | None, grad_output: Tensor) -> None:
+        """Call the probes with an error signal; `grad_input` is None if the input requires no gradient."""
+        for probe in list(self.probes.values()):
+            probe(grad_input, grad_output)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within this context, call no probe; afterwards, restore all counts."""
+        before = vars(self).copy()
+        self.probes = OrderedDict()
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+
+class ModuleSite(Patched):
+    """The input of a module, which receives the output's error signal. Inside the module, backprop is exact.
+
+    Args:
+        info: the module's name and kind. It has no weight of its own, so its shape is empty.
+        module: the module.
+        feedback: its B.
+
+    Attributes:
+        ran: whether the module has run in a forward of the model that builds a graph.
+    """
+
+    feedback: Projection
+
+    def __init__(self, info: LayerInfo, module: nn.Module, feedback: Projection) -> None:
+        super().__init__()
+        self._info = info
+        self.module = module
+        self.feedback = feedback
+        self.ran = False
+
+    @property
+    def info(self) -> LayerInfo:
+        """The module's name and kind."""
+        return self._info
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield all parameters of the module."""
+        yield from self.module.parameters()
+
+
+class Layer(Patched):
+    """A patched weight.
+
+    Args:
+        targets: where the weight is. A tied weight has several targets; the first names the layer.
+        feedback: its V, or the B of its input.
+
+    Attributes:
+        derived: W as the last forward used it, if it differs from the module's own weight.
+    """
+
+    def __init__(self, targets: list[Target], feedback: Feedback | Projection) -> None:
+        super().__init__()
+        self.targets = targets
+        self.feedback = feedback
+        self.derived: Tensor | None = None
 
     @property
     def info(self) -> LayerInfo:
@@ -109,8 +189,8 @@ class Layer:
             TypeError: no V can be made from such a weight; the error names the layer.
         """
         self.check()
-        if not self.has_weight():
-            return  # the forward makes a weight of it, and V will follow that
+        if not self.has_weight() or isinstance(self.feedback, Projection):
+            return  # the forward makes a weight of it, and V will follow that; B follows no weight
         if not self.is_opaque():
             self.feedback(self.weight())
             return
@@ -124,7 +204,7 @@ class Layer:
 
     def draw(self) -> None:
         """Draw the random parts now, so that compiled code finds them where it found the previous ones."""
-        if self.has_weight():
+        if self.has_weight() and isinstance(self.feedback, Feedback):
             self.feedback.parts(self.weight())
 
     def has_weight(self) -> bool:
@@ -160,18 +240,3 @@ class Layer:
         """Whether a weight used in the module's forward is its parameter, or derived from its parameters."""
         own = not isinstance(weight, nn.Parameter) or self.targets[0].place.parameter() is weight
         return own and weight.shape == self.info.shape
-
-    def probe(self, grad_input: Tensor | None, grad_output: Tensor) -> None:
-        """Call the probes with an error signal; `grad_input` is None if the input requires no gradient."""
-        for probe in list(self.probes.values()):
-            probe(grad_input, grad_output)
-
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Within this context, call no probe; afterwards, restore all counts."""
-        before = vars(self).copy()
-        self.probes = OrderedDict()
-        try:
-            yield
-        finally:
-            vars(self).update(before)

@@ -22,6 +22,11 @@ class Owner(Protocol):
     def open(self, mark: Mark, module: nn.Module) -> None:
         """A marked module's forward is about to run."""
 
+    def enter(
+        self, mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A site's forward is about to run; return its new inputs, or None to keep them."""
+
     def close(self, module: nn.Module, inputs: object, output: object) -> None:
         """A marked module's forward has run, or has raised."""
 
@@ -48,6 +53,7 @@ class Mark:
         link: leads to the interceptor.
         path: full name of the module in the patched model.
         module: the module itself, which gets the hooks.
+        site: whether its inputs are the site of a direct rule.
 
     Attributes:
         seen: functions called while this module was the innermost one, in forwards that passed the audit.
@@ -55,7 +61,7 @@ class Mark:
             not, with inputs that require a gradient or not.
     """
 
-    def __init__(self, link: Link, path: str, module: nn.Module) -> None:
+    def __init__(self, link: Link, path: str, module: nn.Module, site: bool = False) -> None:
         self.link = link
         self.path = path
         self.seen: set[Any] = set()
@@ -64,6 +70,8 @@ class Mark:
             module.register_forward_pre_hook(self.open, prepend=True),
             module.register_forward_hook(self.close, always_call=True, with_kwargs=True),
         ]
+        if site:
+            self._handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
         module.__dict__[MARK] = self
         module.__dict__[_SCRIPT] = refuse_script
 
@@ -89,6 +97,13 @@ class Mark:
                 f"this {type(module).__name__} is a copy of a part ({self.path!r}) of a patched model. Such "
                 "copies are not patched, so its error signals are exact; feedbackhook.patch(...) patches it"
             )
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The hook that sees the inputs of a site."""
+        owner = self.link.owner
+        return None if owner is None else owner.enter(self, args, kwargs)
 
     def close(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         """The hook after the module's forward, which also runs if the forward has raised."""

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from feedbackhook.core.layer import Layer
 from feedbackhook.core.marks import Mark
 from feedbackhook.core.operations import WATCHED
+from feedbackhook.core.projection import Attention
+from feedbackhook.core.signals import Forward
 from feedbackhook.core.torch_internals import next_sequence_number
 from feedbackhook.core.weights import Copies
 
@@ -56,6 +58,8 @@ class Mode(TorchFunctionMode):
         copies: copies of patched weights made in this forward.
         storages: the memory of the patched weights, once it has been asked for.
         since: sequence number of the first autograd node that this forward may make.
+        forward: what direct rules know of this forward; None if there are none.
+        attention: where the batch is inside the call of `F.multi_head_attention_forward` that is running.
     """
 
     def __init__(self, handler: Handler, traced: bool = False) -> None:
@@ -68,6 +72,8 @@ class Mode(TorchFunctionMode):
         self.copies: Copies = {}
         self.storages: dict[int, tuple[Tensor, Layer]] | None = None
         self.since = 0 if traced else next_sequence_number()
+        self.forward: Forward | None = None
+        self.attention: Attention | None = None
 
     def begin(self, running: Running) -> None:
         """Put a module on the stack."""

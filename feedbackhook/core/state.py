@@ -1,6 +1,7 @@
-"""The state of a patch: its layers, its switches, and who listens to it.
+"""The state of a patch: what it reroutes, its switches, and who listens to it.
 
-This file knows `Layer` alone. Whoever wants to follow error signals or optimizer steps subscribes here.
+This file knows `Layer` and `ModuleSite` alone. Whoever wants to follow error signals or optimizer steps
+subscribes here.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.core.layer import Layer
+from feedbackhook.core.layer import Layer, ModuleSite, Patched
+from feedbackhook.core.projection import Projection
 from feedbackhook.core.torch_internals import current_backward
 
-ErrorListener = Callable[[Layer, Tensor, Tensor], None]
-"""Called with the layer, V's product with the error signal, and W's product with the same error signal."""
+ErrorListener = Callable[[Patched, Tensor, Tensor], None]
+"""Called with the layer or site, the error signal that it sends on, and the one that backprop would send on
+from the same arriving error signal."""
 
 _BACKWARDS = 64  # how many backwards are remembered: reentrant checkpoints run one inside the other
 
@@ -39,32 +43,73 @@ class PatchState:
 
     Args:
         layers: the patched weights.
+        sites: the modules whose inputs are rerouted.
+        output: full name of the module whose output's gradient direct rules send ("" is the model); None if
+            no rule is direct.
 
     Attributes:
         layers: the patched weights. Their number changes if weights are tied or untied later.
+        sites: as above.
+        output: as above.
+        targets: the classes for the next forward, see `Patch.targets`.
+        parts: forwards with sites that have not come to an output yet.
         enabled: if False, forwards build plain graphs and the guards accept any gradient.
         exact: if True, backwards use W instead of V.
         error_listeners: called with each error signal that V sends on.
         step_listeners: called before and after optimizer steps.
         arrivals: which layers each running backward has reached.
+        site_at: the site at a module's input, by the module's full name.
+        heard: which backwards came through the output.
         own: the layer whose `weight` a module holds, by the module's full name.
         inside: the layers inside a module, by the module's full name.
     """
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
+    def __init__(
+        self, layers: Iterable[Layer], sites: Iterable[ModuleSite] = (), output: str | None = None
+    ) -> None:
         self.layers = list(layers)
+        self.sites = list(sites)
+        self.output = output
+        self.targets: Tensor | None = None
+        self.parts: WeakSet[object] = WeakSet()
         self.enabled = True
         self.exact = False
         self.error_listeners: OrderedDict[int, ErrorListener] = OrderedDict()
         self.step_listeners: OrderedDict[int, StepListener] = OrderedDict()
         self.arrivals = Arrivals()
+        self.heard = Heard()
+        self.site_at = {site.info.name: site for site in self.sites}
         self.own: dict[str, Layer] = {}
         self.inside: dict[str, list[Layer]] = {}
         self.index_layers()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no listeners."""
-        return {**self.__dict__, "error_listeners": OrderedDict(), "step_listeners": OrderedDict()}
+        listeners: dict[str, Any] = {"error_listeners": OrderedDict(), "step_listeners": OrderedDict()}
+        return {**self.__dict__, **listeners, "targets": None, "parts": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.parts = WeakSet()
+
+    @property
+    def patched(self) -> list[Patched]:
+        """The layers, then the sites."""
+        return [*self.layers, *self.sites]
+
+    @property
+    def projections(self) -> list[Projection]:
+        """The matrices B of all direct layers and sites."""
+        every = (each.feedback for each in self.patched)
+        return [feedback for feedback in every if isinstance(feedback, Projection)]
+
+    def paths(self) -> set[str]:
+        """Return the full names of the modules that need a mark: those of layers, sites and the output, and
+        all their ancestors."""
+        names = [site.info.name for site in self.sites]
+        if self.output is not None:
+            names.append(self.output)
+        return set(self.inside).union(*map(_ancestors, names))
 
     def index_layers(self) -> None:
         """Find which layer each module holds, and which layers are inside it."""
@@ -99,10 +144,10 @@ class PatchState:
         self.error_listeners.clear()
         self.step_listeners.clear()
 
-    def held_by(self, optimizer: Optimizer) -> list[Layer]:
-        """Return the layers whose weight the optimizer holds."""
+    def held_by(self, optimizer: Optimizer) -> list[Patched]:
+        """Return the layers whose weight the optimizer holds, and the sites whose module it trains."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [layer for layer in self.layers if any(id(p) in held for p in layer.parameters())]
+        return [each for each in self.patched if any(id(p) in held for p in each.parameters())]
 
     @contextmanager
     def exact_backward(self) -> Iterator[None]:
@@ -111,7 +156,7 @@ class PatchState:
         Raises:
             RuntimeError: the model was compiled, which fixes what its backward does.
         """
-        if any(layer.compiled for layer in self.layers):
+        if any(each.compiled for each in self.patched):
             raise RuntimeError(
                 "exact() cannot change the backward of a compiled model; set patch.enabled = False before "
                 "the forward, or run the model uncompiled"
@@ -130,8 +175,8 @@ class PatchState:
         listeners, self.error_listeners = self.error_listeners, OrderedDict()
         try:
             with ExitStack() as stack:
-                for layer in self.layers:
-                    stack.enter_context(layer.undisturbed())
+                for each in self.patched:
+                    stack.enter_context(each.undisturbed())
                 yield
         finally:
             self.error_listeners = listeners
@@ -149,18 +194,39 @@ class PatchHandle(Protocol):
         """The state to subscribe to."""
 
 
+class Heard:
+    """The backwards that came through an output whose error direct rules send."""
+
+    def __init__(self) -> None:
+        self._backwards: OrderedDict[int, None] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Backwards belong to one process."""
+        return {"_backwards": OrderedDict()}
+
+    def note(self, backward: int) -> None:
+        """Record that a backward, by its id, has come to the output."""
+        self._backwards[backward] = None
+        if len(self._backwards) > _BACKWARDS:
+            self._backwards.popitem(last=False)
+
+    def has(self, backward: int) -> bool:
+        """Whether a backward has come to the output."""
+        return backward in self._backwards
+
+
 class Arrivals:
     """Which layers each running backward has reached. Backwards are told apart by their id, so that several
     threads may run them at once."""
 
     def __init__(self) -> None:
-        self._reached: OrderedDict[int, set[Layer]] = OrderedDict()
+        self._reached: OrderedDict[int, set[Patched]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Backwards belong to one process."""
         return {"_reached": OrderedDict()}
 
-    def note(self, layer: Layer) -> None:
+    def note(self, layer: Patched) -> None:
         """Record that the running backward has reached a call of a layer that was rerouted, or whose input
         requires no gradient."""
         layer.last_backward = running = current_backward()
@@ -170,7 +236,7 @@ class Arrivals:
                 self._reached.popitem(last=False)
         reached.add(layer)
 
-    def has_reached(self, layer: Layer) -> bool:
+    def has_reached(self, layer: Patched) -> bool:
         """Whether the running backward has reached the layer."""
         return layer in self._reached.get(current_backward(), ())
 

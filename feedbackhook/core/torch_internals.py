@@ -32,6 +32,11 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def after_backward(call: Callable[[], None]) -> None:
+    """Call a function when the running backward has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def backward_roots() -> list[Node] | None:
     """Return the nodes where the running backward started, or None if they cannot be found.
 
@@ -66,16 +71,21 @@ def _call_of(code: Any, frame: FrameType | None) -> FrameType | None:
 
 def wrap_checkpoint(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Make the checkpoint whose forward is running, if any, recompute with `wrap(function)` instead of its
-    function. A function that has been wrapped before (it has `__wrapped__`) stays as it is."""
+    function, and so all reentrant ones around it. A function that has been wrapped before (it has
+    `__wrapped__`) stays as it is."""
     if torch.is_grad_enabled():
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         holder = None if hooks is None else _closure(hooks[0]).get("frame")
         if isinstance(holder, _CheckpointFrame) and not hasattr(holder.recompute_fn, "__wrapped__"):
             holder.recompute_fn = wrap(holder.recompute_fn)
-    elif (call := _call_of(CheckpointFunction.forward.__code__, sys._getframe(1))) is not None:
+        return
+    call: FrameType | None = sys._getframe(1)
+    while (call := _call_of(CheckpointFunction.forward.__code__, call)) is not None:
         ctx = call.f_locals["ctx"]
-        if not hasattr(ctx.run_function, "__wrapped__"):
-            ctx.run_function = wrap(ctx.run_function)
+        if hasattr(ctx.run_function, "__wrapped__"):
+            return  # and so have those around it
+        ctx.run_function = wrap(ctx.run_function)
+        call = call.f_back
 
 
 def saves_through_hooks() -> bool:
@@ -138,12 +148,17 @@ def forget_compiled_code() -> bool:
     Returns:
         Whether the compiler is in use and did not check hooks before.
     """
-    if "torch._dynamo" not in sys.modules:
+    if not compiler_is_loaded():
         return False
     blind: bool = torch._dynamo.config.skip_nnmodule_hook_guards
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch.compiler.reset()
     return blind
+
+
+def compiler_is_loaded() -> bool:
+    """Whether this process may have compiled code."""
+    return "torch._dynamo" in sys.modules
 
 
 # --- modules and tensors -----------------------------------------------------------------------------------

@@ -88,10 +88,8 @@ class Weights:
         if len(parts) == 1:
             return
         layer.targets, *others = parts.values()
-        feedback = layer.feedback
         for place, targets in enumerate(others, self._layers.index(layer) + 1):
-            copy = feedback.like(feedback.rule, feedback.seed, feedback.draws, feedback.layer.name)
-            self._layers.insert(place, Layer(targets, copy))
+            self._layers.insert(place, Layer(targets, layer.feedback.copy()))
 
     def _merge(self) -> None:
         """Merge layers whose weights were tied, so that they share the first one's V.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from feedbackhook.rules import Rule, make_rule, redrawn_by_updates, rule_values
+from feedbackhook.rules import AnyRule, make_rule, redrawn_by_updates, rule_values
 
 
 def concordance(mode: str | None, options: Mapping[str, Any]) -> float | None:
@@ -23,7 +23,7 @@ def drawing(mode: str | None) -> str | None:
     return "redrawn" if redrawn_by_updates(rule) else "fixed"
 
 
-def _rule(mode: str | None, options: Mapping[str, Any]) -> Rule | None:
+def _rule(mode: str | None, options: Mapping[str, Any]) -> AnyRule | None:
     try:
         return None if mode is None else make_rule(mode, options)
     except (TypeError, ValueError):  # "mixed", or a rule that only the program of the run knew

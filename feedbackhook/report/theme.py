@@ -38,6 +38,9 @@ RULES: Mapping[str, Look] = {
     "brSF": Look("#d55e00", "D", (4, 2)),
     "frSF": Look("#e69f00", "o"),
     "RndF": Look("#cc79a7", "X"),
+    "DFA": Look("#8c6ce0", "p"),
+    "sDFA": Look("#8c6ce0", "h", (4, 2)),
+    "DRTP": Look("#b0624a", "d"),
 }
 
 

@@ -5,19 +5,24 @@ product, sign(0) = 0. W and V have PyTorch's layout for the layer.
 
 `registry.py` registers and looks up rules; each other file holds a family of rules. To add a rule, write a
 frozen dataclass with the methods of `Rule` in a file here, decorate it with `register_rule`, and import it
-below.
+below. Direct rules (`direct.py`) send the error at the network's output through a random matrix B instead.
 """
 
 from feedbackhook.core.feedback import Rule, redrawn_by_updates
 from feedbackhook.rules.options import Magnitude, Redraw
 from feedbackhook.rules.registry import (
+    FIXED,
     RULES,
+    AnyRule,
     changed,
     check_layers,
     describe,
     expected_angle,
+    follow,
+    is_direct,
     make_rule,
     register_rule,
+    restored,
     rule_name,
     rule_values,
 )
@@ -35,12 +40,17 @@ from feedbackhook.rules.liao2016 import (
     RandomFeedback,
     UniformSign,
 )
+from feedbackhook.rules.direct import DirectFeedback, DirectTargets, SignDirectFeedback
 
 # isort: on
 
 __all__ = [
+    "FIXED",
     "RULES",
+    "AnyRule",
     "BatchwiseRandomSign",
+    "DirectFeedback",
+    "DirectTargets",
     "FixedRandomSign",
     "Given",
     "Magnitude",
@@ -50,15 +60,19 @@ __all__ = [
     "Redraw",
     "Rule",
     "Sign",
+    "SignDirectFeedback",
     "Symmetric",
     "UniformSign",
     "changed",
     "check_layers",
     "describe",
     "expected_angle",
+    "follow",
+    "is_direct",
     "make_rule",
     "redrawn_by_updates",
     "register_rule",
+    "restored",
     "rule_name",
     "rule_values",
 ]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
 
 from torch import Tensor
 
 from feedbackhook.core.discovery import LayerInfo
-from feedbackhook.core.feedback import Rule
+from feedbackhook.core.feedback import Feedback, Rule
+from feedbackhook.core.projection import DirectRule, Projection
 from feedbackhook.names import nearest
 
 RuleClass = TypeVar("RuleClass", bound=type)
+
+AnyRule: TypeAlias = Rule | DirectRule
 
 RULES: dict[str, type] = {}
 """The class of each registered rule, by mode."""
@@ -22,14 +25,19 @@ def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
     """Register the decorated class as the rule for `feedbackhook.patch(model, mode=name)`.
 
     Raises:
-        TypeError: the class is not a frozen dataclass, or lacks `draw` or `feedback`.
+        TypeError: the class is not a frozen dataclass, or lacks `draw` or `feedback` (a direct rule: `signal`
+            instead, and the options `sites`, `output` and `shared`).
         ValueError: another rule has this name.
     """
 
     def register(cls: RuleClass) -> RuleClass:
         if not (dataclasses.is_dataclass(cls) and getattr(cls, "__dataclass_params__").frozen):  # noqa: B009
             raise TypeError(f"rule {name!r}: {cls.__name__} must be a @dataclass(frozen=True) of its options")
-        missing = [method for method in ("draw", "feedback") if not callable(getattr(cls, method, None))]
+        direct = callable(getattr(cls, "signal", None))
+        methods = ("draw", "signal") if direct else ("draw", "feedback")
+        missing = [method for method in methods if not callable(getattr(cls, method, None))]
+        if direct:
+            missing += [option for option in FIXED if option not in _options(cls)]
         if missing:
             raise TypeError(f"rule {name!r}: {cls.__name__} lacks {' and '.join(missing)}")
         known = RULES.get(name)
@@ -41,7 +49,17 @@ def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
     return register
 
 
-def make_rule(mode: str, options: Mapping[str, Any]) -> Rule:
+FIXED = ("sites", "output", "shared")
+"""The options of direct rules that say where the error comes from and where it goes. They cannot change while
+the model is patched."""
+
+
+def is_direct(rule: AnyRule) -> TypeGuard[DirectRule]:
+    """Whether a rule sends the error at the network's output to each site."""
+    return callable(getattr(rule, "signal", None))
+
+
+def make_rule(mode: str, options: Mapping[str, Any]) -> AnyRule:
     """Return the rule named `mode` with these options.
 
     Raises:
@@ -53,20 +71,20 @@ def make_rule(mode: str, options: Mapping[str, Any]) -> Rule:
     if mode not in RULES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(RULES)}{nearest(mode, RULES)}")
     cls = RULES[mode]
-    return cast(Rule, cls(**_as_fields(mode, cls, options)))
+    return cast(AnyRule, cls(**_as_fields(mode, cls, options)))
 
 
-def rule_name(rule: Rule) -> str:
+def rule_name(rule: AnyRule) -> str:
     """Return the mode under which the rule's class is registered."""
     return next(name for name, cls in RULES.items() if _same_class(cls, type(rule)))
 
 
-def rule_values(rule: Rule) -> dict[str, Any]:
+def rule_values(rule: AnyRule) -> dict[str, Any]:
     """Return the rule's options: `make_rule(rule_name(rule), rule_values(rule))` equals the rule."""
     return {option: getattr(rule, f.name) for option, f in _options(type(rule)).items()}
 
 
-def describe(rule: Rule) -> str:
+def describe(rule: AnyRule) -> str:
     """Return the rule as a user would write it, with the options that differ from their defaults."""
     fields = _options(type(rule))
     shown = [
@@ -77,18 +95,57 @@ def describe(rule: Rule) -> str:
     return rule_name(rule) + (f"({', '.join(shown)})" if shown else "")
 
 
-def changed(rule: Rule, options: Mapping[str, Any]) -> Rule:
-    """Return a copy of the rule with some options changed; raises the errors of `make_rule`."""
+def changed(rule: AnyRule, options: Mapping[str, Any]) -> AnyRule:
+    """Return a copy of the rule with some options changed.
+
+    Raises:
+        ValueError: an option cannot change while the model is patched, and the errors of `make_rule`.
+        TypeError: the errors of `make_rule`.
+    """
+    if is_direct(rule) and (fixed := [option for option in FIXED if option in options]):
+        raise ValueError(
+            f"{', '.join(fixed)} cannot change while the model is patched: remove the patch, then patch again"
+        )
     return make_rule(rule_name(rule), {**rule_values(rule), **options})
 
 
-def check_layers(rules: Iterable[tuple[LayerInfo, Rule]]) -> None:
+def follow(feedback: Feedback | Projection, rule: AnyRule) -> None:
+    """Change the rule of a feedback to one of the same kind."""
+    if isinstance(feedback, Projection):
+        assert is_direct(rule)
+        feedback.follow(rule)
+    else:
+        feedback.follow(cast(Rule, rule))
+
+
+def restored(
+    feedback: Feedback | Projection, rule: AnyRule, seed: int, draws: int, drawn_as: str | None
+) -> Feedback | Projection:
+    """Return a feedback of the same layer or site with a stored rule, seed, draw count and name.
+
+    Raises:
+        ValueError: the stored rule is of another kind, or differs in an option that cannot change.
+    """
+    own = feedback.rule
+    if is_direct(own) != is_direct(rule) or any(
+        getattr(own, option, None) != getattr(rule, option, None) for option in FIXED if is_direct(own)
+    ):
+        raise ValueError(
+            f"the state has {describe(rule)} where the patch has {describe(own)}; patch with the state's rule"
+        )
+    if isinstance(feedback, Projection):
+        assert is_direct(rule)
+        return feedback.like(rule, seed, draws, drawn_as)
+    return feedback.like(cast(Rule, rule), seed, draws, drawn_as)
+
+
+def check_layers(rules: Iterable[tuple[LayerInfo, AnyRule]]) -> None:
     """Let each rule that has a `check` method check the layers that follow it.
 
     Raises:
         ValueError: a rule does not fit its layers.
     """
-    followers: dict[int, tuple[Rule, list[LayerInfo]]] = {}
+    followers: dict[int, tuple[AnyRule, list[LayerInfo]]] = {}
     for info, rule in rules:
         followers.setdefault(id(rule), (rule, []))[1].append(info)
     for rule, infos in followers.values():
@@ -96,7 +153,7 @@ def check_layers(rules: Iterable[tuple[LayerInfo, Rule]]) -> None:
             check(infos)
 
 
-def expected_angle(rule: Rule, weight: Tensor) -> float | None:
+def expected_angle(rule: AnyRule, weight: Tensor) -> float | None:
     """Return the angle between V and W, in degrees, that follows from the rule's definition, or None if the
     rule does not define one."""
     of = getattr(rule, "expected_angle", None)

@@ -22,6 +22,12 @@ JOBS = {
         "static-sign-before",
         "checkpoint-brSF-before",
     ],
+    "ddp, direct": [
+        *(f"direct-DFA-{order}" for order in ("before", "inner", "after")),
+        "direct-shared-before",
+        *(f"direct-sites-{order}" for order in ("before", "after")),
+    ],
+    "fsdp, direct": ["direct-DFA-before", "direct-DFA-after", "direct-sites-before", "direct-sites-after"],
     "fsdp": [
         *(f"train-{rule}-{order}" for rule in ("sign", "brSF") for order in ("before", "after")),
         "watch-brSF-before",
@@ -35,7 +41,7 @@ JOBS = {
 @pytest.mark.parametrize("case", JOBS)
 def test_two_processes_equal_one(case, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "support.distributed_worker", case, str(tmp_path), *JOBS[case]]
+    command += ["-m", "support.distributed_worker", case.split(",")[0], str(tmp_path), *JOBS[case]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=bounds.HANG)
     assert done.returncode == 0, done.stdout + done.stderr

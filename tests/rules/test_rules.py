@@ -15,7 +15,11 @@ from feedbackhook.rules import RULES, describe, expected_angle, make_rule, rule_
 
 N = 1200
 INFO = LayerInfo("fc", "Linear", (N, N), N)
-MODES = [mode for mode, rule in RULES.items() if rule.__module__.startswith("feedbackhook.")]
+MODES = [
+    mode
+    for mode, rule in RULES.items()
+    if rule.__module__.startswith("feedbackhook.") and hasattr(rule, "feedback")  # direct rules have no V
+]
 
 
 def feedback_of(weight, mode, **options):

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import feedbackhook
 from feedbackhook import Patch, Recorder, patch, read
 from support import bounds
+from support.direct import by_hooks
 from support.oracle import UNLIKE, literal_backward_hooks, swapped_saved_tensors
 from support.problems import draw, redrawn
 
@@ -35,6 +36,9 @@ RULES: dict[str, dict[str, Any]] = {
     "sign": {"mode": "sign", "concordance": 0.8, "seed": 3},
     "brSF": {"mode": "brSF", "concordance": 0.8, "seed": 3},
     "symmetric": {"mode": "symmetric"},
+    "DFA": {"mode": "DFA", "seed": 3},
+    "shared": {"mode": "DFA", "seed": 3, "shared": True},
+    "sites": {"mode": "DFA", "seed": 3, "sites": ["conv2", "hidden"]},
 }
 TOLERANCE = bounds.HALF_OF_FLOAT64  # relative: two ranks sum in another order than one process does
 STEPS = 3
@@ -341,7 +345,44 @@ def checkpoint(case: str, rule_name: str, order: str, folder: str) -> None:
     compare("gradients after restoring", grads(again), grads(model))
 
 
-JOBS = {"train": train, "lent": lent, "watch": watch, "static": static, "checkpoint": checkpoint}
+def direct(case: str, rule_name: str, order: str, folder: str) -> None:
+    """Each rank sends the errors of its own samples, through the same B."""
+    rule = RULES[rule_name]
+    model, handle, prefix = build(case, order, rule)
+    single = redrawn(CNN())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, single)]
+    for _ in range(STEPS):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model, mine(BATCH)).backward()
+        b = {
+            row.name.removeprefix(prefix): handle.projection(row.name)
+            for row in handle.layers
+            if row.rerouted
+        }
+        assert set(b) == {"conv2", "hidden"} | ({"last"} if rule_name != "sites" else set())
+        compare_ranks("B", b)
+        want = by_hooks(single, b, BATCH[0], loss=lambda output: F.mse_loss(output, BATCH[1]))
+        exact = backprop_grads(single, BATCH)
+        for name, p in single.named_parameters():
+            p.grad = want.parameters[name]
+        for name in ("conv1.weight", "conv2.weight"):
+            distance = ((single.get_parameter(name).grad - exact[name]).norm() / exact[name].norm()).item()
+            assert distance > UNLIKE, f"{name} has backprop's gradient"
+        compare("gradients", grads(model), grads(single))
+        for optimizer in optimizers:
+            optimizer.step()
+    handle.remove()
+
+
+JOBS = {
+    "direct": direct,
+    "train": train,
+    "lent": lent,
+    "watch": watch,
+    "static": static,
+    "checkpoint": checkpoint,
+}
 
 
 def main(case: str, folder: str, jobs: Iterable[str]) -> None:
