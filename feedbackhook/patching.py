@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from feedbackhook.core.interception import Interceptor
 from feedbackhook.core.layer import Layer
 from feedbackhook.core.marks import mark_of
 from feedbackhook.handle import Patch
-from feedbackhook.rules import Rule, check_layers, make_rule
-from feedbackhook.selection import Selection, find_targets, select
+from feedbackhook.rules import Rule, check_layers, exact_classifier, make_rule, rule_name
+from feedbackhook.selection import Selection, classifier, find_targets, select
 
 Mode = str | Mapping[str, str | Mapping[str, Any]]
 
@@ -39,11 +40,14 @@ def patch(
     Args:
         model: any module.
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
-            "RndF" or a registered one (`register_rule`). Or a mapping from regular expressions for full names
-            to modes, or to dicts of `mode` and its options. The first match wins; other layers stay exact.
+            "RndF", "FA", "uSF-SN", "uSF-init", "sign-symmetry", "angle", "noise", "sparse", "quantized",
+            "low_rank", "toeplitz", "svd" or a registered one (`register_rule`). Or a mapping from regular
+            expressions for full names to modes, or to dicts of `mode` and its options. The first match wins;
+            other layers stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
-        exclude: layers to leave exact, in the same form; it wins over `include`.
+        exclude: layers to leave exact, in the same form; it wins over `include`. None is what the rule leaves
+            exact: the classifier for "sign-symmetry", nothing for the others; [] is nothing.
         seed: all random parts of V follow from it and from the layers' names.
         recompute: draw the random parts again for each error signal instead of keeping them. They take as
             much memory as the weights. V is the same; steps take longer, but hardly with `fused`.
@@ -65,7 +69,10 @@ def patch(
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):  # numpy's integers have it too
         raise TypeError(f"seed must be an int, not {seed!r}")
     _refuse_second_patch(model)
-    layers = _layers(_rules(model, mode, options, include, exclude), int(seed), recompute, fused)
+    rules = _rules(model, mode, options, include, exclude)
+    if exclude is None and (names := _exact_by_default(model, rules)):
+        rules = _rules(model, mode, options, include, "|".join(map(re.escape, names)))
+    layers = _layers(rules, int(seed), recompute, fused)
     check_layers((layer.info, layer.feedback.rule) for layer in layers)
     for layer in layers:
         layer.try_feedback()  # any problem must show before anything is attached
@@ -155,6 +162,29 @@ def _rules(
         rule = make_rule(given.pop("mode"), given)
         rules = {**dict.fromkeys(select("mode", pattern, modules), rule), **rules}
     return [(target, rules[target.info.name]) for target in targets]
+
+
+def _exact_by_default(model: nn.Module, rules: list[tuple[Target, Rule]]) -> list[str]:
+    """Return the layers that their rules leave exact.
+
+    Raises:
+        ValueError: the model has no classifier, or no other layer.
+    """
+    leaving = {target.info.name: rule_name(rule) for target, rule in rules if exact_classifier(rule)}
+    if not leaving:
+        return []
+    mode = next(iter(leaving.values()))
+    hint = "pass exclude=[] to patch every layer"
+    try:
+        names = [name for name in classifier(model) if name in leaving]
+    except ValueError as error:
+        raise ValueError(f"mode {mode!r} leaves the classifier exact, but {error}; {hint}") from error
+    if len(names) == len(rules):
+        shown = ", ".join(map(repr, names))
+        raise ValueError(
+            f"no layer is left to patch: mode {mode!r} leaves the classifier exact ({shown}); {hint}"
+        )
+    return names
 
 
 def _layers(rules: list[tuple[Target, Rule]], seed: int, recompute: bool, fused: bool) -> list[Layer]:

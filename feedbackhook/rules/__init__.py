@@ -15,6 +15,7 @@ from feedbackhook.rules.registry import (
     changed,
     check_layers,
     describe,
+    exact_classifier,
     expected_angle,
     make_rule,
     register_rule,
@@ -35,27 +36,48 @@ from feedbackhook.rules.liao2016 import (
     RandomFeedback,
     UniformSign,
 )
+from feedbackhook.rules.initialization import FeedbackAlignment, Initialization, initial_distribution
+from feedbackhook.rules.moskovitz2018 import InitialMagnitudeSign, StrictNormSign
+from feedbackhook.rules.xiao2019 import SignSymmetry
+from feedbackhook.rules.mixed import Angle, Noise
+from feedbackhook.rules.reduced import Quantized, Sparse
+from feedbackhook.rules.structured import LowRank, Toeplitz
+from feedbackhook.rules.spectral import Spectrum
 
 # isort: on
 
 __all__ = [
     "RULES",
+    "Angle",
     "BatchwiseRandomSign",
+    "FeedbackAlignment",
     "FixedRandomSign",
     "Given",
+    "InitialMagnitudeSign",
+    "Initialization",
+    "LowRank",
     "Magnitude",
+    "Noise",
     "NormalizedUniformSign",
+    "Quantized",
     "Random",
     "RandomFeedback",
     "Redraw",
     "Rule",
     "Sign",
+    "SignSymmetry",
+    "Sparse",
+    "Spectrum",
+    "StrictNormSign",
     "Symmetric",
+    "Toeplitz",
     "UniformSign",
     "changed",
     "check_layers",
     "describe",
+    "exact_classifier",
     "expected_angle",
+    "initial_distribution",
     "make_rule",
     "redrawn_by_updates",
     "register_rule",

@@ -96,6 +96,11 @@ def check_layers(rules: Iterable[tuple[LayerInfo, Rule]]) -> None:
             check(infos)
 
 
+def exact_classifier(rule: Rule) -> bool:
+    """Whether the rule leaves the classifier exact, unless `exclude` says which layers are."""
+    return bool(getattr(rule, "exact_classifier", False))
+
+
 def expected_angle(rule: Rule, weight: Tensor) -> float | None:
     """Return the angle between V and W, in degrees, that follows from the rule's definition, or None if the
     rule does not define one."""
