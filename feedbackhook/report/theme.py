@@ -38,6 +38,17 @@ RULES: Mapping[str, Look] = {
     "brSF": Look("#d55e00", "D", (4, 2)),
     "frSF": Look("#e69f00", "o"),
     "RndF": Look("#cc79a7", "X"),
+    "FA": Look("#56b4e9", "h"),
+    "uSF-SN": Look("#0072b2", "<", (6, 2, 1, 2)),
+    "uSF-init": Look("#56b4e9", ">", (1, 1)),
+    "sign-symmetry": Look("#009e73", "d", (4, 2)),
+    "angle": Look("#e69f00", "^", (4, 2)),
+    "noise": Look("#a69b00", "v", (1, 1)),
+    "sparse": Look("#d55e00", "o", (6, 2, 1, 2)),
+    "quantized": Look("#009e73", "8", (6, 2, 1, 2)),
+    "low_rank": Look("#cc79a7", "D", (8, 2, 1, 2, 1, 2)),
+    "toeplitz": Look("#cc79a7", "P", (6, 2, 1, 2)),
+    "svd": Look("#0072b2", "*", (4, 2)),
 }
 
 

@@ -82,10 +82,7 @@ def test_what_a_condition_decides(name, decided):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "uSf",
-            "'uSf' is not a term of a condition; did you mean 'uSF', 'NuSF' or 'uSF-SN'\\? The terms are SGD, FA",
-        ),
+        ("uSf", "'uSf' is not a term of a condition; did you mean 'uSF', 'NuSF' or 'uSF-SN'\\?"),
         ("brsf+BN+BM", "'brsf' is not a term of a condition; did you mean 'brSF' or 'frSF'\\?"),
         ("uSF+qqq", "'qqq' is not a term of a condition\\. The terms are SGD"),
         ("brSF concordnace=0.5", "Top or Bottom; did you mean 'concordance='\\?"),
