@@ -66,12 +66,13 @@ class Angle:
         """Compute V from the current W."""
         w, r = wide(weight), wide(parts["R"])
         norm = norm_of(w)
-        unit = w / torch.where(norm > 0, norm, 1)
-        across = r - (r * unit).sum() * unit
-        across = across - (across * unit).sum() * unit  # removes what rounding has left along W
+        divisor = torch.where(norm > 0, norm, 1)
+        along = _dot(r, w) / divisor / divisor
+        across = torch.addcmul(r, w, -along)
+        left = _dot(across, w) / divisor / divisor  # what rounding has left along W
         length = norm_of(across)
         step = torch.where(length > 0, parts["sin"] * norm / length, 0)
-        return (parts["cos"] * w + step * across).to(weight.dtype)
+        return torch.addcmul(across * step, w, parts["cos"] - step * left).to(weight.dtype)
 
     def expected_angle(self, weight: Tensor) -> float:
         """Return `degrees`, or NaN if W is all zero."""
@@ -114,3 +115,7 @@ class Noise:
     def expected_angle(self, weight: Tensor) -> float:
         """Return arctan(level) in degrees, or NaN if W is all zero."""
         return math.degrees(math.atan(self.level)) if bool(weight.any()) else math.nan
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())

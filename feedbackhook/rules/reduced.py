@@ -86,7 +86,7 @@ class Quantized:
         if self.bits == 1:
             v = torch.sign(w) * w.abs().mean()
         else:
-            largest = w.abs().amax()
+            largest = torch.linalg.vector_norm(w, ord=math.inf)
             # The product first: it is exact for short numbers, so that ties do not depend on the format.
             v = torch.round(w * n / torch.where(largest > 0, largest, 1)) * (largest / n)
         return (v if self.scale is None else with_norm_of(w, v)).to(weight.dtype)

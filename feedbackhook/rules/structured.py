@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from feedbackhook.rng import CounterRNG
@@ -91,10 +90,8 @@ class Toeplitz:
 
     def feedback(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Put t on the diagonals of V."""
-        t, n = parts["t"], weight.shape[1]
-        m = t.shape[1] - n + 1
-        i, j = torch.arange(m, device=t.device), torch.arange(n, device=t.device)
-        return t[:, i.unsqueeze(1) - j + n - 1].reshape(weight.shape)
+        windows = parts["t"].flip(1).unfold(1, weight.shape[1], 1)  # the last row of V first
+        return windows.flip(1).movedim(-1, 2).reshape(weight.shape)
 
     def expected_angle(self, weight: Tensor) -> float:
         """Return 90 degrees."""
