@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,8 +16,8 @@ from feedbackhook.core.marks import mark_of
 from feedbackhook.core.projection import DirectRule, Projection
 from feedbackhook.handle import Patch
 from feedbackhook.names import nearest
-from feedbackhook.rules import AnyRule, Rule, check_layers, is_direct, make_rule
-from feedbackhook.selection import Selection, find_sites, find_targets, select
+from feedbackhook.rules import AnyRule, Rule, check_layers, exact_classifier, is_direct, make_rule, rule_name
+from feedbackhook.selection import Selection, classifier, find_sites, find_targets, select
 
 Mode = str | Mapping[str, str | Mapping[str, Any]]
 
@@ -41,12 +42,14 @@ def patch(
     Args:
         model: any module.
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
-            "RndF", "DFA", "sDFA", "DRTP" or a registered one (`register_rule`). Or a mapping from regular
-            expressions for full names to modes, or to dicts of `mode` and its options. The first match wins;
-            other layers stay exact.
+            "RndF", "FA", "uSF-SN", "uSF-init", "sign-symmetry", "angle", "noise", "sparse", "quantized",
+            "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP" or a registered one (`register_rule`). Or a
+            mapping from regular expressions for full names to modes, or to dicts of `mode` and its options. The
+            first match wins; other layers stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
-        exclude: layers to leave exact, in the same form; it wins over `include`.
+        exclude: layers to leave exact, in the same form; it wins over `include`. None is what the rule leaves
+            exact: the classifier for "sign-symmetry", nothing for the others; [] is nothing.
         seed: all random parts of V follow from it and from the layers' names.
         recompute: draw the random parts again for each error signal instead of keeping them. They take as
             much memory as the weights, or what `print(patch)` says for direct rules. V and B are the same;
@@ -73,7 +76,7 @@ def patch(
     sites = _sites(model, mode, options, make)
     if sites and (include is not None or exclude is not None):
         raise TypeError("include and exclude choose layers; with sites=, sites alone chooses the modules")
-    layers = [] if sites else _layers(_rules(model, mode, options, include, exclude), make)
+    layers = [] if sites else _layers(_chosen(model, mode, options, include, exclude), make)
     check_layers((layer.info, layer.feedback.rule) for layer in layers)
     for layer in layers:
         layer.try_feedback()  # any problem must show before anything is attached
@@ -165,6 +168,43 @@ def _rules(
             raise ValueError("a mapping of modes chooses layers; sites= needs a single mode for the model")
         rules = {**dict.fromkeys(select("mode", pattern, modules), rule), **rules}
     return [(target, rules[target.info.name]) for target in targets]
+
+
+def _chosen(
+    model: nn.Module,
+    mode: Mode,
+    options: Mapping[str, Any],
+    include: Selection | None,
+    exclude: Selection | None,
+) -> list[tuple[Target, AnyRule]]:
+    """Return the rule of each layer to patch, without those that their rules leave exact by default."""
+    rules = _rules(model, mode, options, include, exclude)
+    if exclude is None and (names := _exact_by_default(model, rules)):
+        rules = _rules(model, mode, options, include, "|".join(map(re.escape, names)))
+    return rules
+
+
+def _exact_by_default(model: nn.Module, rules: list[tuple[Target, AnyRule]]) -> list[str]:
+    """Return the layers that their rules leave exact.
+
+    Raises:
+        ValueError: the model has no classifier, or no other layer.
+    """
+    leaving = {target.info.name: rule_name(rule) for target, rule in rules if exact_classifier(rule)}
+    if not leaving:
+        return []
+    mode = next(iter(leaving.values()))
+    hint = "pass exclude=[] to patch every layer"
+    try:
+        names = [name for name in classifier(model) if name in leaving]
+    except ValueError as error:
+        raise ValueError(f"mode {mode!r} leaves the classifier exact, but {error}; {hint}") from error
+    if len(names) == len(rules):
+        shown = ", ".join(map(repr, names))
+        raise ValueError(
+            f"no layer is left to patch: mode {mode!r} leaves the classifier exact ({shown}); {hint}"
+        )
+    return names
 
 
 class _Feedbacks:

@@ -35,7 +35,7 @@ def find_targets(
     If `patterns` is given (the keys of a mapping of modes), the full name must also match one of them.
 
     A string is a regular expression that must match the full name. A list holds full names, name suffixes
-    (`"fc"` also selects `"block.fc"`) or module types. `exclude` wins over `include`.
+    (`"fc"` also selects `"block.fc"`) or module types. `exclude` wins over `include`; [] excludes nothing.
 
     Raises:
         ValueError: there is nothing to patch, a selection has no effect, or a patched layer would share its
@@ -49,7 +49,7 @@ def find_targets(
     modules = {name: place.module for name, place in candidates.items()}
     included = set(modules) if include is None else select("include", include, modules)
     excluded = set() if exclude is None else select("exclude", exclude, modules)
-    if exclude is not None and not excluded & included:
+    if exclude not in (None, [], ()) and not excluded & included:
         raise ValueError(f"exclude={_show(exclude)} has no effect: it matches no layer that include selects")
     chosen = [name for name in modules if name in included and name not in excluded]
     if patterns is not None:

@@ -15,6 +15,7 @@ from support.oracle import (
     swapped_saved_tensors,
 )
 from support.problems import Net, draw, layer_names, mlp, patched_copy, random_feedback, redrawn
+from support.rules import EVERY_RULE, PATCH_ALL
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +32,6 @@ ANGLES = [
 WEIGHT_METRICS = {"weight_angle", "sign_agreement", "norm_ratio"}
 NETWORK_METRICS = {*WEIGHT_METRICS, "gradient_angle"}
 METRICS = {*NETWORK_METRICS, "error_angle"}
-EVERY_RULE = ["symmetric", "sign", "random", "uSF", "NuSF", "frSF", "brSF", "RndF"]
 
 
 def by_hand(a: Tensor, b: Tensor) -> float:
@@ -212,7 +212,8 @@ def test_symmetric_feedback_has_no_angle_at_all():
 def test_the_last_layers_gradient_is_backprops_under_every_rule(mode):
     """No feedback weight lies between it and the loss."""
     model, x = mlp(), draw(3, 4)
-    rows = feedbackhook.measure(feedbackhook.patch(model, mode), probe(model(x)))
+    patch = feedbackhook.patch(model, mode, **EVERY_RULE[mode], **PATCH_ALL)
+    rows = feedbackhook.measure(patch, probe(model(x)))
     angles = values(rows, "gradient_angle")
     assert angles["4"] == 0
     assert (angles["0"] == 0) == (mode == "symmetric")

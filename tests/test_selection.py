@@ -47,8 +47,8 @@ def test_selections(selection, expected):
 def test_what_a_rule_may_know_of_a_layer():
     infos = {target.info.name: target.info for target in find_targets(network())}
     assert infos["stem"] == LayerInfo("stem", "Conv2d", (8, 3, 3, 3), 27)
-    assert infos["block.0"] == LayerInfo("block.0", "Conv2d", (8, 2, 3, 3), 18)
-    assert infos["up"] == LayerInfo("up", "ConvTranspose2d", (16, 4, 2, 4), 8 * 8)
+    assert infos["block.0"] == LayerInfo("block.0", "Conv2d", (8, 2, 3, 3), 18, 4)
+    assert infos["up"] == LayerInfo("up", "ConvTranspose2d", (16, 4, 2, 4), 8 * 8, 2)
     assert infos["head.fc"] == LayerInfo("head.fc", "Linear", (5, 8), 8)
 
 

@@ -27,6 +27,8 @@ KINDS: tuple[type[nn.Module], ...] = (
 transformers, the linear layer of GPT-2 with a transposed weight, can be patched too. In attention, this
 covers the query, key and value projections; the output projection is an `nn.Linear` inside it."""
 
+_CONVOLUTIONS = tuple(kind for kind in KINDS if kind.__name__.startswith("Conv"))
+
 FUSED: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
 """Layers that compute in one fused call, inside which no error signal can be rerouted."""
 
@@ -41,12 +43,15 @@ class LayerInfo:
         shape: shape of the weight.
         fan_in: number of weights that feed one output unit. (For a transposed convolution: one output unit
             at stride 1.)
+        groups: number of groups of a convolution, whose blocks follow each other along the weight's first
+            dimension; 1 for other layers.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     fan_in: int
+    groups: int = 1
 
 
 class Place(NamedTuple):
@@ -151,13 +156,14 @@ def describe_layer(name: str, place: Place) -> LayerInfo:
     if weight.is_complex():
         raise TypeError(f"the weight of {name!r} is complex; feedback is defined only for real weights")
     shape = tuple(weight.shape)
+    groups = int(getattr(module, "groups", 1)) if issubclass(kind, _CONVOLUTIONS) else 1
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-        fan_in = shape[0] // int(module.groups) * math.prod(shape[2:])  # type: ignore[arg-type]
+        fan_in = shape[0] // groups * math.prod(shape[2:])
     elif kind.__name__ == "Conv1D":
         fan_in = shape[0]
     else:
         fan_in = math.prod(shape[1:])
-    return LayerInfo(name, kind.__name__, shape, fan_in)
+    return LayerInfo(name, kind.__name__, shape, fan_in, groups)
 
 
 def full_shape(module: nn.Module) -> tuple[int, ...] | None:

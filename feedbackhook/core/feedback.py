@@ -21,6 +21,8 @@ class Rule(Protocol):
 
     - a field `redraw`: "never" (the default), or "update" to draw new random parts after each optimizer step
       that updates W;
+    - a class attribute `exact_classifier`: True leaves the classifier exact, unless `patch` is given an
+      `exclude`;
     - a method `check(layers)` that raises ValueError before anything is attached;
     - a method `expected_angle(weight)`: the angle in degrees between V and this W that follows from the
       rule's definition as long as the random parts are independent of W, as they are at the start.

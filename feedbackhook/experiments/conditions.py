@@ -1,25 +1,29 @@
-"""Conditions: short names for feedback, concordance, normalization, update and frozen part of a run.
+"""Conditions: short names for feedback, its options, normalization, update and frozen part of a run.
 
-    NAME   = TERM ("+" TERM)* [" concordance=" NUMBER] [" Top" | " Bottom"]
+    NAME   = TERM ("+" TERM)* (" " OPTION "=" VALUE)* [" Top" | " Bottom"]
     TERM   = "SGD" | FEEDBACK | "BN" | "BM" [SETTING]
 
-`SGD` is backprop with plain SGD; FEEDBACK is a rule made known by :func:`register_feedback`; SETTING is the
-variant of Batch Manhattan, 0 to 3, by default 1. Every combination is a condition. Concordance is the
-probability that feedback and feedforward weights have the same sign. Gradients are summed over the
-mini-batch.
+`SGD` is backprop with plain SGD; FEEDBACK is a rule made known by :func:`register_feedback`, OPTION one of
+its options (`brSF+BN+BM concordance=0.75`, `angle degrees=45`); SETTING is the variant of Batch Manhattan, 0
+to 3, by default 1. Every combination is a condition. Gradients are summed over the mini-batch.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from feedbackhook.experiments.config import ConfigError, Frozen, ProtocolConfig, RunConfig
 from feedbackhook.names import nearest
+from feedbackhook.rules import make_rule, rule_values
 
-_FEEDBACK: dict[str, bool] = {}  # whether each takes a concordance
+Option = int | float | str | None
+"""The value of an option in the name of a condition."""
+
+_FEEDBACK: dict[str, tuple[str, ...]] = {}  # the options that a name may give for each
 _PROCEDURES: dict[Condition, list[Procedure]] = {}
 _DECIDED = (
     ("feedback", "mode"),
@@ -38,7 +42,7 @@ class Condition:
 
     Args:
         feedback: the rule; None is backprop.
-        concordance: probability, 0 to 1, of the same sign, for rules that take one; None: not in the name.
+        options: those of the rule that the name gives, and their values.
         batch_norm: Batch Normalization, with a learnable scale and shift for backprop, without for feedback
             weights.
         manhattan: the setting of Batch Manhattan, 0 to 3; None is SGD.
@@ -47,7 +51,7 @@ class Condition:
     """
 
     feedback: str | None = None
-    concordance: float | None = None
+    options: tuple[tuple[str, Option], ...] = ()
     batch_norm: bool = False
     manhattan: int | None = None
     setting_explicit: bool = False
@@ -69,9 +73,21 @@ class Condition:
                 fields[key] = value
         if "SGD" in terms.split("+") and terms != "SGD":
             raise ConfigError(f"condition {name!r}: SGD stands alone")
+        rule = str(fields.get("feedback", ""))
+        options: dict[str, Option] = {}
         for word in rest:
-            fields |= _word(name, word, fields)
-        return cls(**fields)  # type: ignore[arg-type]
+            key, value = _word(name, word, rule)
+            place, what = (options, key) if key else (fields, "frozen")
+            if what in place:
+                raise ConfigError(f"condition {name!r} says twice what {what} is")
+            place[what] = value
+        _check_options(name, rule, options)
+        given = tuple((key, options[key]) for key in _FEEDBACK.get(rule, ()) if key in options)
+        return cls(**fields, options=given)  # type: ignore[arg-type]
+
+    def without(self, option: str) -> Condition:
+        """Return the condition whose name does not give this option."""
+        return replace(self, options=tuple((key, value) for key, value in self.options if key != option))
 
     @property
     def name(self) -> str:
@@ -81,8 +97,8 @@ class Condition:
             update = f"BM{self.manhattan if self.setting_explicit or self.manhattan != 1 else ''}"
         terms = [term for term in (self.feedback, "BN" if self.batch_norm else None, update) if term]
         words = ["+".join(terms) or "SGD"]
-        if self.concordance is not None:
-            words.append(f"concordance={self.concordance:.15g}")
+        for key, value in self.options:
+            words.append(f"{key}={value:.15g}" if isinstance(value, float) else f"{key}={value}")
         return " ".join([*words, self.frozen] if self.frozen else words)
 
     def configure(self, config: RunConfig) -> RunConfig:
@@ -94,13 +110,12 @@ class Condition:
         norm: Literal["none", "paper", "affine"] = "none"
         if self.batch_norm:
             norm = "affine" if self.feedback is None else "paper"
-        options = {} if self.concordance is None else {"concordance": self.concordance}
         optimizer = replace(config.optimizer, name="sgd", setting=1)
         if self.manhattan is not None:
             optimizer = replace(config.optimizer, name="batch_manhattan", setting=self.manhattan)
         configured = replace(
             config,
-            feedback=replace(config.feedback, mode=self.feedback, options=options),
+            feedback=replace(config.feedback, mode=self.feedback, options=dict(self.options)),
             model=replace(config.model, batch_norm=norm, frozen=self.frozen),
             optimizer=optimizer,
             protocol=replace(config.protocol, reduction="sum"),
@@ -138,14 +153,14 @@ class Procedure:
         return not protocol.batch_sizes and all(epoch < protocol.epochs for epoch in self.batch_sizes)
 
 
-def register_feedback(rule: str, concordance: bool = False) -> None:
+def register_feedback(rule: str, *options: str) -> None:
     """Make a rule known as a term of the names of conditions.
 
     Args:
         rule: a mode of :func:`feedbackhook.patch`.
-        concordance: whether the name of a condition may give its option `concordance`.
+        options: those of its options that the name of a condition may give.
     """
-    _FEEDBACK[rule] = concordance
+    _FEEDBACK[rule] = options
 
 
 def register_procedure(condition: str, procedure: Procedure) -> None:
@@ -192,20 +207,41 @@ def _term(name: str, term: str) -> dict[str, object]:
     )
 
 
-def _word(name: str, word: str, fields: dict[str, object]) -> dict[str, object]:
+def _word(name: str, word: str, rule: str) -> tuple[str, Option]:
+    """Return an option and its value; the frozen part has no option's name."""
     if word in get_args(Frozen):
-        return {"frozen": word}
-    key, _, value = word.partition("=")
-    if key != "concordance":
-        near = nearest(key, ("concordance=", *get_args(Frozen)))
-        raise ConfigError(f"condition {name!r}: {word!r} is not concordance=NUMBER, Top or Bottom{near}")
-    if not _FEEDBACK.get(str(fields.get("feedback"))):
-        rules = [rule for rule, has_concordance in _FEEDBACK.items() if has_concordance]
-        raise ConfigError(f"condition {name!r}: only {' and '.join(rules)} have a concordance: remove it")
+        return "", word
+    key, is_given, text = word.partition("=")
+    taken = _FEEDBACK.get(rule, ())
+    if not is_given or key not in taken:
+        takers = [other for other, options in _FEEDBACK.items() if key in options]
+        if is_given and takers:
+            who = f"{', '.join(takers[:-1])} and {takers[-1]} take" if takers[1:] else f"{takers[0]} takes"
+            raise ConfigError(f"condition {name!r}: only {who} the option {key}: remove it")
+        words = [*(f"{option}=VALUE" for option in taken), *get_args(Frozen)]
+        near = nearest(key, [*(f"{option}=" for option in taken), *get_args(Frozen)])
+        raise ConfigError(f"condition {name!r}: {word!r} is not {', '.join(words[:-1])} or {words[-1]}{near}")
+    return key, _value(text)
+
+
+def _value(text: str) -> Option:
+    """Return what a word of a name stands for: a number, None, or itself."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return None if text == "None" else text
+
+
+def _check_options(name: str, rule: str, options: dict[str, Option]) -> None:
+    """Raise a ConfigError if the rule does not take these values. A whole number becomes a float where the
+    rule's default is one."""
+    if not options:
+        return
     try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 1:
-        raise ConfigError(f"condition {name!r}: concordance must be a number from 0 to 1, not {value!r}")
-    return {"concordance": number}
+        defaults = rule_values(make_rule(rule, {}))
+        for key, value in options.items():
+            if isinstance(value, int) and isinstance(defaults.get(key), float):
+                options[key] = float(value)
+        make_rule(rule, options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"condition {name!r}: {error}") from error

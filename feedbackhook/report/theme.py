@@ -41,6 +41,17 @@ RULES: Mapping[str, Look] = {
     "DFA": Look("#8c6ce0", "p"),
     "sDFA": Look("#8c6ce0", "h", (4, 2)),
     "DRTP": Look("#b0624a", "d"),
+    "FA": Look("#56b4e9", "h"),
+    "uSF-SN": Look("#0072b2", "<", (6, 2, 1, 2)),
+    "uSF-init": Look("#56b4e9", ">", (1, 1)),
+    "sign-symmetry": Look("#009e73", "d", (4, 2)),
+    "angle": Look("#e69f00", "^", (4, 2)),
+    "noise": Look("#a69b00", "v", (1, 1)),
+    "sparse": Look("#d55e00", "o", (6, 2, 1, 2)),
+    "quantized": Look("#009e73", "8", (6, 2, 1, 2)),
+    "low_rank": Look("#cc79a7", "D", (8, 2, 1, 2, 1, 2)),
+    "toeplitz": Look("#cc79a7", "P", (6, 2, 1, 2)),
+    "svd": Look("#0072b2", "*", (4, 2)),
 }
 
 

@@ -17,6 +17,7 @@ from feedbackhook.rules.registry import (
     changed,
     check_layers,
     describe,
+    exact_classifier,
     expected_angle,
     follow,
     is_direct,
@@ -41,33 +42,54 @@ from feedbackhook.rules.liao2016 import (
     UniformSign,
 )
 from feedbackhook.rules.direct import DirectFeedback, DirectTargets, SignDirectFeedback
+from feedbackhook.rules.initialization import FeedbackAlignment, Initialization, initial_distribution
+from feedbackhook.rules.moskovitz2018 import InitialMagnitudeSign, StrictNormSign
+from feedbackhook.rules.xiao2019 import SignSymmetry
+from feedbackhook.rules.mixed import Angle, Noise
+from feedbackhook.rules.reduced import Quantized, Sparse
+from feedbackhook.rules.structured import LowRank, Toeplitz
+from feedbackhook.rules.spectral import Spectrum
 
 # isort: on
 
 __all__ = [
     "FIXED",
     "RULES",
+    "Angle",
     "AnyRule",
     "BatchwiseRandomSign",
     "DirectFeedback",
     "DirectTargets",
+    "FeedbackAlignment",
     "FixedRandomSign",
     "Given",
+    "InitialMagnitudeSign",
+    "Initialization",
+    "LowRank",
     "Magnitude",
+    "Noise",
     "NormalizedUniformSign",
+    "Quantized",
     "Random",
     "RandomFeedback",
     "Redraw",
     "Rule",
     "Sign",
     "SignDirectFeedback",
+    "SignSymmetry",
+    "Sparse",
+    "Spectrum",
+    "StrictNormSign",
     "Symmetric",
+    "Toeplitz",
     "UniformSign",
     "changed",
     "check_layers",
     "describe",
+    "exact_classifier",
     "expected_angle",
     "follow",
+    "initial_distribution",
     "is_direct",
     "make_rule",
     "redrawn_by_updates",

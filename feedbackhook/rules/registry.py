@@ -153,6 +153,11 @@ def check_layers(rules: Iterable[tuple[LayerInfo, AnyRule]]) -> None:
             check(infos)
 
 
+def exact_classifier(rule: AnyRule) -> bool:
+    """Whether the rule leaves the classifier exact, unless `exclude` says which layers are."""
+    return bool(getattr(rule, "exact_classifier", False))
+
+
 def expected_angle(rule: AnyRule, weight: Tensor) -> float | None:
     """Return the angle between V and W, in degrees, that follows from the rule's definition, or None if the
     rule does not define one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules.options import Magnitude, Redraw, Scale, check_choice, check_number
 from feedbackhook.rules.registry import register_rule
+from feedbackhook.rules.tensors import norm_of
 
 
 @register_rule("sign")
@@ -64,8 +65,8 @@ class Sign:
         if "M o S" in parts:
             v.mul_(parts["M o S"])
         if self.scale == "norm":
-            norm = _norm(v)
-            v.mul_(torch.where(norm > 0, _norm(weight) / norm, norm).to(v.dtype))
+            norm = norm_of(v)
+            v.mul_(torch.where(norm > 0, norm_of(weight) / norm, norm).to(v.dtype))
         elif self.scale is not None:
             v.mul_(parts["scale"] if self.scale == "fan_in" else self.scale)
         return v
@@ -77,20 +78,24 @@ class Sign:
         With c the concordance, the cosine is (2c - 1) times E(M) / sqrt(E(M^2)) = sqrt(3)/2 for random
         magnitudes, times mean(|W|) / sqrt(mean(W^2)) unless M is |W|.
         """
-        w = weight.detach().cpu().abs().double()
-        w = w[w != 0]
-        if not w.numel() or self.scale == 0:
+        if self.scale == 0:
             return math.nan
-        cosine = 2 * self.concordance - 1
+        of_magnitudes = math.sqrt(3) / 2 if self.magnitude == "random" else 1.0
+        factor = (2 * self.concordance - 1) * of_magnitudes
         if self.magnitude != "weight":
-            cosine *= float(w.mean() / w.square().mean().sqrt())
-        if self.magnitude == "random":
-            cosine *= math.sqrt(3) / 2
-        return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+            return angle_of_signs(weight, factor)
+        return math.degrees(math.acos(factor)) if bool(weight.any()) else math.nan
 
 
-def _norm(x: Tensor) -> Tensor:
-    """Return the Frobenius norm, summed in float32 or better."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=dtype)
-    return norm
+def angle_of_signs(weight: Tensor, factor: float = 1.0) -> float:
+    """Return the angle in degrees between W and a V with its signs and with magnitudes that do not depend on
+    it; NaN if W is all zero.
+
+    Its cosine is `factor` times mean(abs(W)) / sqrt(mean(W^2)), over the nonzero entries of W.
+    """
+    w = weight.detach().cpu().abs().double()
+    w = w[w != 0]
+    if not w.numel():
+        return math.nan
+    cosine = factor * float(w.mean() / w.square().mean().sqrt())
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))

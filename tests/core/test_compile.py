@@ -35,6 +35,7 @@ from support.problems import (
     random_feedback,
     redrawn,
 )
+from support.rules import INEXACT, PATCH_ALL
 from torch import Tensor, nn
 
 import feedbackhook
@@ -336,11 +337,9 @@ def assert_step_matches_oracle(
 
 
 RULES = {
-    "uSF": {},
-    "NuSF": {},
+    **INEXACT,
     "frSF": {"concordance": 0.5},
     "brSF": {"concordance": 0.5},
-    "RndF": {},
     "sign": {"concordance": 0.7},
     "random": {"redraw": "update"},
 }
@@ -350,17 +349,17 @@ RULES = {
 @pytest.mark.parametrize(
     ("mode", "backend", "recompute"),
     [(mode, backend, False) for mode in RULES for backend in ("aot_eager", "inductor")]
-    + [("frSF", "inductor", True), ("RndF", "inductor", True)],
+    + [("frSF", "inductor", True), ("RndF", "inductor", True), ("low_rank", "inductor", True)],
 )
 def test_every_rule_over_optimizer_steps(mode, backend, recompute):
     """brSF redraws after each step, and the compiled code is made once for all of them."""
     plain, x = mlp(), draw(3, 4)
-    model, twin = copy.deepcopy(plain), eager_twin(plain, mode, **RULES[mode])
-    feedbackhook.patch(model, mode, recompute=recompute, **RULES[mode])
+    model, twin = copy.deepcopy(plain), eager_twin(plain, mode, **RULES[mode], **PATCH_ALL)
+    feedbackhook.patch(model, mode, recompute=recompute, **RULES[mode], **PATCH_ALL)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (model, twin)]
     step = compiled_step(model, backend)
     # Inductor's inverse error function differs from the eager one by float32's rounding.
-    drawn_twice = mode == "random" or (mode == "RndF" and recompute)
+    drawn_twice = mode == "random" or (mode in ("RndF", "low_rank") and recompute)
     tolerance = bounds.HALF_OF_FLOAT32 if drawn_twice else bounds.HALF_OF_FLOAT64
     torch._dynamo.utils.counters.clear()
     for _ in range(4):
@@ -372,17 +371,23 @@ def test_every_rule_over_optimizer_steps(mode, backend, recompute):
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("mode", ["frSF", "brSF", "sign"])
-def test_set_and_redraw_reach_compiled_code(mode):
-    """A schedule of more concordances than dynamo's limit on recompilation, which would raise."""
+@pytest.mark.parametrize(
+    ("mode", "option", "unit"),
+    [
+        *((mode, "concordance", 1.0) for mode in ("frSF", "brSF", "sign")),
+        *(("angle", "degrees", 90.0), ("sparse", "share", 1.0), ("quantized", "bits", None)),
+    ],
+)
+def test_set_and_redraw_reach_compiled_code(mode, option, unit):
+    """A schedule of more values than dynamo's limit on recompilation, which would raise."""
     plain, x = mlp(), draw(3, 4)
     model, twin = copy.deepcopy(plain), eager_twin(plain, mode)
     feedbackhook.patch(model, mode)
     step = compiled_step(model, "aot_eager")
     seen = []
-    for concordance in [1.0] + [0.9 - 0.05 * i for i in range(12)]:
+    for i in range(13):
         for net in (model, twin):
-            feedbackhook.get_patch(net).set(concordance=concordance)
+            feedbackhook.get_patch(net).set(**{option: 3 + i if unit is None else unit * (1 - 0.05 * i)})
         assert_step_matches_oracle(step, model, twin, plain, x)
         for net in (model, twin):
             feedbackhook.get_patch(net).redraw()

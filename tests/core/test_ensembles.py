@@ -17,13 +17,12 @@ from support.oracle import (
     read_gradients,
 )
 from support.problems import MLP_UPSTREAM, Net, draw, mlp, patched_copy, redrawn
+from support.rules import EVERY_RULE
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 import feedbackhook
 from feedbackhook.core import torch_internals
-
-RULES = ("symmetric", "random", "sign", "uSF", "NuSF", "brSF", "frSF")
 
 
 def small() -> nn.Sequential:
@@ -42,18 +41,18 @@ NETWORKS = {"linear layers": (small, (3, 4)), "convolutions": (convolutions, (2,
 
 def member(plain: nn.Module, rule: str, recompute: bool = False) -> nn.Module:
     twin = copy.deepcopy(plain)
-    feedbackhook.patch(twin, rule, recompute=recompute)
+    feedbackhook.patch(twin, rule, recompute=recompute, **EVERY_RULE[rule])
     return twin
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["parts kept", "parts recomputed"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE)
 @pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
 def test_each_member_of_an_ensemble_learns_as_it_does_alone(build, shape, rule, recompute):
     members, x = [redrawn(build(), seed) for seed in range(3)], draw(*shape)
     parameters, buffers = stack_module_state(members)
     base = copy.deepcopy(members[0]).to("meta")
-    feedbackhook.patch(base, rule, recompute=recompute)
+    feedbackhook.patch(base, rule, recompute=recompute, **EVERY_RULE[rule])
 
     def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         return functional_call(base, (parameters, buffers), (x,))
@@ -83,6 +82,8 @@ def assert_parts_belong_to_no_transform(patch: feedbackhook.Patch) -> None:
         ("brSF", {}),
         ("frSF", {"concordance": 0.7}),
         ("sign", {"magnitude": "weight", "concordance": 0.7}),
+        ("angle", {"degrees": 70}),
+        ("svd", {"power": -1}),
     ],
     ids=str,
 )

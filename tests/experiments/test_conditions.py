@@ -38,7 +38,15 @@ def test_the_paper_has_39_names():
     assert len(PAPER) == len(set(PAPER)) == 39
 
 
-@pytest.mark.parametrize("name", [*PAPER, "NuSF+BN+BM2 Top", "frSF concordance=0.3 Bottom", "brSF+BM0"])
+OTHERS = [
+    *("NuSF+BN+BM2 Top", "frSF concordance=0.3 Bottom", "brSF+BM0"),
+    *("FA", "uSF-SN+BN", "uSF-init+BM", "sign-symmetry+BN+BM Top", "toeplitz", "FA init=kaiming_normal"),
+    *("angle degrees=22.5", "angle+BN degrees=45 redraw=update Bottom", "noise level=0.5 scale=None"),
+    *("sparse share=0.01", "quantized bits=1", "low_rank rank=4 std=0.1", "svd power=-0.5 rank=8"),
+]
+
+
+@pytest.mark.parametrize("name", [*PAPER, *OTHERS])
 def test_a_name_is_parsed_and_written_again(name):
     assert Condition.parse(name).name == name
 
@@ -54,6 +62,10 @@ def test_a_name_is_parsed_and_written_again(name):
         ("uSF+BN", ("uSF", {}, "paper", None, "sgd", 1)),
         ("brSF+BN+BM concordance=0.25", ("brSF", {"concordance": 0.25}, "paper", None, "batch_manhattan", 1)),
         ("uSF+BN+BM3", ("uSF", {}, "paper", None, "batch_manhattan", 3)),
+        ("angle+BN degrees=45", ("angle", {"degrees": 45.0}, "paper", None, "sgd", 1)),
+        ("uSF-SN+BM", ("uSF-SN", {}, "none", None, "batch_manhattan", 1)),
+        ("svd power=-1 rank=8", ("svd", {"power": -1.0, "rank": 8}, "none", None, "sgd", 1)),
+        ("noise scale=None", ("noise", {"scale": None}, "none", None, "sgd", 1)),
         ("RndF Top", ("RndF", {}, "none", "Top", "sgd", 1)),
         ("SGD Bottom", (None, {}, "none", "Bottom", "sgd", 1)),
     ],
@@ -70,17 +82,28 @@ def test_what_a_condition_decides(name, decided):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("uSf", "'uSf' is not a term of a condition; did you mean 'uSF' or 'NuSF'\\? The terms are SGD, uSF"),
+        ("uSf", "'uSf' is not a term of a condition; did you mean 'uSF', 'NuSF' or 'uSF-SN'\\?"),
         ("brsf+BN+BM", "'brsf' is not a term of a condition; did you mean 'brSF' or 'frSF'\\?"),
         ("uSF+qqq", "'qqq' is not a term of a condition\\. The terms are SGD"),
         ("brSF concordnace=0.5", "Top or Bottom; did you mean 'concordance='\\?"),
         ("BM4", "'BM4' is not a term of a condition; did you mean 'BM"),
         ("uSF+RndF", "says twice what feedback is"),
         ("SGD+BN", "SGD stands alone"),
-        ("uSF concordance=0.5", "only brSF and frSF have a concordance"),
-        ("brSF concordance=1.5", "a number from 0 to 1, not '1.5'"),
-        ("brSF concordance=x", "not 'x'"),
-        ("SGD Middle", "is not concordance=NUMBER, Top or Bottom"),
+        ("uSF concordance=0.5", "only brSF and frSF take the option concordance: remove it"),
+        ("brSF concordance=1.5", "concordance must be from 0 to 1, not 1.5"),
+        ("brSF concordance=x", "concordance must be a number, not 'x'"),
+        ("brSF concordance=nan", "concordance must be from 0 to 1, not nan"),
+        ("brSF concordance=0.5 concordance=0.7", "says twice what concordance is"),
+        ("SGD Top Bottom", "says twice what frozen is"),
+        ("SGD Middle", "'Middle' is not Top or Bottom"),
+        ("brSF Middle", "'Middle' is not concordance=VALUE, Top or Bottom"),
+        ("SGD degrees=45", "only angle takes the option degrees: remove it"),
+        ("uSF-SM", "'uSF-SM' is not a term of a condition; did you mean 'uSF-SN'"),
+        ("angle degree=45", "'degree=45' is not degrees=VALUE, .* did you mean 'degrees='"),
+        ("angle degrees", "'degrees' is not degrees=VALUE, .* did you mean 'degrees='"),
+        ("angle degrees=200", "degrees must be from 0 to 180, not 200"),
+        ("low_rank rank=2.5", "rank must be a whole number, not 2.5"),
+        ("FA init=xavier", "init must be one of 'layer', 'kaiming_uniform'"),
         ("", "''"),
     ],
 )

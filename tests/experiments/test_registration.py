@@ -98,8 +98,10 @@ def test_a_network_is_built_by_its_name_with_its_options() -> None:
 
 def test_a_rule_becomes_a_term_of_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditions, "_FEEDBACK", dict(conditions._FEEDBACK))
-    register_feedback("tensor", concordance=True)
-    assert Condition.parse("tensor+BN concordance=0.5").feedback == "tensor"
+    register_feedback("sign", "concordance", "magnitude")
+    found = Condition.parse("sign+BN magnitude=weight concordance=0.5")
+    assert (found.feedback, found.options) == ("sign", (("concordance", 0.5), ("magnitude", "weight")))
+    assert found.name == "sign+BN concordance=0.5 magnitude=weight"
 
 
 def test_a_procedure_trains_its_condition_alone_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 import feedbackhook
 from feedbackhook import CounterRNG, LayerInfo
 
-BY_HASH_ALONE = ["uSF", "NuSF", "frSF", "brSF"]
+BY_HASH_ALONE = ["uSF", "NuSF", "frSF", "brSF", "FA", "sign-symmetry"]
 """Rules whose V has only the hash's uniform numbers, products and signs, but no sum and no inverse error
 function."""
-NORMAL = ["random", "RndF"]
+WITH_SUMS = ["sign", "uSF-SN", "sparse", "quantized", "svd"]
+"""Rules with a sum, but no inverse error function."""
+NORMAL = [mode for mode in RULES if mode not in ("symmetric", "tensor", *BY_HASH_ALONE, *WITH_SUMS)]
 
 
 LAYER = LayerInfo("block.fc", "Linear", (700, 1000), 1000)
@@ -70,13 +72,13 @@ def test_v_is_that_of_the_cpu_in_every_bit(mode, dtype, moving):
         on_cpu.redraw()
 
 
-@pytest.mark.parametrize("mode", ["sign", *NORMAL])
+@pytest.mark.parametrize("mode", [*WITH_SUMS, *NORMAL])
 def test_v_with_a_sum_or_a_normal_draw_in_it_is_that_of_the_cpu_to_rounding(mode):
     """The GPU sums the norm of W in a different order; of the normal draws, the few largest differ most."""
     plain = redrawn(Net())
     _, patch = moved(plain, mode, **RULES[mode])
     on_cpu = feedbackhook.patch(plain, mode, **RULES[mode])
-    tolerance = bounds.HALF_OF_FLOAT64 if mode == "sign" else bounds.HALF_OF_FLOAT32
+    tolerance = bounds.HALF_OF_FLOAT64 if mode in WITH_SUMS else bounds.HALF_OF_FLOAT32
     for name, v in feedback_of(patch).items():
         assert (v - on_cpu.feedback(name)).norm() <= tolerance * v.norm(), name
 

@@ -41,6 +41,40 @@ def test_rules_that_share_a_color_differ_in_marker_or_dashes() -> None:
         assert np.abs(difference).sum() > 0.3
 
 
+# Machado, Oliveira and Fernandes (2009): what a reader without one kind of cone sees, in linear RGB.
+VISION = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}  # fmt: skip
+XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+ROUND = {"8": "o", "h": "o", "p": "o"}  # polygons that look like a dot when small
+APART = 15.0  # in CIELAB, of which 2.3 are just noticed: seen at the width of a line
+DRAWN_BEFORE = {"backprop", "symmetric", "sign", "random", "tensor", "RndF", "uSF", "NuSF", "brSF", "frSF"}
+
+
+def lab(color: str, vision: str) -> np.ndarray:
+    """CIELAB, under daylight (D65), of what a reader sees."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    seen = np.clip(np.asarray(VISION[vision]) @ linear, 0, 1)
+    x, y, z = np.cbrt(XYZ @ seen / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_color_blind_readers_tell_rules_apart_by_marker_and_by_dashes(vision: str) -> None:
+    for first, second in itertools.combinations(theme.RULES, 2):
+        a, b = theme.look(first), theme.look(second)
+        alike = np.linalg.norm(lab(a.color, vision) - lab(b.color, vision)) < APART
+        same_marker = ROUND.get(a.marker, a.marker) == ROUND.get(b.marker, b.marker)
+        if alike and not {first, second} <= DRAWN_BEFORE:
+            assert not same_marker, (first, second)
+            assert a.dashes != b.dashes, (first, second)
+        elif alike:
+            assert not same_marker or a.dashes != b.dashes, (first, second)
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_and_lines_stand_out_from_the_ground(dark: bool) -> None:
     with theme.use(dark=dark), theme.style():

@@ -6,20 +6,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.bounds import ROUNDING, of_angle, of_mean, of_share, of_std
+from support.rules import EVERY_RULE
 from torch import nn
 
 import feedbackhook
 from feedbackhook import LayerInfo
 from feedbackhook.core.feedback import Feedback
-from feedbackhook.rules import RULES, describe, expected_angle, make_rule, rule_name, rule_values
+from feedbackhook.rules import describe, expected_angle, make_rule, rule_name, rule_values
 
 N = 1200
 INFO = LayerInfo("fc", "Linear", (N, N), N)
-MODES = [
-    mode
-    for mode, rule in RULES.items()
-    if rule.__module__.startswith("feedbackhook.") and hasattr(rule, "feedback")  # direct rules have no V
-]
+WITH_SUMS = {"uSF-SN", "angle", "noise", "sparse", "quantized", "low_rank", "svd"}
 
 
 def feedback_of(weight, mode, **options):
@@ -141,15 +138,20 @@ def test_changing_the_concordance_keeps_the_magnitudes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "tensor"])
+@pytest.mark.parametrize("mode", EVERY_RULE)
 def test_v_has_the_dtype_of_the_weight_and_does_not_depend_on_it_else(mode, dtype):
     w = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
-    v = feedback_of(w, mode)(w.to(dtype))
+    if mode == "quantized":  # which jumps where rounding moves a weight across a threshold
+        w = w.mul(32).round().div(32)  # seven bits, which every format has
+    v, wanted = feedback_of(w, mode)(w.to(dtype)), feedback_of(w, mode)(w)
     assert v.dtype == dtype
     assert torch.isfinite(v).all()
     # W, its parts, the scale and their product are rounded; what underflows in float16 is below 2^-24
     rounding = max(ROUNDING[str(dtype).removeprefix("torch.")], ROUNDING["float32"])
-    torch.testing.assert_close(v.float(), feedback_of(w, mode)(w), rtol=4 * rounding, atol=2.0**-24)
+    rtol, atol = 4 * rounding, 2.0**-24
+    if mode in WITH_SUMS:  # in which parts of both signs cancel, or a norm of many squares
+        rtol, atol = 0.0, 16 * rounding * float(wanted.abs().max())
+    torch.testing.assert_close(v.float(), wanted, rtol=rtol, atol=atol)
 
 
 def test_given_tensors_are_the_feedback():
@@ -157,12 +159,13 @@ def test_given_tensors_are_the_feedback():
     assert torch.equal(feedback_of(w, "tensor", feedback={"fc": v})(w), v)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "tensor"])
+@pytest.mark.parametrize("mode", EVERY_RULE)
 def test_a_rule_can_be_written_down_and_made_again(mode):
-    rule = make_rule(mode, {})
+    rule = make_rule(mode, EVERY_RULE[mode])
     assert rule_name(rule) == mode
     assert make_rule(mode, rule_values(rule)) == rule
-    assert describe(rule) == mode
+    assert describe(rule).partition("(")[0] == mode
+    assert EVERY_RULE[mode] or describe(rule) == mode
 
 
 def test_a_description_shows_what_differs_from_the_defaults():

@@ -26,22 +26,20 @@ from support.oracle import (
     distances,
 )
 from support.problems import draw, layer_names, redrawn
+from support.rules import EVERY_RULE
 
 DEVICE = os.environ.get("FEEDBACKHOOK_TEST_DEVICE", "cuda")
 ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="is about a GPU only")
 
 RULES = {
-    "symmetric": {},
+    **EVERY_RULE,
+    "tensor": {},
     "sign": {"concordance": 0.7},
     "random": {"redraw": "update"},
-    "tensor": {},
-    "uSF": {},
-    "NuSF": {},
     "frSF": {"concordance": 0.5},
     "brSF": {"concordance": 0.75},
-    "RndF": {},
 }
-"""Every built-in rule, with the options to test it with."""
+"""Every built-in rule whose V is a function of W, with the options to test it with."""
 
 
 def moved(plain: nn.Module, mode: str = "tensor", **options) -> tuple[nn.Module, Patch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -78,11 +78,11 @@ def _condition(run: PlannedRun, own: bool) -> ManifestCondition:
     if own:
         return ManifestCondition(rule)
     known = Condition.parse(run.condition)
-    series, given = replace(known, concordance=None).name, known.concordance
+    series = known.without("concordance").name
     if known.feedback is None:
         return ManifestCondition(rule, series)
-    options = {} if given is None else {"concordance": given}
-    return ManifestCondition(rule, series, rule_values(make_rule(known.feedback, options)).get("concordance"))
+    values = rule_values(make_rule(known.feedback, dict(known.options)))
+    return ManifestCondition(rule, series, values.get("concordance"))
 
 
 def _note(dataset: str) -> str:

@@ -1,0 +1,10 @@
+"""The fixed rules beyond those of the paper, as conditions know them: each with all of its options."""
+
+from feedbackhook.experiments.conditions import register_feedback
+from feedbackhook.rules import make_rule, rule_values
+
+for rule in (
+    *("FA", "uSF-SN", "uSF-init", "sign-symmetry"),
+    *("angle", "noise", "sparse", "quantized", "low_rank", "toeplitz", "svd"),
+):
+    register_feedback(rule, *rule_values(make_rule(rule, {})))
