@@ -44,18 +44,17 @@ def patch(
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
             "RndF", "FA", "uSF-SN", "uSF-init", "sign-symmetry", "angle", "noise", "sparse", "quantized",
             "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP" or a registered one (`register_rule`). Or a
-            mapping from regular expressions for full names to modes, or to dicts of `mode` and its options. The
-            first match wins; other layers stay exact.
+            mapping from regular expressions for full names to modes, or to dicts of `mode` and its options;
+            the first match wins, and other layers stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
-        exclude: layers to leave exact, in the same form; it wins over `include`. None is what the rule leaves
-            exact: the classifier for "sign-symmetry", nothing for the others; [] is nothing.
+        exclude: layers to leave exact, in the same form; it wins over `include`. None: what the rule leaves
+            exact, the classifier for "sign-symmetry" and nothing for the others; [] is nothing.
         seed: all random parts of V follow from it and from the layers' names.
-        recompute: draw the random parts again for each error signal instead of keeping them. They take as
-            much memory as the weights, or what `print(patch)` says for direct rules. V and B are the same;
-            steps take longer, but hardly with `fused`.
-        fused: draw with one kernel, which torch.compile makes on first use (in seconds; on CPUs it needs a
-            C++ compiler). V is the same. Useful if V is drawn often: brSF, `recompute`.
+        recompute: draw the random parts again for each error signal instead of keeping them, which takes as
+            much memory as W (direct rules: see `print(patch)`). V is the same; steps take longer.
+        fused: draw with one kernel, which torch.compile makes on first use (on CPUs it needs a C++ compiler).
+            V is the same. Useful if V is drawn often: brSF, `recompute`.
         options: the rule's options, such as `concordance=0.8`; not allowed with a mapping.
 
     Returns:
@@ -74,8 +73,8 @@ def patch(
     _refuse_second_patch(model)
     make = _Feedbacks(int(seed), recompute, fused)
     sites = _sites(model, mode, options, make)
-    if sites and (include is not None or exclude is not None):
-        raise TypeError("include and exclude choose layers; with sites=, sites alone chooses the modules")
+    if sites:
+        _refuse_selection(include, exclude)
     layers = [] if sites else _layers(_chosen(model, mode, options, include, exclude), make)
     check_layers((layer.info, layer.feedback.rule) for layer in layers)
     for layer in layers:
@@ -223,6 +222,11 @@ class _Feedbacks:
     def direct(self, rule: DirectRule, info: LayerInfo) -> Projection:
         """Return the projection of a site."""
         return Projection(rule, info, *self._how, self._shared if rule.shared else None)
+
+
+def _refuse_selection(include: Selection | None, exclude: Selection | None) -> None:
+    if include is not None or exclude is not None:
+        raise TypeError("include and exclude choose layers; with sites=, sites alone chooses the modules")
 
 
 def _sites(model: nn.Module, mode: Mode, options: Mapping[str, Any], make: _Feedbacks) -> list[ModuleSite]:
