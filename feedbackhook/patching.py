@@ -53,8 +53,8 @@ def patch(
         seed: all random parts of V follow from it and from the layers' names.
         recompute: draw the random parts again for each error signal instead of keeping them, which takes as
             much memory as W (direct rules: see `print(patch)`). V is the same; steps take longer.
-        fused: draw with one kernel, which torch.compile makes on first use (on CPUs it needs a C++ compiler).
-            V is the same. Useful if V is drawn often: brSF, `recompute`.
+        fused: draw with one kernel, which torch.compile makes on first use (on CPUs with a C++ compiler). V
+            is the same. Useful if V is drawn often: brSF, `recompute`.
         options: the rule's options, such as `concordance=0.8`; not allowed with a mapping.
 
     Returns:
@@ -72,8 +72,7 @@ def patch(
         raise TypeError(f"seed must be an int, not {seed!r}")
     _refuse_second_patch(model)
     make = _Feedbacks(int(seed), recompute, fused)
-    sites = _sites(model, mode, options, make)
-    if sites:
+    if sites := _sites(model, mode, options, make):
         _refuse_selection(include, exclude)
     layers = [] if sites else _layers(_chosen(model, mode, options, include, exclude), make)
     check_layers((layer.info, layer.feedback.rule) for layer in layers)
