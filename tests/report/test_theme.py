@@ -50,7 +50,7 @@ VISION = {
 }  # fmt: skip
 XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
 ROUND = {"8": "o", "h": "o", "p": "o"}  # polygons that look like a dot when small
-APART = 15.0  # in CIELAB, of which 2.3 are just noticed: seen at the width of a line
+APART = 14.0  # in CIELAB, of which 2.3 are just noticed: seen at the width of a line
 DRAWN_BEFORE = {"backprop", "symmetric", "sign", "random", "tensor", "RndF", "uSF", "NuSF", "brSF", "frSF"}
 
 

@@ -26,19 +26,19 @@ from support.oracle import (
     distances,
 )
 from support.problems import draw, layer_names, redrawn
-from support.rules import EVERY_RULE
+from support.rules import EVERY_RULE, PATCH_ALL
 
 DEVICE = os.environ.get("FEEDBACKHOOK_TEST_DEVICE", "cuda")
 ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="is about a GPU only")
 
-RULES = {
-    **EVERY_RULE,
+OPTIONS = {
     "tensor": {},
     "sign": {"concordance": 0.7},
     "random": {"redraw": "update"},
     "frSF": {"concordance": 0.5},
     "brSF": {"concordance": 0.75},
 }
+RULES = {mode: {**PATCH_ALL, **options} for mode, options in (EVERY_RULE | OPTIONS).items()}
 """Every built-in rule whose V is a function of W, with the options to test it with."""
 
 
