@@ -79,8 +79,8 @@ def cut_at_layers(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
 
 
 @contextmanager
-def cut_at_modules(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
-    """Within the block, each named module gets its inputs detached."""
+def cut_at_modules(model: nn.Module, names: set[str], cut: bool = True) -> Iterator[Cuts]:
+    """Within the block, each named module gets its inputs detached, or only copied."""
     cuts: Cuts = []
 
     def hook_of(name: str) -> Callable[..., Any]:
@@ -89,8 +89,9 @@ def cut_at_modules(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
             pieces: dict[Tensor, Tensor] = {}  # a tensor that is given twice is one input
             for x in leaves:
                 if isinstance(x, Tensor) and x.requires_grad and x not in pieces:
-                    cuts.append((f"{name}[{len(pieces)}]" if pieces else name, x))
-                    pieces[x] = x.detach().requires_grad_().clone()
+                    piece = x.detach().requires_grad_().clone() if cut else x.clone()
+                    cuts.append((f"{name}[{len(pieces)}]" if pieces else name, x if cut else piece))
+                    pieces[x] = piece
             return tree_unflatten([pieces.get(x, x) if isinstance(x, Tensor) else x for x in leaves], tree)
 
         return hook
@@ -112,12 +113,23 @@ def sent(name: str, e: Tensor, x: Tensor) -> Tensor:
     return (errors @ b.T).reshape(x.shape) / features**0.5
 
 
-def by_cuts(model: nn.Module, x: Tensor, names: set[str], cutting: Any) -> Gradients:
+def without_effect(model: nn.Module, x: Tensor, names: set[str]) -> set[str]:
+    """The inputs of these modules on which the output does not depend, so that no error belongs there."""
+    with cut_at_modules(model, names, cut=False) as pieces:
+        output = model(x)
+    found = torch.autograd.grad(output.sum(), [piece for _, piece in pieces], allow_unused=True)
+    return {name for (name, _), gradient in zip(pieces, found, strict=True) if gradient is None}
+
+
+def by_cuts(model: nn.Module, x: Tensor, names: set[str], at_modules: bool) -> Gradients:
     """The gradients of the oracle."""
     torch.manual_seed(0)
+    idle = without_effect(copy.deepcopy(model), x, names) if at_modules else set()
+    torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
-    with cutting(model, names) as cuts:
+    with (cut_at_modules if at_modules else cut_at_layers)(model, names) as cuts:
         output = model(x)
+    cuts = [(name, at) for name, at in cuts if name not in idle]
     leaf = output.detach().requires_grad_()
     (e,) = torch.autograd.grad(oracle.probe(leaf), leaf)
     signals = [sent(name, e, cut) for name, cut in cuts]
@@ -170,7 +182,7 @@ def compare_direct(model: nn.Module, x: Tensor, row: Row, sites: str | None) -> 
     row.rerouted = sum(layer.rerouted for layer in patch.layers)
     assert row.rerouted > 0
     names = {layer.name for layer in patch.layers if layer.rerouted}
-    want = by_cuts(model, x, names, cut_at_modules if sites else cut_at_layers)
+    want = by_cuts(model, x, names, at_modules=sites is not None)
     apart = oracle.distances(got, want)
     row.error = max(apart.values())
     assert all(d <= oracle.TOLERANCE for d in apart.values()), f"gradients differ: {worst(apart)}"
