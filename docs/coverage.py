@@ -25,7 +25,7 @@ from rich.console import Console
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))  # for `support`
 
-from support.coverage import timm_models, torchvision_models  # noqa: E402
+from support.coverage import direct, timm_models, torchvision_models  # noqa: E402
 from support.coverage.comparison import Row  # noqa: E402
 
 TABLE = HERE / "coverage.md"
@@ -49,6 +49,11 @@ first layer's input, the image, requires none.
 - *oracles*: "functions" replaces `F.linear` and the convolutions by functions with V's gradient; "saved
   tensors" swaps W for V among the tensors that autograd saves, which says nothing about a weight that is
   derived from parameters.
+
+In "timm with direct feedback" the same models are patched with `"DFA"`, at layers and at blocks (`sites`).
+Their oracle, "pieces", cuts an unpatched model at the sites and gives each piece its error signal. Layers
+whose batch is not that of the output, such as those inside the windows of Swin, are excluded, as the error
+that names them says.
 """
 
 
@@ -64,6 +69,7 @@ class Library:
 
 LIBRARIES = (
     Library("timm", timm.__version__, timm_models.IDS, timm_models.fill),
+    Library("timm with direct feedback", timm.__version__, direct.IDS, direct.fill),
     Library("torchvision", torchvision.__version__, torchvision_models.IDS, torchvision_models.fill),
 )
 
@@ -74,7 +80,7 @@ def main(
     """Write the tables of docs/coverage.md.
 
     Args:
-        libraries: timm, torchvision, or both; null: both.
+        libraries: some of timm, "timm with direct feedback" and torchvision; null: all.
         models: names in the tables' column "module"; null: all. A table of some models may not
             replace that of all, so this needs another `output`.
         output: the file to write; sections that are not compared are those of docs/coverage.md.
@@ -117,7 +123,7 @@ def failed(row: Row) -> bool:
 
 def section(library: Library, rows: Sequence[Row]) -> str:
     """The table of one library in Markdown, with its heading."""
-    versions = f"torch {torch.__version__}, {library.name} {library.version}"
+    versions = f"torch {torch.__version__}, {library.name.split()[0]} {library.version}"
     lines = [
         f"## {library.name}",
         "",

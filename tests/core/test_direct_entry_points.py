@@ -257,3 +257,31 @@ def test_exact_and_disabled_are_backprop():
             assert_same_gradients(read_gradients(model, leaf, output), by_backprop(plain, x))
             patch.enabled = False
             assert_bit_equal(gradients(model, x, call), by_backprop(plain, x))
+
+
+def test_a_graph_outlives_the_patch():
+    """It keeps B, and its e."""
+    for options in SITES.values():
+        plain, model, x = redrawn(Net()), redrawn(Net()), draw(*CNN_INPUT)
+        patch = feedbackhook.patch(model, "DFA", **options)
+        want = gradients(model, x)
+        leaf = x.clone().requires_grad_()
+        model.zero_grad()
+        output = model(leaf)
+        patch.remove()
+        probe(output).backward()
+        assert_same_gradients(read_gradients(model, leaf, output), want, tolerance=0)
+        assert_bit_equal(gradients(model, x), by_backprop(plain, x))
+
+
+def test_other_networks_around_the_model_are_left_alone():
+    """What is before and after it gets its own exact gradients from what arrives there."""
+    plain, model = mlp(), mlp()
+    before, after = redrawn(nn.Linear(4, 4), seed=3), redrawn(nn.Linear(3, 2), seed=4)
+    patch = feedbackhook.patch(model, "DFA")
+    x = draw(3, 4)
+    probe(after(model(before(x)))).backward()
+    want = by_hooks(plain, matrices_of(patch), before(x), loss=lambda output: probe(after(output)))
+    for name, p in model.named_parameters():
+        assert (p.grad - want.parameters[name]).norm() <= TOLERANCE * p.grad.norm()
+    assert (before.weight.grad - want.input.T @ x).norm() <= TOLERANCE * before.weight.grad.norm()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pytest
+from support.coverage import direct
 from support.coverage.comparison import Row
 from support.coverage.timm_models import CASES, IDS, REFUSED, Case, fill, smallest
 
@@ -38,6 +39,21 @@ def test_model(name):
     fill(row)
     assert 0 < row.rerouted <= row.calls
     assert row.result.startswith("ok")
+
+
+@pytest.mark.filterwarnings("ignore:.*belong to no layer that can be patched:UserWarning")  # in the table
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.split(",")[0] in IN_SHORT else pytest.mark.slow)
+        for name in direct.IDS
+    ],
+)
+def test_model_with_direct_feedback(name):
+    row = Row(name)
+    direct.fill(row)
+    assert row.result.startswith("ok")
+    assert row.rerouted > 0
 
 
 def test_a_module_without_a_row_gets_its_smallest_model():

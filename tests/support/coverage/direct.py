@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,28 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import feedbackhook
 from support import oracle
+from support.coverage import timm_models
 from support.coverage.comparison import Row, worst
+from support.coverage.models import image
 from support.coverage.replaced_functions import LAYERS, layers_by_weight
 from support.oracle import Gradients
 
 BLOCKS = (
     r"(.*\.)?(\w*blocks\d*|stages|layers|layer\d|levels|features|network|stage\d|body)(\.\d+|\.\w*block\w*)"
 )
-"""Where the families of timm keep their blocks."""
+"""Where most families of timm keep their blocks."""
+
+OTHER_BLOCKS = {
+    "dla": r"level\d",
+    "dpn": r"features\.conv[2-5]_\d+",
+    "inception_resnet_v2": r"mixed_\d\w|repeat\w*|block8",
+    "inception_v3": r"Mixed_\d\w",
+    "nasnet": r"(reduction_)?cell_\d+",
+    "pnasnet": r"cell_\d+",
+    "regnet": r"s\d\.b\d+",
+    "xception": r"block\d+",
+}
+"""Where others do, by module."""
 
 Cuts = list[tuple[str, Tensor]]
 
@@ -44,6 +58,9 @@ def cut_at_layers(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
         for name in ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
         if hasattr(space, name)
     }
+
+    def left(module: nn.Module, args: object, output: object) -> None:
+        running.pop()
 
     def owner_of(weight: Tensor) -> str | None:
         whole = weight if weight._base is None else weight._base
@@ -65,7 +82,7 @@ def cut_at_layers(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
 
     hooks = [
         register_module_forward_pre_hook(lambda module, args: running.append(module)),
-        register_module_forward_hook(lambda *_: running.pop() and None, always_call=True),
+        register_module_forward_hook(left, always_call=True),
     ]
     try:
         for (space, name), function in functions.items():
@@ -79,8 +96,8 @@ def cut_at_layers(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
 
 
 @contextmanager
-def cut_at_modules(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
-    """Within the block, each named module gets its inputs detached."""
+def cut_at_modules(model: nn.Module, names: set[str], cut: bool = True) -> Iterator[Cuts]:
+    """Within the block, each named module gets its inputs detached, or only copied."""
     cuts: Cuts = []
 
     def hook_of(name: str) -> Callable[..., Any]:
@@ -89,8 +106,9 @@ def cut_at_modules(model: nn.Module, names: set[str]) -> Iterator[Cuts]:
             pieces: dict[Tensor, Tensor] = {}  # a tensor that is given twice is one input
             for x in leaves:
                 if isinstance(x, Tensor) and x.requires_grad and x not in pieces:
-                    cuts.append((f"{name}[{len(pieces)}]" if pieces else name, x))
-                    pieces[x] = x.detach().requires_grad_().clone()
+                    piece = x.detach().requires_grad_().clone() if cut else x.clone()
+                    cuts.append((f"{name}[{len(pieces)}]" if pieces else name, x if cut else piece))
+                    pieces[x] = piece
             return tree_unflatten([pieces.get(x, x) if isinstance(x, Tensor) else x for x in leaves], tree)
 
         return hook
@@ -112,12 +130,23 @@ def sent(name: str, e: Tensor, x: Tensor) -> Tensor:
     return (errors @ b.T).reshape(x.shape) / features**0.5
 
 
-def by_cuts(model: nn.Module, x: Tensor, names: set[str], cutting: Any) -> Gradients:
+def without_effect(model: nn.Module, x: Tensor, names: set[str]) -> set[str]:
+    """The inputs of these modules on which the output does not depend, so that no error belongs there."""
+    with cut_at_modules(model, names, cut=False) as pieces:
+        output = model(x)
+    found = torch.autograd.grad(output.sum(), [piece for _, piece in pieces], allow_unused=True)
+    return {name for (name, _), gradient in zip(pieces, found, strict=True) if gradient is None}
+
+
+def by_cuts(model: nn.Module, x: Tensor, names: set[str], at_modules: bool) -> Gradients:
     """The gradients of the oracle."""
     torch.manual_seed(0)
+    idle = without_effect(copy.deepcopy(model), x, names) if at_modules else set()
+    torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
-    with cutting(model, names) as cuts:
+    with (cut_at_modules if at_modules else cut_at_layers)(model, names) as cuts:
         output = model(x)
+    cuts = [(name, at) for name, at in cuts if name not in idle]
     leaf = output.detach().requires_grad_()
     (e,) = torch.autograd.grad(oracle.probe(leaf), leaf)
     signals = [sent(name, e, cut) for name, cut in cuts]
@@ -126,7 +155,9 @@ def by_cuts(model: nn.Module, x: Tensor, names: set[str], cutting: Any) -> Gradi
     return oracle.read_gradients(model, x, output)
 
 
-def compare_direct(model: nn.Module, x: Tensor, row: Row, sites: str | None) -> None:
+def compare_direct(
+    model: nn.Module, x: Tensor, row: Row, sites: str | None, exclude: Sequence[type[nn.Module]] = ()
+) -> None:
     """Assert that `model` with "DFA" agrees with the oracle, or that it is refused by name.
 
     Layers whose batch differs from that of the output are excluded, as the error that names them says.
@@ -136,10 +167,11 @@ def compare_direct(model: nn.Module, x: Tensor, row: Row, sites: str | None) -> 
         x: the batch.
         row: receives the counts, the error and what was refused.
         sites: modules whose inputs are the sites; None: layers.
+        exclude: types of layers that stay exact, if the sites are layers.
     """
     row.input = "x".join(map(str, x.shape))
     patched, exact = copy.deepcopy(model), copy.deepcopy(model)
-    excluded: list[str] = []
+    excluded: list[str | type[nn.Module]] = list(exclude)
     while True:
         options: dict[str, Any] = {"sites": sites} if sites else {"exclude": excluded or None}
         patch = feedbackhook.patch(patched, "DFA", recompute=True, **options)
@@ -170,12 +202,28 @@ def compare_direct(model: nn.Module, x: Tensor, row: Row, sites: str | None) -> 
     row.rerouted = sum(layer.rerouted for layer in patch.layers)
     assert row.rerouted > 0
     names = {layer.name for layer in patch.layers if layer.rerouted}
-    want = by_cuts(model, x, names, cut_at_modules if sites else cut_at_layers)
+    want = by_cuts(model, x, names, at_modules=sites is not None)
     apart = oracle.distances(got, want)
     row.error = max(apart.values())
     assert all(d <= oracle.TOLERANCE for d in apart.values()), f"gradients differ: {worst(apart)}"
     oracle.assert_unlike(got, plain)
-    if excluded:
+    if by_name := [name for name in excluded if isinstance(name, str)]:
         row.result = (
-            f"ok with {len(excluded)} layers excluded, refused without: their batch is not the output's"
+            f"ok with {len(by_name)} layers excluded, refused without: their batch is not the output's"
         )
+
+
+IDS = [f"{name}, {where}" for name in timm_models.IDS for where in ("layers", "blocks")]
+
+
+def fill(row: Row) -> None:
+    """Compare the model of `row.case`, such as "resnet, blocks", and put the measurements into `row`.
+
+    Raises:
+        AssertionError: the patched model disagrees with the oracle.
+    """
+    name, where = row.case.split(", ")
+    module, case = name.split("-")[0], timm_models.case_of(name)
+    row.family, row.model, row.oracles = f"{module}, {where}", case.describe(), "pieces"
+    sites = None if where == "layers" else OTHER_BLOCKS.get(module, BLOCKS)
+    compare_direct(case.build(module), image(2, 3, case.size, case.size), row, sites, case.exclude)
