@@ -39,7 +39,7 @@ RULES: Mapping[str, Look] = {
     "frSF": Look("#e69f00", "o"),
     "RndF": Look("#cc79a7", "X"),
     "DFA": Look("#8c6ce0", "p"),
-    "sDFA": Look("#8c6ce0", "h", (4, 2)),
+    "sDFA": Look("#8c6ce0", "X", (4, 2)),
     "DRTP": Look("#b0624a", "d"),
     "FA": Look("#56b4e9", "h"),
     "uSF-SN": Look("#0072b2", "<", (6, 2, 1, 2)),

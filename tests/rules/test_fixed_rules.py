@@ -144,7 +144,9 @@ SCALED_IN_FLOAT32 = {"FA", "uSF-init", "low_rank", "toeplitz"}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(("mode", "options", "formula"), FORMULAS, ids=str)
+@pytest.mark.parametrize(
+    ("mode", "options", "formula"), FORMULAS, ids=lambda value: "" if callable(value) else str(value)
+)
 def test_v_is_the_formula(kind, mode, options, formula):
     build, groups, variance, scale = LAYERS[kind]
     layer = redrawn(build())
