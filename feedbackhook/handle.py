@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row of `Patch.layers`: a patched layer and what has happened to it.
+    """One row of `Patch.layers`: a patched layer, or a site at a module's input, and what has happened to it.
 
     Args:
         info: the layer's name, kind, weight shape and fan-in. A tied weight is named after the first module
             that holds it.
         rule: the rule, with the options that differ from their defaults.
         calls: number of forward calls with gradients enabled.
-        rerouted: number of error signals that went through V.
+        rerouted: number of error signals that went through V or B.
         input_requires_grad: whether the layer's input required a gradient. If not, as in most first layers,
             there is no error signal to reroute. None before the first call.
         depth: position, from 0, in the order of the forward's calls. None before the first call.
@@ -296,7 +296,7 @@ class Patch:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that determines V, in plain types (and the user's tensors, for mode "tensor").
+        """Return all that determines V and B, in plain types (and the user's tensors, for mode "tensor").
 
         `torch.load(weights_only=True)` can load it. Random parts are not stored, since they follow from the
         seed and the draw counts.

@@ -33,7 +33,7 @@ def _row(each: Patched, direct: bool) -> list[str]:
         info.name or "(root)",
         info.kind,
         "x".join(map(str, info.shape)) or "-",
-        describe(each.feedback.rule),
+        describe(each.feedback.rule, leave_out=("sites", "output")),
         str(each.calls),
         "input needs no grad" if each.input_requires_grad is False else str(each.rerouted),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
 
 from torch import Tensor
@@ -84,12 +84,14 @@ def rule_values(rule: AnyRule) -> dict[str, Any]:
     return {option: getattr(rule, f.name) for option, f in _options(type(rule)).items()}
 
 
-def describe(rule: AnyRule) -> str:
-    """Return the rule as a user would write it, with the options that differ from their defaults."""
+def describe(rule: AnyRule, leave_out: Collection[str] = ()) -> str:
+    """Return the rule as a user would write it, with the options that differ from their defaults, except for
+    those to leave out."""
     fields = _options(type(rule))
     shown = [
         f"{option}=..." if isinstance(value, Mapping) else f"{option}={value!r}"
         for option, value in rule_values(rule).items()
+        if option not in leave_out
         if fields[option].default is dataclasses.MISSING or value != fields[option].default
     ]
     return rule_name(rule) + (f"({', '.join(shown)})" if shown else "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from support.problems import (
 from torch import Tensor, nn
 
 import feedbackhook
+from feedbackhook.core import torch_internals
 
 
 def test_a_second_backward_adds_the_same_again():
@@ -253,3 +256,32 @@ def test_hooks_of_the_users_run_and_survive_removal():
         handle.remove()
     gradients(model, x)
     assert log == []
+
+
+def test_after_backward_calls_when_the_backward_that_runs_has_ended():
+    """A private name of PyTorch, as those in test_torch_internals.py."""
+    seen: list[object] = []
+    x = torch.ones(2, requires_grad=True)
+    inner = torch.ones(2, requires_grad=True)
+
+    def hook(gradient: Tensor) -> None:
+        torch_internals.after_backward(lambda: seen.append("outer ended"))
+        with torch.enable_grad():
+            y = (inner * 2).sum()
+        y.register_hook(lambda _: torch_internals.after_backward(lambda: seen.append("inner ended")))
+        y.backward()
+        seen.append("hook ended")
+
+    y = x * 3
+    y.register_hook(hook)
+    x.register_hook(lambda _: seen.append("gradient arrived"))
+    y.sum().backward()
+    assert seen == ["inner ended", "hook ended", "gradient arrived", "outer ended"]
+    with pytest.raises(RuntimeError):
+        torch_internals.after_backward(lambda: None)
+
+
+def test_compiler_is_loaded_follows_torch():
+    code = "import torch; from feedbackhook.core.torch_internals import compiler_is_loaded as loaded\n"
+    code += "assert not loaded(); import torch._dynamo; assert loaded()"
+    subprocess.run([sys.executable, "-c", code], check=True)

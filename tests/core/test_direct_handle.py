@@ -139,6 +139,7 @@ def test_the_table_tells_sizes_memory_and_what_gets_past():
     assert [line.split()[0] for line in lines] == ["site", "blocks.0", "blocks.1", "error"]
     assert all("stops" in line for line in lines[1:3])
     assert lines[3].startswith("error from the output of 'classifier'")
+    assert lines[1].split()[3] == "DFA"  # its sites are the rows
     assert repr(patch) == "<feedbackhook.Patch of Net, 2 sites>"
     patch.remove()
     patch = feedbackhook.patch(model, "DFA", shared=True)
