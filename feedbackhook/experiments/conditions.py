@@ -225,11 +225,11 @@ def _word(name: str, word: str, rule: str) -> tuple[str, Option]:
 
 
 def _value(text: str) -> Option:
-    """Return what a word of a name stands for: a number, None, or itself."""
+    """Return what a word of a name stands for: a number, True, False, None, or itself."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
-    return None if text == "None" else text
+    return {"None": None, "True": True, "False": False}.get(text, text)
 
 
 def _check_options(name: str, rule: str, options: dict[str, Option]) -> None:

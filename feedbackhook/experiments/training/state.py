@@ -16,6 +16,7 @@ from feedbackhook.experiments.data.load import ImageData
 from feedbackhook.experiments.models import build as models
 from feedbackhook.experiments.training import optimizers
 from feedbackhook.experiments.training.distributed import DistributedContext
+from feedbackhook.rules import is_direct
 from feedbackhook.store.run_folder import RunResult
 
 
@@ -34,6 +35,7 @@ class TrainingState:
         augment: the augmentation of training images; None for none.
         order: the generator of the order of the training images.
         patch: the patch of the network; None for backprop.
+        gives_targets: whether the patch takes the targets of each forward, as direct rules do.
         epoch: the current epoch; 0: before training.
         step: number of optimizer steps done.
         train_loss: mean training loss of the last epoch.
@@ -62,6 +64,9 @@ class TrainingState:
         self.train_loss = math.nan
         self.result = RunResult(Path(str(config.output)))
         self.patch = _patched(self.model, config.feedback)
+        self.gives_targets = self.patch is not None and any(
+            is_direct(patched.feedback.rule) for patched in self.patch.state.patched
+        )
 
     def batch_size(self) -> int:
         """Return the number of images per mini-batch in the current epoch."""

@@ -74,6 +74,8 @@ def train_step(state: TrainingState, index: Tensor, recorder: Recorder, last: bo
             x, y = state.data.batch(train_set, index[share], state.device)
         else:
             x, y = augmented[share].to(state.device), train_set.labels[index[share]].to(state.device)
+        if state.patch is not None and state.gives_targets:
+            state.patch.targets(y)
         with context.micro_batch(last=share is shares[-1]):
             logits = context.forward(x)
             loss = F.cross_entropy(logits, y)

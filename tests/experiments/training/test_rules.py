@@ -17,6 +17,7 @@ from feedbackhook.experiments.config import (
     DataConfig,
     FeedbackConfig,
     ModelConfig,
+    OptimizerConfig,
     RunConfig,
     SweepProtocolConfig,
 )
@@ -93,3 +94,17 @@ def test_a_sweep_of_every_rule_has_its_table(tmp_path: Path) -> None:
         has = {} if parsed.feedback is None else rule_values(make_rule(parsed.feedback, dict(parsed.options)))
         assert condition.concordance == has.get("concordance")
         assert reported.concordance(condition.rule, dict(parsed.options)) == has.get("concordance")
+
+
+@pytest.mark.parametrize("condition", ["DFA", "sDFA shared=True", "DRTP", "DFA+BM scale=kaiming"])
+def test_a_direct_rule_is_a_condition_and_trains(condition: str, config: RunConfig) -> None:
+    """DRTP is given its targets, which its error does not show once the network is sure of a sample."""
+    config = replace(config, condition=condition, model=ModelConfig(NETWORK), feedback=FeedbackConfig())
+    config = replace(config, optimizer=OptimizerConfig(lr=0.05 if "BM" not in condition else 1e-3))
+    config.protocol.epochs = 2
+    assert Condition.parse(condition).name == condition
+    assert train(config).status == "finished"
+    table = read(str(config.output))
+    errors = table[(table["metric"] == "error_angle") & table["layer"].notna()]
+    assert errors["value"].between(0, 180).any()
+    assert table.loc[table["metric"] == "weight_angle", "value"].isna().all()  # they have no V

@@ -1,4 +1,4 @@
-"""The fixed rules beyond those of the paper, as conditions know them: each with all of its options."""
+"""The rules beyond those of the paper, as conditions know them."""
 
 from feedbackhook.experiments.conditions import register_feedback
 from feedbackhook.rules import make_rule, rule_values
@@ -8,3 +8,5 @@ for rule in (
     *("angle", "noise", "sparse", "quantized", "low_rank", "toeplitz", "svd"),
 ):
     register_feedback(rule, *rule_values(make_rule(rule, {})))
+for rule in ("DFA", "sDFA", "DRTP"):
+    register_feedback(rule, "shared", "scale")  # names of modules do not fit into the name of a condition
