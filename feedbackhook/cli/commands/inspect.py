@@ -49,10 +49,17 @@ def _layer_table(found: Inspection) -> Table:
             f"{layer.weights:,}",
             layer.rule or "exact",
             {True: "yes", False: "no", None: ""}[layer.input_requires_grad],
-            "" if layer.weight_angle is None else f"{layer.weight_angle:.1f}°",
-            "" if layer.norm_ratio is None else f"{layer.norm_ratio:.2f}",
+            _number(layer.weight_angle, ".1f", "°"),
+            _number(layer.norm_ratio, ".2f"),
         )
     return table
+
+
+def _number(value: float | None, how: str, unit: str = "") -> str:
+    """The value in its format; "-" if there is none, as for a direct rule, which has no V."""
+    if value is None:
+        return ""
+    return "-" if math.isnan(value) else f"{value:{how}}{unit}"
 
 
 def _totals(found: Inspection) -> list[str]:
