@@ -39,6 +39,7 @@ OTHER_BLOCKS = {
     "nasnet": r"(reduction_)?cell_\d+",
     "pnasnet": r"cell_\d+",
     "regnet": r"s\d\.b\d+",
+    "twins": r"blocks\.\d+\.\d+",
     "xception": r"block\d+",
 }
 """Where others do, by module."""
@@ -182,7 +183,7 @@ def compare_direct(
             patch.remove()
             said = re.search(r"batches .* differ .*exclude=\[(.*?)\]", str(error))
             if said is None or sites:
-                row.result = f"refused: {str(error)[:160]}"
+                row.result = f"refused: {str(error).split(', so ')[0]}"
                 break
             excluded += re.findall(r"'([^']*)'", said[1])
             patched.load_state_dict(model.state_dict())
