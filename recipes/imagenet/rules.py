@@ -1,4 +1,4 @@
-"""The rules of Xiao et al. (2019), and networks under them."""
+"""Networks under the rules of Xiao et al. (2019): sign-symmetry is the library's, feedback alignment is below."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ def scale_of(shape: Sequence[int]) -> float:
     return math.sqrt(2 / (math.prod(shape[2:]) * shape[0]))
 
 
-class _Scaled:
-    """Base of the two rules."""
+@feedbackhook.register_rule("feedback-alignment")
+@dataclass(frozen=True)
+class FeedbackAlignment:
+    """V is random, independent of W and fixed: N(0, s^2) for convolutions, U[-s, s] for linear layers.
+
+    From Lillicrap et al. (2016), at the scales that the code of Xiao et al. uses.
+    """
 
     def check(self, layers: Sequence[feedbackhook.LayerInfo]) -> None:
         """Raise ValueError for a layer for which the paper gives no scale."""
@@ -36,27 +41,6 @@ class _Scaled:
                 raise ValueError(
                     f"{layer.name!r} is a {layer.kind}, for which the paper gives no scale: exclude it"
                 )
-
-
-@feedbackhook.register_rule("sign-symmetry")
-@dataclass(frozen=True)
-class SignSymmetry(_Scaled):
-    """V = s sign(W), with the current W (Xiao et al. 2019)."""
-
-    def draw(self, weight: Tensor, rng: feedbackhook.CounterRNG) -> dict[str, Tensor]:
-        return {}
-
-    def feedback(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        return torch.sign(weight).mul_(scale_of(weight.shape))
-
-
-@feedbackhook.register_rule("feedback-alignment")
-@dataclass(frozen=True)
-class FeedbackAlignment(_Scaled):
-    """V is random, independent of W and fixed: N(0, s^2) for convolutions, U[-s, s] for linear layers.
-
-    From Lillicrap et al. (2016), at the scales that the code of Xiao et al. uses.
-    """
 
     def draw(self, weight: Tensor, rng: feedbackhook.CounterRNG) -> dict[str, Tensor]:
         v = rng.uniform(weight).mul_(2).sub_(1) if weight.dim() == 2 else rng.normal(weight)
@@ -75,5 +59,5 @@ def build(settings: Settings, classes: int) -> tuple[nn.Module, feedbackhook.Pat
     network = torchvision.models.get_model(settings.model, weights=None, num_classes=classes)
     if settings.rule == "backprop":
         return network, None
-    exclude = feedbackhook.classifier(network) if settings.last_layer_exact else None
+    exclude = feedbackhook.classifier(network) if settings.last_layer_exact else []
     return network, feedbackhook.patch(network, settings.rule, exclude=exclude, seed=settings.seed, **options)

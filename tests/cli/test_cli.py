@@ -168,7 +168,7 @@ def test_a_diverged_run_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--data.name", "MNIST", "--data.root", "nowhere"], "train-images-idx3-ubyte is missing"),
         (["train", "--data.name", "imagefolder:nowhere"], "nowhere/train is missing"),
         (["train", "--feedback.options.concordance", "1.3"], "concordance"),
-        (["train", "--feedback.mode", "sgin"], "RndF; did you mean 'sign'?"),
+        (["train", "--feedback.mode", "sgin"], "did you mean 'sign'?"),
         (["train", "--feedback.options.concordanse", "1"], "did you mean 'concordance'?"),
         (["train", "--data.name", "MNST"], "'MNST' is unknown; did you mean 'MNIST', "),
         (["train", "--data.name", "flowers17"], "'flowers17' is unknown; did you mean 'Flowers17' or "),

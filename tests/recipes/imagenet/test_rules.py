@@ -35,7 +35,7 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_v_of_sign_symmetry_is_the_formula_and_follows_w(recipe, kind):
     layer, s = copy.deepcopy(LAYERS[kind])
-    patch = feedbackhook.patch(nn.Sequential(layer), "sign-symmetry")
+    patch = feedbackhook.patch(nn.Sequential(layer), "sign-symmetry", exclude=[])
     for _ in range(2):
         with torch.no_grad():
             layer.weight.copy_(torch.randn_like(layer.weight)).view(-1)[0] = 0
@@ -69,7 +69,7 @@ def test_v_of_feedback_alignment_has_the_scale_and_stays(recipe, kind):
 
 def test_a_layer_without_a_published_scale_is_refused(recipe):
     with pytest.raises(ValueError, match=r"'0' is a ConvTranspose2d, .* exclude it"):
-        feedbackhook.patch(nn.Sequential(nn.ConvTranspose2d(2, 3, 3)), "sign-symmetry")
+        feedbackhook.patch(nn.Sequential(nn.ConvTranspose2d(2, 3, 3)), "feedback-alignment")
 
 
 @pytest.mark.parametrize("rule", ["sign-symmetry", "feedback-alignment"])
