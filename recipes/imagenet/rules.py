@@ -1,4 +1,4 @@
-"""Networks under the rules of Xiao et al. (2019): sign-symmetry is the library's, feedback alignment is below."""
+"""Networks under the rules of Xiao et al. (2019): the library's sign-symmetry, and feedback alignment."""
 
 from __future__ import annotations
 
