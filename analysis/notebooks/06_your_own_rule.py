@@ -30,7 +30,7 @@ import feedbackhook
 torch.set_num_threads(1)
 
 
-@feedbackhook.register_rule("sparse")
+@feedbackhook.register_rule("few_synapses")
 @dataclass(frozen=True)
 class Sparse:
     """V = B o sign(W) / sqrt(share fan_in), B one with probability `share`, else zero, drawn once."""
@@ -55,7 +55,7 @@ class Sparse:
 layer = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(400, 400))
 torch.nn.init.normal_(layer[1].weight)
 for share in (1.0, 0.5, 0.1, 0.01):
-    with feedbackhook.patch(layer, "sparse", share=share) as patch:
+    with feedbackhook.patch(layer, "few_synapses", share=share) as patch:
         measured = {(row.layer, row.metric): row.value for row in feedbackhook.measure(patch)}[
             "1", "weight_angle"
         ]
@@ -67,7 +67,7 @@ for share in (1.0, 0.5, 0.1, 0.01):
 
 # %%
 try:
-    feedbackhook.patch(layer, "sparse", shar=0.1)
+    feedbackhook.patch(layer, "few_synapses", shar=0.1)
 except TypeError as error:
     print(error)
 
@@ -87,7 +87,7 @@ def error(share, seed, epochs=8):
         layers += [torch.nn.Linear(width, 128), torch.nn.BatchNorm1d(128), torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(128, 10))
     if share is not None:
-        feedbackhook.patch(model, "sparse", share=share, seed=seed)
+        feedbackhook.patch(model, "few_synapses", share=share, seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(epochs):
         for batch in torch.randperm(1400).split(50):
