@@ -86,7 +86,7 @@ def sweep_table(folder: str | os.PathLike[str], of_layers: Iterable[str] = ()) -
     rows = found.rows(["test_error", "val_error", "train_error"], of_layers, categories=True)
     errors = run_errors(rows[rows["layer"].isna()])
     status = dict(found.runs[["run", "status"]].to_numpy())
-    pruned = {run.name for run in plan.runs if _is_pruned(folder / run.name)}
+    pruned = {name for name in found.skipped if _is_pruned(folder / name)}
     missing = _missing(folder, plan, found, set(errors.index) | pruned)
     place = [(run.name, run.dataset, run.condition, run.lr_factor, run.seed) for run in plan.runs]
     table = pd.DataFrame(place, columns=["run", "dataset", "condition", "lr_factor", "seed"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules.initialization import initial_distribution
 from feedbackhook.rules.options import Redraw, check_choice, check_integer, check_number
+from feedbackhook.rules.random import Random
 from feedbackhook.rules.registry import register_rule
 from feedbackhook.rules.tensors import blocks, full_precision, wide
 
@@ -61,7 +62,7 @@ class LowRank:
 
 @register_rule("toeplitz")
 @dataclass(frozen=True)
-class Toeplitz:
+class Toeplitz(Random):
     """V[i, j] = t[i - j + n - 1]: a Toeplitz matrix, constant along its diagonals, with normal t, drawn once.
 
     Here i and j are the two channels (or features) of a weight, of which there are m and n in a group. In a
@@ -71,14 +72,6 @@ class Toeplitz:
         std: standard deviation of V's entries. None is that of the layer's own initialization.
         redraw: whether t is drawn once ("never") or again after each update of W ("update").
     """
-
-    std: float | None = None
-    redraw: Redraw = "never"
-
-    def __post_init__(self) -> None:
-        if self.std is not None:
-            check_number("std", self.std, 0)
-        check_choice("redraw", self.redraw, Redraw)
 
     def draw(self, weight: Tensor, rng: CounterRNG) -> dict[str, Tensor]:
         """Draw t for each group, of shape (groups, m + n - 1, *kernel)."""
@@ -92,10 +85,6 @@ class Toeplitz:
         """Put t on the diagonals of V."""
         windows = parts["t"].flip(1).unfold(1, weight.shape[1], 1)  # the last row of V first
         return windows.flip(1).movedim(-1, 2).reshape(weight.shape)
-
-    def expected_angle(self, weight: Tensor) -> float:
-        """Return 90 degrees."""
-        return 90.0
 
 
 def _in_precision_of(weight: Tensor, x: Tensor) -> Tensor:
