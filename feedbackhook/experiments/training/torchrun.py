@@ -67,7 +67,7 @@ class TorchrunContext(DistributedContext):
             try:
                 message[0] = find()
             except ConfigError as error:
-                message[1] = error
+                message[1] = _without_frames(error)
         found, failure = broadcast_object_list(message)
         self._raise(None if failure is None else 0, failure)
         result: T = found
@@ -79,7 +79,7 @@ class TorchrunContext(DistributedContext):
         try:
             yield
         except ConfigError as error:
-            own = error
+            own = _without_frames(error)
         self._raise_any(own)
 
     def local_main_first(self, work: Callable[[], T]) -> T:
@@ -240,6 +240,15 @@ def join_processes(protocol: ProtocolConfig) -> Iterator[DistributedContext]:
         context = TorchrunContext(protocol)
         yield context
         context.wait()  # not after an error, which some processes may not have
+
+
+def _without_frames(error: ConfigError) -> ConfigError:
+    """Return the error without its traceback, whose frames would hold the error itself in a cycle.
+
+    The frames also hold the process group. If its threads are still running when the interpreter exits, the
+    process may abort instead of returning its exit status.
+    """
+    return error.with_traceback(None)
 
 
 def _on_gpus(protocol: ProtocolConfig) -> bool:

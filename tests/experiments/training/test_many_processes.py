@@ -388,6 +388,19 @@ def test_what_cannot_be_is_refused_and_said_once(name: str, quick: Any, folder: 
         raise ConfigError(first[1])
 
 
+# A thread of the process group that outlives it can abort the process at its exit.
+THREADS_AFTER_MAIN = """
+import sys
+from pathlib import Path
+from feedbackhook.cli import main
+
+status = main(sys.argv[1:])
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+print("of gloo:", sum("gloo" in name for name in names), flush=True)
+sys.exit(status)
+"""
+
+
 def test_the_command_trains_on_two_processes_and_refuses_once(folder: Path) -> None:
     options = ["--data.train_images", "100", "--data.test_images", "50", "--protocol.epochs", "1"]
     options += ["--output", str(folder / "command"), "--record.figures", "false", "--protocol.batch_size"]
@@ -395,8 +408,12 @@ def test_the_command_trains_on_two_processes_and_refuses_once(folder: Path) -> N
     done = launched([*command, "20"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished (1 epochs kept)") == 1
-    done = launched([*command, "20"])
+    script = folder / "threads_after_main.py"
+    script.write_text(THREADS_AFTER_MAIN)
+    done = launched([str(script), "train", *options, "20"])
     assert done.returncode != 0
+    assert done.stdout.count("of gloo: 0") >= 1  # the other process may have been stopped before it prints
+    assert done.stdout.count("of gloo:") == done.stdout.count("of gloo: 0")
     assert done.stderr.count("feedbackhook: error:") == 1
     assert done.stderr.count("exitcode  : 2") >= 1
     assert (
