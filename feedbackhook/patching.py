@@ -16,7 +16,16 @@ from feedbackhook.core.marks import mark_of
 from feedbackhook.core.projection import DirectRule, Projection
 from feedbackhook.handle import Patch
 from feedbackhook.names import nearest
-from feedbackhook.rules import AnyRule, Rule, check_layers, exact_classifier, is_direct, make_rule, rule_name
+from feedbackhook.rules import (
+    AnyRule,
+    Rule,
+    check_layers,
+    exact_classifier,
+    is_direct,
+    make_rule,
+    modes_of,
+    rule_name,
+)
 from feedbackhook.selection import Selection, classifier, find_sites, find_targets, select
 
 Mode = str | Mapping[str, str | Mapping[str, Any]]
@@ -145,23 +154,11 @@ def _rules(
         targets = find_targets(model, include, exclude)
         rule = make_rule(mode, options)
         return [(target, rule) for target in targets]
-    if not mode:
-        raise ValueError("the mapping of modes is empty")
+    by_pattern = list(modes_of(mode, options))
     targets = find_targets(model, include, exclude, list(mode))
-    if options:
-        raise TypeError(
-            f"options next to a mapping of modes ({', '.join(options)}) belong to no rule; "
-            "write them as {pattern: dict(mode=..., option=...)}"
-        )
     modules = {target.info.name: target.place.module for target in targets}
     rules: dict[str, AnyRule] = {}
-    for pattern, entry in mode.items():
-        if not isinstance(entry, (str, Mapping)):
-            raise TypeError(f"mode[{pattern!r}] must be a mode or a dict of mode and options, not {entry!r}")
-        given = {"mode": entry} if isinstance(entry, str) else dict(entry)
-        if "mode" not in given:
-            raise TypeError(f"mode[{pattern!r}] lacks the key 'mode'")
-        rule = make_rule(given.pop("mode"), given)
+    for pattern, rule in by_pattern:
         if is_direct(rule) and rule.sites is not None:
             raise ValueError("a mapping of modes chooses layers; sites= needs a single mode for the model")
         rules = {**dict.fromkeys(select("mode", pattern, modules), rule), **rules}

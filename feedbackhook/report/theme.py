@@ -52,6 +52,7 @@ RULES: Mapping[str, Look] = {
     "low_rank": Look("#cc79a7", "D", (8, 2, 1, 2, 1, 2)),
     "toeplitz": Look("#cc79a7", "P", (6, 2, 1, 2)),
     "svd": Look("#0072b2", "*", (4, 2)),
+    "KP": Look("#c2185b", "o"),
 }
 
 

@@ -22,6 +22,7 @@ from feedbackhook.rules.registry import (
     follow,
     is_direct,
     make_rule,
+    modes_of,
     register_rule,
     restored,
     rule_name,
@@ -49,6 +50,7 @@ from feedbackhook.rules.mixed import Angle, Noise
 from feedbackhook.rules.reduced import Quantized, Sparse
 from feedbackhook.rules.structured import LowRank, Toeplitz
 from feedbackhook.rules.spectral import Spectrum
+from feedbackhook.rules.learned import KolenPollack
 
 # isort: on
 
@@ -65,6 +67,7 @@ __all__ = [
     "Given",
     "InitialMagnitudeSign",
     "Initialization",
+    "KolenPollack",
     "LowRank",
     "Magnitude",
     "Noise",
@@ -92,6 +95,7 @@ __all__ = [
     "initial_distribution",
     "is_direct",
     "make_rule",
+    "modes_of",
     "redrawn_by_updates",
     "register_rule",
     "restored",
