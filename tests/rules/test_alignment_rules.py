@@ -38,7 +38,7 @@ NETWORKS = {"linear": (mlp, (3, 4)), "convolutional": (conv_net, (3, 2, 7, 7))}
 
 
 class Products:
-    """The products of an unpatched layer with any weight, by autograd: V x, and V^T y as the gradient of V x."""
+    """The products of an unpatched layer with any weight: V x, and V^T y as the gradient of V x."""
 
     def __init__(self, layer: nn.Module, x: Tensor) -> None:
         self.layer, self.x = layer, x.detach()
