@@ -80,13 +80,16 @@ class Patch:
 
         If layers follow different rules, this changes the rules that have all of these options. With `mode`,
         the patched layers follow another rule from now on; a mapping from patterns to modes, as in `patch`,
-        changes the layers that match. What a layer has learned is lost unless its rule keeps its class.
+        changes the layers that match; "frozen" is `freeze()`. What a layer has learned is lost unless its
+        rule keeps its class.
 
         Raises:
             TypeError: no rule has these options, or a value has the wrong type. Nothing is changed.
             ValueError: a value is out of range. Nothing is changed.
         """
-        if mode is None:
+        if mode == "frozen":
+            self.freeze()
+        elif mode is None:
             set_options(self.state, options)
         else:
             set_modes(self.state, mode, options)

@@ -158,6 +158,11 @@ def learning_layers(state: PatchState) -> list[Layer]:
     return [layer for layer in state.layers if learns(layer.feedback.rule)]
 
 
+def learned_parameters(state: PatchState) -> Iterator[nn.Parameter]:
+    """Yield all learned tensors."""
+    yield from _parameters(learning_layers(state))
+
+
 def mirror(layer: Layer, steps: int) -> None:
     """Run steps of a layer's mirror phase: its rule changes the learned tensors, from noise of its own."""
     feedback = cast(Feedback, layer.feedback)
