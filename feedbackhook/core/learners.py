@@ -35,7 +35,7 @@ class Learners:
         self._state = weakref.ref(state)
         self._checked: list[nn.Parameter] = []  # the learned tensors at the last check
         self._hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
-        self._groups: Sequence[ProcessGroup] = ()
+        self._groups: Sequence[ProcessGroup] | None = None  # None: not under DistributedDataParallel
         self._due: set[int] = set()
         self.averaged = False
 
@@ -111,15 +111,10 @@ class Learners:
         if _processes() < 2 or not (layers := self._layers()):
             return
         ddp = running_ddp()
-        mesh = next((m for layer in layers if (m := _mesh_of(layer)) is not None), None)
+        self._groups = None
         if ddp is not None:
             self._groups = (ddp.process_group,) if ddp.require_backward_grad_sync else ()
             self.averaged = True
-        elif mesh is not None:
-            self._groups = mesh.get_all_groups()
-            self.averaged = True
-        else:
-            self._groups = ()
         parameters = [p for p in _parameters(layers) if p.requires_grad]
         if [id(p) for p in parameters] != [id(p) for p, _ in self._hooked]:
             self.clear()
@@ -133,15 +128,19 @@ class Learners:
 
     def _arrived(self, parameter: Tensor) -> None:
         """Average the gradients when the running backward ends, as DistributedDataParallel does."""
-        if self._groups and (running := current_backward()) not in self._due:
-            self._due.add(running)
-            groups = self._groups
+        if (running := current_backward()) in self._due or self._groups == ():
+            return
+        self._due.add(running)
+        groups = self._groups
 
-            def average() -> None:
-                self._due.discard(running)
-                self.average(groups)
+        def average() -> None:
+            self._due.discard(running)
+            # Under fully_shard, weights show their mesh only now that they are sharded again.
+            found = _sharding_groups(self._layers()) if groups is None else groups
+            if found:
+                self.average(found)
 
-            after_backward(average)
+        after_backward(average)
 
     def average(self, groups: Iterable[ProcessGroup | None] = (None,)) -> None:
         """Replace the gradients of all learned tensors by their means over the processes of each group."""
@@ -247,9 +246,14 @@ def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _mesh_of(layer: Layer) -> torch.distributed.device_mesh.DeviceMesh | None:
-    """Return the device mesh that a layer's stored weight is sharded over, as under FSDP2."""
-    return getattr(layer.targets[0].place.parameter(), "device_mesh", None)
+def _sharding_groups(layers: Iterable[Layer]) -> Sequence[ProcessGroup]:
+    """Return the groups of the device mesh that a layer's weight is sharded over, as under FSDP2."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            if (mesh := getattr(parameter, "device_mesh", None)) is not None:
+                groups: Sequence[ProcessGroup] = mesh.get_all_groups()
+                return groups
+    return ()
 
 
 def _average(parameters: list[nn.Parameter], group: ProcessGroup | None) -> None:
