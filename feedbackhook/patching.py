@@ -52,9 +52,10 @@ def patch(
         model: any module.
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
             "RndF", "FA", "uSF-SN", "uSF-init", "sign-symmetry", "angle", "noise", "sparse", "quantized",
-            "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP" or a registered one (`register_rule`). Or a
-            mapping from regular expressions for full names to modes, or to dicts of `mode` and its options;
-            the first match wins, and other layers stay exact.
+            "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP"; one that learns ("KP", "WM", "information",
+            "symmetric-alignment", "activation-alignment", "PFA", "PFA-o", "LDFA"; see `Patch.parameters`); or
+            a registered one (`register_rule`). Or a mapping from regular expressions for full names to modes,
+            or to dicts of `mode` and its options; the first match wins, and other layers stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
         exclude: layers to leave exact, in the same form; it wins over `include`. None: what the rule leaves

@@ -143,6 +143,7 @@ class Calls:
             if isinstance(feedback, Projection):
                 raise RuntimeError(NO_COMPILE.format(layer.info.name))
             layer.compiled = True
+            layer.check_source(use.weight)
             feedback.parts(use.weight)  # draw them here, since a traced backward can keep nothing
         else:
             _refuse_kind(layer, call)

@@ -242,10 +242,18 @@ class Layer(Patched):
         """
         if isinstance(self.feedback, Projection) or not learns(self.feedback.rule):
             return
+        self.check_source(weight)
         plain = self.targets[0].place.parameter()
-        if plain is not weight:
-            self._refuse_derived()
         self.feedback.learn(weight if plain is None else plain)
+
+    def check_source(self, weight: Tensor) -> None:
+        """Check that a call uses the stored weight, if the rule takes its gradient for its update.
+
+        Raises:
+            TypeError: it does not.
+        """
+        if self.targets[0].place.parameter() is not weight:
+            self._refuse_derived()
 
     def draw(self) -> None:
         """Draw the random parts now, so that compiled code finds them where it found the previous ones."""

@@ -60,7 +60,6 @@ RULES: Mapping[str, Look] = {
     "PFA": Look("#e645bd", "d", (1, 1)),
     "PFA-o": Look("#bf0a64", "<", (2, 2)),
     "LDFA": Look("#735f22", "X", (6, 2, 1, 2)),
-    "DKP": Look("#733f66", "s", (1, 1)),
 }
 
 
