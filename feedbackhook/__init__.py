@@ -3,7 +3,9 @@
 from feedbackhook.core.audit import Finding
 from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.errors import ExactGradientError
-from feedbackhook.handle import LayerRow, Patch
+from feedbackhook.core.learning import Local
+from feedbackhook.handle import Patch
+from feedbackhook.listing import LayerRow
 from feedbackhook.measurement import Row, measure
 from feedbackhook.optim import BatchManhattan
 from feedbackhook.patching import get_patch, patch, unpatch
@@ -19,6 +21,7 @@ __all__ = [
     "Finding",
     "LayerInfo",
     "LayerRow",
+    "Local",
     "Patch",
     "Recorder",
     "Row",
