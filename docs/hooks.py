@@ -45,6 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead each link to the site's page or file for its target. Links without a target stay, and are reported."""
+    if page.parent is None:
+        page.meta.setdefault("hide", ["navigation"])  # a page without a section has nothing to list beside it
     if page.file.abs_src_path is None:
         return markdown  # source code
     source, root, docs = Path(page.file.abs_src_path), _root(config), Path(config.docs_dir)
