@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead each link to the site's page or file for its target. Links without a target stay, and are reported."""
+    """Lead each link to the site's page or file for its target. One without a target stays, and is reported."""
     if page.parent is None:
         page.meta.setdefault("hide", ["navigation"])  # a page without a section has nothing to list beside it
     if page.file.abs_src_path is None:
@@ -99,7 +99,7 @@ def _targets(source: Path) -> Iterator[Path]:
 
 
 def _resolved(source: Path, link: str) -> Path | None:
-    """Return the file that a link in `source` leads to, a folder's README for the folder; None if there is none."""
+    """Return the file that a link in `source` leads to (for a folder its README), or None."""
     target = (source.parent / link).resolve()
     if target.is_dir():
         target = target / "README.md"

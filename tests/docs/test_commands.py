@@ -1,4 +1,4 @@
-"""The commands of each page work as written: `feedbackhook` runs them, on small data; of others, what they name exists."""
+"""The commands of each page: those of `feedbackhook` run, on small data; what others name exists."""
 
 from __future__ import annotations
 
@@ -29,19 +29,42 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SMALL = ["--model.name", "timm/test_resnet", "--data.size", "16", "--data.cache", "none", "--optimizer.lr", "1e-3"]
-BRIEF = ["--protocol.epochs", "1", "--protocol.device", "cpu", "--record.figures", "false"]
+BRIEF = [
+    "--protocol.epochs",
+    "1",
+    "--protocol.device",
+    "cpu",
+    "--record.figures",
+    "false",
+    "--data.cache",
+    "none",
+]
+SMALL = {
+    "MNIST": ["--protocol.batch_size", "10"],
+    "imagefolder:PATH": [
+        "--protocol.batch_size",
+        "2",
+        "--model.name",
+        "timm/test_resnet",
+        "--data.size",
+        "32",
+    ],
+}
+"""What suits the small copies of datasets."""
+
 GIVEN = {
     "runs/concordance": "analysis/runs/concordance",
     "runs/experiment_a-digits": "analysis/runs/evidence/mnist",
 }
 """Runs that earlier commands of a page take minutes to make, and runs in the repository like them."""
 
-COMMAND_LINES = {(name_of(page), " ".join(words)): words for page in PAGES for words in commands(page)}
-OURS = {at: words for at, words in COMMAND_LINES.items() if words[0] == "feedbackhook"}
-OTHERS = {at: words for at, words in COMMAND_LINES.items() if words[0] != "feedbackhook"}
-RUN = {at: words for at, words in OURS.items() if at[0].startswith(("README", "docs")) and words[1] != "sweep"}
-RUN = dict(sorted(RUN.items(), key=lambda item: item[1][1] != "train"))  # others use the runs that it leaves
+LINES = {" ".join(words): (name_of(page), words) for page in reversed(PAGES) for words in commands(page)}
+"""The words of each command line, and the first page that has it."""
+
+OURS = {line: words for line, (_, words) in LINES.items() if words[0] == "feedbackhook"}
+OTHERS = {line: words for line, (_, words) in LINES.items() if words[0] != "feedbackhook"}
+RUN = [line for line in OURS if LINES[line][0].startswith(("README", "docs")) and OURS[line][1] != "sweep"]
+RUN.sort(key=lambda line: OURS[line][1] != "train")  # others use the runs that it leaves
 
 
 PARSER = cache(build_parser)
@@ -53,11 +76,11 @@ def parsed(words: list[str]) -> Namespace:
     return parser.instantiate(parser.parse_args(config_first(COMMANDS, words[1:])))
 
 
-@pytest.mark.parametrize("at", sorted(OURS.keys() - RUN.keys()), ids=" ".join)
-def test_options_and_files_exist(at: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", sorted(OURS.keys() - set(RUN)))
+def test_options_and_files_exist(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands that take minutes or data."""
     monkeypatch.chdir(ROOT)
-    parsed(OURS[at])
+    parsed(OURS[line])
 
 
 def test_an_option_that_does_not_exist_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +113,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("at", RUN, ids=" ".join)
-def test_commands_run(at: tuple[str, str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("line", RUN)
+def test_commands_run(line: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In their order: see `RUN`."""
-    words = RUN[at][1:]
+    words = OURS[line][1:]
     if words[0] == "train" and "--help" not in words:
-        words = [*without(words, "--data.download", "--model.weights"), *SMALL, *BRIEF]
+        fitting = [option for name, options in SMALL.items() if name in words for option in options]
+        words = [*without(words, "--data.download", "--model.weights"), *BRIEF, *fitting]
+    if words[0] == "plot":
+        words += [
+            "--formats",
+            "[png]",
+            *([] if "--figures" in words or "resnet18" in words[1] else ["--figures", "[error]"]),
+        ]
     if "--help" in words:
         with pytest.raises(SystemExit):
             main(words)
@@ -114,10 +144,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("at", OTHERS, ids=" ".join)
-def test_what_other_commands_name_exists(at: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", OTHERS)
+def test_what_other_commands_name_exists(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    program, *words = OTHERS[at]
+    program, *words = OTHERS[line]
     if program == "make":
         assert words[0] in TARGETS
     elif program == "pip":
@@ -139,7 +169,11 @@ def script_takes(script: str, options: list[str]) -> None:
     """The first part of an option is a parameter of the script, a field of what it takes, or of a sweep."""
     assert Path(script).is_file()
     sources = "".join(path.read_text(encoding="utf-8") for path in Path(script).parent.glob("*.py"))
-    known = {*re.findall(r"\b(\w+):", sources), *re.findall(r"--(\w+)", sources), *SweepConfig.__dataclass_fields__}
+    known = {
+        *re.findall(r"\b(\w+):", sources),
+        *re.findall(r"--(\w+)", sources),
+        *SweepConfig.__dataclass_fields__,
+    }
     for option in options:
         if option.startswith("--"):
             assert option[2:].partition(".")[0] in known, option

@@ -1,4 +1,4 @@
-"""The Python blocks of each page run without changes, in order and in one namespace, and print what is shown."""
+"""The Python blocks of each page run without changes, in order and in one namespace."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def results() -> Names:
 
 
 def a_group_of_one() -> Names:
-    torch.distributed.init_process_group("gloo", init_method=Path("group").absolute().as_uri(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=Path("group").absolute().as_uri(), rank=0, world_size=1
+    )
     names = patched_perceptron()
     loss = names["criterion"](names["model"](names["x"]), names["y"])
     return {**names, "recorder": feedbackhook.Recorder("run"), "loss": loss}
@@ -158,9 +160,11 @@ def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A folder, networks of a few layers where any will do, and no group of processes afterwards."""
     create = timm.create_model
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        timm, "create_model", lambda name, **options: create(name if "10t" in name else "resnet10t", **options)
-    )
+
+    def small(name: str, **options: Any) -> nn.Module:
+        return create("resnet10t", **options)
+
+    monkeypatch.setattr(timm, "create_model", small)
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -13,7 +13,9 @@ from support.paths import ROOT
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(path for folder in ("docs", "recipes", "analysis/results") for path in (ROOT / folder).rglob("*.md")),
+    *sorted(
+        path for folder in ("docs", "recipes", "analysis/results") for path in (ROOT / folder).rglob("*.md")
+    ),
 ]
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
