@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead each link to the site's page or file for its target. One without a target stays, and is reported."""
+    """Lead each link to the site's page or file for its target. One without a target is reported."""
     if page.parent is None:
         page.meta.setdefault("hide", ["navigation"])  # a page without a section has nothing to list beside it
     if page.file.abs_src_path is None:

@@ -55,7 +55,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -
 
 
 def test_without_git_the_version_is_the_next_one(wheel: Path) -> None:
-    """As in an archive of the sources. Version 2.4 of the metadata names the license by its SPDX expression."""
+    """As in an archive of the sources. The license is named by its SPDX expression."""
     assert re.fullmatch(r"feedbackhook-\d+\.\d+\.\d+\.dev0-py3-none-any\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as file:
         (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
@@ -92,7 +92,7 @@ def test_the_wheel_alone_trains_and_reports(wheel: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("tag", "distance", "version"),
-    [("v0.2.0", 0, "0.2.0"), ("v0.2.0", 3, "0.2.1.dev3"), (None, 3, "0.1.dev3")],
+    [("v0.2.0", 0, "0.2.0"), ("v0.2.0", 3, "0.2.1.dev3"), (None, 3, "0.2.0.dev3")],
 )
 def test_the_version_follows_from_the_tag(
     tag: str | None, distance: int, version: str, tmp_path: Path
