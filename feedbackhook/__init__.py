@@ -1,5 +1,7 @@
 """Send backprop's error signals through feedback weights of your choice, in any PyTorch network as it is."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from feedbackhook.core.audit import Finding
 from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.errors import ExactGradientError
@@ -14,6 +16,12 @@ from feedbackhook.rules import register_rule
 from feedbackhook.selection import classifier
 from feedbackhook.store.recorder import Recorder, read
 
+try:
+    __version__ = version("feedbackhook")
+    """The version of the installed package, which follows from the tag of its commit."""
+except PackageNotFoundError:  # the sources, without having been installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "BatchManhattan",
     "CounterRNG",
@@ -25,6 +33,7 @@ __all__ = [
     "Patch",
     "Recorder",
     "Row",
+    "__version__",
     "classifier",
     "get_patch",
     "measure",
