@@ -6,13 +6,15 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import feedbackhook
@@ -33,8 +35,28 @@ RULES: dict[str, dict[str, Any]] = {
     "RndF": {"mode": "RndF"},
     "sign": {"mode": "sign"},
     "random": {"mode": "random"},
+    "FA": {"mode": "FA"},
+    "uSF-SN": {"mode": "uSF-SN"},
+    "uSF-init": {"mode": "uSF-init"},
+    "sign-symmetry": {"mode": "sign-symmetry"},
+    "angle": {"mode": "angle"},
+    "noise": {"mode": "noise"},
+    "sparse": {"mode": "sparse"},
+    "quantized": {"mode": "quantized"},
+    "low_rank": {"mode": "low_rank"},
+    "toeplitz": {"mode": "toeplitz"},
+    "svd": {"mode": "svd"},
+    "DFA": {"mode": "DFA"},
+    "DFA shared": {"mode": "DFA", "shared": True},
+    "DFA recompute": {"mode": "DFA", "recompute": True},
+    "sDFA": {"mode": "sDFA"},
+    "DRTP": {"mode": "DRTP"},
 }
 """Keyword arguments of `feedbackhook.patch` by the contestant's name."""
+DIRECT = tuple(name for name, given in RULES.items() if given["mode"] in ("DFA", "sDFA", "DRTP"))
+"""The rules that refuse compiled code."""
+PEERS = ("usf", "frsf", "brsf", "fa", "dfa")
+"""Modes of biotorch."""
 
 Step = Callable[[], None]
 
@@ -78,6 +100,37 @@ def fresh(start: nn.Module, setting: Setting, rule: str | None = None) -> tuple[
     if rule is not None:
         feedbackhook.patch(model, **RULES[rule])
     return model, model if setting.compile == "no" else torch.compile(model, mode=setting.compile)
+
+
+def peer(start: nn.Module, setting: Setting, mode: str, y: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Copy the model and convert it by biotorch; return it, and a module to call with images alone."""
+    from biotorch.module.biomodule import BioModule
+
+    with redirect_stdout(StringIO()):  # it prints what it converts
+        converted = BioModule(copy.deepcopy(start), mode=mode, output_dim=10).to(setting.device)
+    return converted, _WithTargets(converted, y) if mode == "dfa" else converted
+
+
+def peers_installed(console: Console) -> bool:
+    """Return whether biotorch is installed, and print that it is not."""
+    try:
+        import biotorch  # noqa: F401
+    except ModuleNotFoundError:
+        console.print('biotorch is not installed (pip install -e ".[bench]"), so it is left out')
+        return False
+    return True
+
+
+class _WithTargets(nn.Module):
+    """biotorch's DFA computes the loss of its own to get the error at the output."""
+
+    def __init__(self, converted: nn.Module, targets: Tensor) -> None:
+        super().__init__()
+        self.converted, self.targets = converted, targets
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.converted(x, self.targets, F.cross_entropy)
+        return output
 
 
 def autocast(setting: Setting) -> Any:

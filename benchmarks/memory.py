@@ -21,7 +21,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from common import RULES, Setting, Step, build_model, case_name, fresh, images, train_step, write_result
+from common import (
+    PEERS,
+    RULES,
+    Setting,
+    Step,
+    build_model,
+    case_name,
+    fresh,
+    images,
+    peer,
+    peers_installed,
+    train_step,
+    write_result,
+)
 from jsonargparse import auto_cli
 from rich.console import Console
 from tables import draw, print_memory
@@ -37,6 +50,7 @@ def main(
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
     rules: Sequence[str] = tuple(RULES),
+    peers: Sequence[str] = PEERS,
     name: str | None = None,
 ) -> None:
     """Measure one case, and draw the tables of all cases.
@@ -48,10 +62,13 @@ def main(
         device: cpu, cuda or cuda:N.
         dtype: Data type; bfloat16 uses autocast.
         rules: Names from `RULES` in common.py.
+        peers: Modes of biotorch, if it is installed.
         name: Name of the result (default: made from the case).
     """
     setting = Setting(model, batch, size, device, dtype)
-    figures = {label: _measured(setting, None if label == "plain" else label) for label in ("plain", *rules)}
+    figures = {"plain": _measured(setting)} | {rule: _measured(setting, rule) for rule in rules}
+    if peers and peers_installed(Console()):
+        figures |= {f"biotorch {mode}": _measured(setting, converted=mode) for mode in peers}
     patched = feedbackhook.patch(build_model(setting)[0], "sign")
     weights = sum(patched.weight(row.name).nbytes for row in patched.layers)
     name = name or case_name(setting)
@@ -60,19 +77,18 @@ def main(
     print_memory(Console(), name)
 
 
-def _measured(setting: Setting, rule: str | None) -> dict[str, int]:
+def _measured(setting: Setting, rule: str | None = None, converted: str | None = None) -> dict[str, int]:
     """Return the bytes between two steps, and the additional bytes at the peak of a step."""
     before = _alive(setting.device)
     start, size = build_model(setting)
-    model, called = fresh(start, setting, rule)
+    x, y = images(setting, size)
+    if converted is None:
+        model, called = fresh(start, setting, rule)
+    else:
+        model, called = peer(start, setting, converted, y)
     del start
-    step: Step = partial(
-        train_step,
-        called,
-        torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9),
-        *images(setting, size),
-        setting,
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    step: Step = partial(train_step, called, optimizer, x, y, setting)
     for _ in range(2):
         step()
     model.zero_grad()

@@ -15,7 +15,6 @@ Writes benchmarks/results/step_time/NAME.json, and the tables and figure of all 
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import random
 import sys
@@ -27,6 +26,8 @@ from typing import Literal
 
 import torch
 from common import (
+    DIRECT,
+    PEERS,
     RULES,
     Setting,
     Step,
@@ -35,6 +36,8 @@ from common import (
     case_name,
     fresh,
     images,
+    peer,
+    peers_installed,
     timed,
     train_step,
     write_result,
@@ -49,7 +52,6 @@ import feedbackhook
 
 MEASURED = "uSF"
 """The rule for the steps that are measured or watched."""
-PEERS = ("usf", "frsf", "brsf", "fa")
 
 
 def main(
@@ -79,7 +81,7 @@ def main(
         threads: CPU threads.
         steps: Measured rounds.
         warmup: Rounds before them.
-        rules: Names from `RULES` in common.py.
+        rules: Names from `RULES` in common.py; with torch.compile those of direct rules are left out.
         peers: Modes of biotorch, only without torch.compile and if biotorch is installed.
         measures: Also time steps that are measured or watched, only without torch.compile.
         name: Name of the result (default: made from the case).
@@ -89,7 +91,11 @@ def main(
     setting = Setting(model, batch, size, device, dtype, compile, threads)
     console = Console()
     with TemporaryDirectory() as folder:
-        contestants = _contestants(setting, rules, _available(peers, setting, console))
+        if compile != "no":
+            rules, peers = [rule for rule in rules if rule not in DIRECT], ()
+        if peers and not peers_installed(console):
+            peers = ()
+        contestants = _contestants(setting, rules, peers)
         if measures and compile == "no":
             contestants |= _measuring(setting, Path(folder))
         times = _take_turns(contestants, setting, warmup, steps, console)
@@ -128,11 +134,7 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
     contestants = {"plain": training(*fresh(start, setting)), "plain again": training(*fresh(start, setting))}
     contestants |= {rule: training(*fresh(start, setting, rule)) for rule in rules}
     contestants["removed"] = training(removed, called)
-    for peer in peers:
-        from biotorch.module.biomodule import BioModule
-
-        converted = BioModule(copy.deepcopy(start), mode=peer).to(setting.device)
-        contestants[f"biotorch {peer}"] = training(converted, converted)
+    contestants |= {f"biotorch {mode}": training(*peer(start, setting, mode, y)) for mode in peers}
     for label, rule in {"plain": None, "plain again": None, "sign": "sign"}.items():
         contestants[f"no_grad {label}"] = partial(_look, fresh(start, setting, rule)[1], x, setting)
     return contestants
@@ -162,17 +164,6 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)
         libc.mallopt(-1, (1 << 31) - 1)
-
-
-def _available(peers: Sequence[str], setting: Setting, console: Console) -> Sequence[str]:
-    if not peers or setting.compile != "no":
-        return ()
-    try:
-        import biotorch  # noqa: F401
-    except ModuleNotFoundError:
-        console.print('biotorch is not installed (pip install -e ".[bench]"), so it is left out')
-        return ()
-    return peers
 
 
 @torch.no_grad()

@@ -119,8 +119,8 @@ def _figure(rounds: pd.DataFrame) -> Figure:
             palette="colorblind",
             markersize=5,
             err_kws={"linewidth": 1.5},
-            height=5.5,
-            aspect=1.2,
+            height=7.5,
+            aspect=0.9,
             sharex=False,
             sharey=False,
         )
@@ -130,6 +130,7 @@ def _figure(rounds: pd.DataFrame) -> Figure:
         axes.axvline(1, color="0.3", linewidth=1)
         axes.set(xlabel="step time / plain step time (median, middle half)", ylabel="", title=case)
     grid.legend.set_title("")
+    grid.tight_layout(h_pad=2)
     figure: Figure = grid.figure
     return figure
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from feedbackhook.rules import (
     modes_of,
     rule_name,
 )
-from feedbackhook.selection import Selection, classifier, find_sites, find_targets, select
+from feedbackhook.selection import Selection, check_shared, classifier, find_sites, find_targets, select
 
 Mode = str | Mapping[str, str | Mapping[str, Any]]
 
@@ -176,7 +175,11 @@ def _chosen(
     """Return the rule of each layer to patch, without those that their rules leave exact by default."""
     rules = _rules(model, mode, options, include, exclude)
     if exclude is None and (names := _exact_by_default(model, rules)):
-        rules = _rules(model, mode, options, include, "|".join(map(re.escape, names)))
+        rules, places = (
+            [(target, rule) for target, rule in rules if target.info.name not in names],
+            {target.info.name: target.place for target, _ in rules},
+        )
+        check_shared(places, {target.info.name for target, _ in rules})
     return rules
 
 

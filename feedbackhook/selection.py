@@ -23,6 +23,12 @@ from feedbackhook.core.discovery import (
 Selection: TypeAlias = str | Sequence[str | type[nn.Module]]
 
 
+class _FullName(str):
+    """The full name of a layer, which in a list does not select layers that only end with it."""
+
+    __slots__ = ()
+
+
 def find_targets(
     model: nn.Module,
     include: Selection | None = None,
@@ -60,7 +66,7 @@ def find_targets(
         shown = ", ".join(f"{name}={_show(value)}" for name, value in given.items() if value is not None)
         raise ValueError(f"no layer is left to patch with {shown}")
     _check_fused(modules, chosen)
-    _check_shared(candidates, set(chosen))
+    check_shared(candidates, set(chosen))
     return [Target(candidates[name], describe_layer(name, candidates[name])) for name in chosen]
 
 
@@ -93,6 +99,7 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> dict[LayerInfo, 
 def classifier(model: nn.Module) -> list[str]:
     """Return the full names of the layers that compute the class scores, for `exclude` (or `include`).
 
+    As an item of a list, such a name selects its layer alone, and no other whose name ends with it.
     These are the layers inside `model.get_classifier()` if the model has that method, as timm's models do.
     Otherwise it is the last layer that can be patched, in the order in which modules are registered.
 
@@ -108,7 +115,7 @@ def classifier(model: nn.Module) -> list[str]:
         found = list(names.values())[-1:]
     if not found:
         raise ValueError(f"{type(model).__name__} has no classifier that can be patched")
-    return found
+    return [_FullName(name) for name in found]
 
 
 def select(argument: str, selection: Selection, modules: Mapping[str, nn.Module]) -> set[str]:
@@ -145,6 +152,8 @@ def select(argument: str, selection: Selection, modules: Mapping[str, nn.Module]
 
 
 def _matcher(argument: str, item: object, modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
+    if isinstance(item, _FullName):
+        return lambda name: name == item
     if isinstance(item, str):
         return lambda name: name == item or name.endswith(f".{item}")
     if isinstance(item, type) and issubclass(item, nn.Module):
@@ -165,8 +174,12 @@ def _check_fused(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Non
             )
 
 
-def _check_shared(candidates: Mapping[str, Place], chosen: set[str]) -> None:
-    """Refuse a weight shared by a chosen layer and one that is not chosen."""
+def check_shared(candidates: Mapping[str, Place], chosen: set[str]) -> None:
+    """Refuse a weight shared by a chosen layer and one that is not chosen.
+
+    Raises:
+        ValueError: there is one.
+    """
     weights = {name: place.parameter() for name, place in candidates.items()}
     owners = {id(weight): name for name, weight in weights.items() if name in chosen and weight is not None}
     for name, weight in weights.items():

@@ -138,6 +138,23 @@ def test_the_classifier_is_found(model, expected):
         assert not set(expected) & {row.name for row in patch.layers}
 
 
+def test_the_classifiers_name_selects_no_layer_that_only_ends_with_it():
+    model = nn.ModuleDict(
+        {"stem": nn.Linear(4, 4), "block": nn.ModuleDict({"head": nn.Linear(4, 4)}), "head": nn.Linear(4, 2)}
+    )
+    names = feedbackhook.classifier(model)
+    assert names == ["head"]
+
+    def patched(**selection):
+        with feedbackhook.patch(model, **selection) as patch:
+            return [row.name for row in patch.layers]
+
+    assert patched(exclude=names) == ["stem", "block.head"]
+    assert patched(exclude=[*names, "stem"]) == ["block.head"]
+    assert patched(include=names) == ["head"]
+    assert patched(exclude=["head"]) == ["stem"]  # a name that is typed is a suffix, too
+
+
 def test_a_model_without_a_classifier_is_refused():
     with pytest.raises(ValueError, match="ResNet has no classifier that can be patched"):
         feedbackhook.classifier(timm.create_model("resnet10t", num_classes=0))

@@ -29,9 +29,9 @@ class Look(NamedTuple):
 
 RULES: Mapping[str, Look] = {
     BACKPROP: Look("#8a8a8a", "s"),
-    "symmetric": Look("#8a8a8a", "s", (1, 1)),
+    "symmetric": Look("#8a8a8a", "^", (1, 1)),
     "sign": Look("#009e73", "P"),
-    "random": Look("#cc79a7", "X", (4, 2)),
+    "random": Look("#cc79a7", "<", (4, 2)),
     "tensor": Look("#a69b00", "*"),
     "uSF": Look("#0072b2", "v"),
     "NuSF": Look("#56b4e9", "^", (4, 2)),

@@ -119,3 +119,26 @@ def test_compiled_code_is_refused_by_name_and_works_again_without(options, fullg
     assert torch._C._len_torch_function_stack() == 0
     model.zero_grad()
     assert_same_gradients(gradients(model, x), by_hooks(plain, matrices_of(patch), x))
+
+
+@pytest.mark.parametrize(("unit", "stops"), [(nn.ReLU, False), (nn.Tanh, True)], ids=["ReLU", "tanh"])
+def test_drtp_stops_only_where_units_saturate(unit, stops):
+    """B y does not become smaller as the loss does: see docs/rules.md."""
+    model = redrawn(nn.Sequential(nn.Linear(10, 30), unit(), nn.Linear(30, 30), unit(), nn.Linear(30, 3)))
+    y = torch.arange(60) % 3
+    x = draw(60, 10)
+    x[:, :3] += 3 * F.one_hot(y, 3)
+    patch = feedbackhook.patch(model, "DRTP")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses, steps = [], []
+    for _ in range(200):
+        before = model[2].weight.detach().clone()
+        optimizer.zero_grad()
+        patch.targets(y)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        steps.append((model[2].weight.detach() - before).norm().item())
+    assert losses[-1] < losses[0] / 5  # both learn this task
+    assert (steps[-1] < steps[0]) == stops

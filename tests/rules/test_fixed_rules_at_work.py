@@ -216,6 +216,14 @@ def test_only_the_classifier_itself_stays_exact():
     assert list(rules_of(model, "sign-symmetry")) == ["block.fc"]
 
 
+def test_a_classifier_that_shares_its_weight_with_a_patched_layer_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="'0' and '2' share a weight; patch both or exclude both"):
+        feedbackhook.patch(model, "sign-symmetry")
+    assert feedbackhook.get_patch(model) is None
+
+
 class Headless(nn.Sequential):
     def get_classifier(self) -> nn.Module:
         return nn.Identity()
