@@ -3,6 +3,8 @@
 from feedbackhook.core.audit import Finding
 from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.errors import ExactGradientError
+from feedbackhook.diagnosis.profile import profile
+from feedbackhook.diagnosis.profiled import Profile
 from feedbackhook.handle import LayerRow, Patch
 from feedbackhook.measurement import Row, measure
 from feedbackhook.optim import BatchManhattan
@@ -20,12 +22,14 @@ __all__ = [
     "LayerInfo",
     "LayerRow",
     "Patch",
+    "Profile",
     "Recorder",
     "Row",
     "classifier",
     "get_patch",
     "measure",
     "patch",
+    "profile",
     "read",
     "register_rule",
     "unpatch",

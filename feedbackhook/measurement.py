@@ -91,13 +91,13 @@ def measure(
     state = patch.state
     if loss is None:
         return list(weight_rows(state))
-    _check(state, loss)
+    check_loss(state, loss)
     layers = state.patched
     parameters = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
-    with _undisturbed(patch), collect_error_angles(state, per_sample) as errors:
-        delivered = _gradients(loss, parameters)
-    with _undisturbed(patch), state.exact_backward():
-        exact = _gradients(loss, parameters)
+    with undisturbed(patch), collect_error_angles(state, per_sample) as errors:
+        delivered = gradients_of(loss, parameters)
+    with undisturbed(patch), state.exact_backward():
+        exact = gradients_of(loss, parameters)
     if not errors.seen and not any(delivered.values()):
         raise ValueError(
             "the graph of this loss contains no patched layer: was it made without gradients, with the patch "
@@ -202,7 +202,7 @@ def collect_error_angles(state: PatchState, per_sample: bool = False) -> Iterato
         yield errors
 
 
-def _check(state: PatchState, loss: Tensor) -> None:
+def check_loss(state: PatchState, loss: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss must be a tensor with one element, not {shape}")
@@ -215,7 +215,7 @@ def _check(state: PatchState, loss: Tensor) -> None:
         )
 
 
-def _gradients(loss: Tensor, parameters: dict[Patched, list[Tensor]]) -> dict[Patched, list[Tensor]]:
+def gradients_of(loss: Tensor, parameters: dict[Patched, list[Tensor]]) -> dict[Patched, list[Tensor]]:
     """Return the gradients of each layer's parameters that the loss reaches. The pass visits every node that
     `loss.backward()` would visit."""
     leaves = list(_leaves(loss))
@@ -269,7 +269,7 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _undisturbed(patch: PatchHandle) -> Iterator[None]:
+def undisturbed(patch: PatchHandle) -> Iterator[None]:
     """Restore counts, probes, buffers and random states after this context, and call no probe within it.
     (Checkpoints run forwards in a backward.)"""
     buffers: dict[Tensor, Tensor] = {}

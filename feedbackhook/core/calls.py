@@ -151,8 +151,10 @@ class Calls:
             layer.input_requires_grad = layer.input_requires_grad or input_requires_grad
         if not input_requires_grad or not self._state.enabled:
             output: Tensor = func(*args, **kwargs)
-            if eager and output.requires_grad:
-                self._note_arrival(layer, output, exact=input_requires_grad)
+            if eager:
+                self._tell(layer, call.input, output)
+                if output.requires_grad:
+                    self._note_arrival(layer, output, exact=input_requires_grad)
             return output
         delivery = None
         if isinstance(feedback, Projection):
@@ -160,7 +162,13 @@ class Calls:
             like = call.input.new_empty(0, dtype=use.weight.dtype)
             delivery = mode.forward.site(layer, feedback, _place_of(call, mode), like)
         output = call.run(func, args, kwargs, call.input.detach())
+        if eager:
+            self._tell(layer, call.input, output)
         return join(output, call.input, use.weight.detach(), use.part, self._state, layer, call, delivery)
+
+    def _tell(self, layer: Layer, input: Tensor, output: Tensor) -> None:
+        for listener in list(self._state.call_listeners.values()):
+            listener(layer, input.detach(), output.detach())
 
     def _note_arrival(self, layer: Layer, output: Tensor, exact: bool) -> None:
         """Record an error signal that arrives at an output that is not rerouted, because the input requires

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feedbackhook.report import rules, theme
+from feedbackhook.report.errors import NothingToDraw
 from feedbackhook.report.statistics import percent_interval
 from feedbackhook.store.recorder import read
 
@@ -280,10 +281,6 @@ def draw_all(
 def draw_run(folder: Path) -> None:
     """Draw the figures of a run, from its table, into its folder."""
     draw_all(read(folder), folder / "figures")
-
-
-class NothingToDraw(ValueError):
-    """The table lacks the metric that a figure shows."""
 
 
 def _layers(table: DataFrame) -> DataFrame:
