@@ -3,6 +3,8 @@
 from feedbackhook.core.audit import Finding
 from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.errors import ExactGradientError
+from feedbackhook.diagnosis.diagnose import diagnose
+from feedbackhook.diagnosis.diagnosed import Diagnosis
 from feedbackhook.diagnosis.profile import profile
 from feedbackhook.diagnosis.profiled import Profile
 from feedbackhook.handle import LayerRow, Patch
@@ -17,6 +19,7 @@ from feedbackhook.store.recorder import Recorder, read
 __all__ = [
     "BatchManhattan",
     "CounterRNG",
+    "Diagnosis",
     "ExactGradientError",
     "Finding",
     "LayerInfo",
@@ -26,6 +29,7 @@ __all__ = [
     "Recorder",
     "Row",
     "classifier",
+    "diagnose",
     "get_patch",
     "measure",
     "patch",

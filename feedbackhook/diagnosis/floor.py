@@ -1,8 +1,8 @@
 """The numerical floor of a layer's exact gradient, below which no angle to it means anything.
 
-Letters: a the layer's inputs, z its outputs, delta* the exact error signals at z, G* the exact gradient of the
-layer's weight, each with the Frobenius norm over the whole batch; u the rounding unit of the coarsest format
-among weight, a and z (half the distance from 1 to the next number); k the number of kernel taps.
+Letters: a the layer's inputs, z its outputs, delta* the exact error signals at z, G* the exact gradient of
+the layer's weight, each with the Frobenius norm over the whole batch; u the rounding unit of the coarsest
+format among weight, a and z (half the distance from 1 to the next number); k the number of kernel taps.
 
 Two things cannot be resolved, and the floor is the larger of both:
 

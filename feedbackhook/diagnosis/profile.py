@@ -87,7 +87,9 @@ def profile(
         RuntimeError: what the model or a rule raises.
     """
     if get_patch(model) is not None:
-        raise ValueError("this model is patched; remove the patch first, or call feedbackhook.diagnose(patch)")
+        raise ValueError(
+            "this model is patched; remove the patch first, or call feedbackhook.diagnose(patch)"
+        )
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds must be an integer of at least 1, not {seeds!r}")
     grid = settings(modes, concordances)

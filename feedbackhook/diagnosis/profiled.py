@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from feedbackhook.diagnosis.grid import Setting
+from feedbackhook.listing import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ class ProfileRow(NamedTuple):
         metric: "gradient_angle" or "error_angle", in degrees, or "gradient_norm_ratio".
         mean: over batches and draws; NaN if no value is defined.
         std: standard deviation over batches and draws (of the sample); NaN for fewer than two values.
-        count: number of values that are defined.
+        defined: number of values that are defined, of batches times draws.
     """
 
     mode: str
@@ -46,7 +47,7 @@ class ProfileRow(NamedTuple):
     metric: str
     mean: float
     std: float
-    count: int
+    defined: int
 
     @property
     def condition(self) -> str:
@@ -131,7 +132,9 @@ class Profile:
             f"At best ({best}), gradients point within {HALF:g}° of backprop's in {_last(half)} and within "
             f"{TENTH:g}° in {_last(tenth)}"
         )
-        modes = [mode for mode in dict.fromkeys(row.mode for row in self.rows) if self._has_concordances(mode)]
+        modes = [
+            mode for mode in dict.fromkeys(row.mode for row in self.rows) if self._has_concordances(mode)
+        ]
         parts = []
         for mode in modes:
             least = self.smallest_concordance(mode)
@@ -167,13 +170,13 @@ class Profile:
     def __str__(self) -> str:
         """Return a line for each condition, the undefined layers, and the sentence."""
         head = ["condition", f"below {HALF:g}°", f"below {TENTH:g}°", "first layer", "median", "norm ratio"]
-        rows = [head, *(self._line(name) for name in self.conditions)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = aligned([head, *(self._line(name) for name in self.conditions)])
         if self.undefined:
             lines += ["", *_explained(self.undefined)]
         draws = f"{self.batches} batch{'es' * (self.batches > 1)}, {self.seeds} draw{'s' * (self.seeds > 1)}"
-        return "\n".join([*lines, "", f"Gradient angles to exact backprop, means over {draws}.", self.sentence])
+        return "\n".join(
+            [*lines, "", f"Gradient angles to exact backprop, means over {draws}.", self.sentence]
+        )
 
     def _line(self, condition: str) -> list[str]:
         rows = self.angles(condition)
@@ -186,9 +189,6 @@ class Profile:
             f"{np.median(means):.0f}°" if means else "-",
             f"{min(ratios):.2g} to {max(ratios):.2g}" if ratios else "-",
         ]
-
-    def _has_concordances(self, mode: str) -> bool:
-        return any(row.concordance is not None for row in self.rows if row.mode == mode)
 
 
 Values = dict[tuple[str, float | None, str, str], list[float]]

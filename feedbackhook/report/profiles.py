@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-_NAMED = 60  # rows whose names can be read
-
-__all__ = ["colors_of", "draw"]
+_NAMED = 60  # number of rows whose names can be read
 
 
 def draw(table: DataFrame, conditions: list[str]) -> Figure:
@@ -44,7 +42,7 @@ def draw(table: DataFrame, conditions: list[str]) -> Figure:
             vmin=0,
             vmax=90,
             cmap="viridis_r",
-            cbar_kws={"label": "mean angle to backprop's gradient [°], 90: unrelated", "extend": "max"},
+            cbar_kws={"label": "mean angle to backprop's gradient [°]", "extend": "max"},
             yticklabels=len(layers) <= _NAMED,
             ax=over,
         )
