@@ -132,9 +132,7 @@ class Profile:
             f"At best ({best}), gradients point within {HALF:g}° of backprop's in {_last(half)} and within "
             f"{TENTH:g}° in {_last(tenth)}"
         )
-        modes = [
-            mode for mode in dict.fromkeys(row.mode for row in self.rows) if self._has_concordances(mode)
-        ]
+        modes = dict.fromkeys(row.mode for row in self.rows if row.concordance is not None)
         parts = []
         for mode in modes:
             least = self.smallest_concordance(mode)

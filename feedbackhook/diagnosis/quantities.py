@@ -118,20 +118,6 @@ class Moments(NamedTuple):
         )
 
 
-def participation_ratio(signals: Tensor) -> float:
-    """Return the effective rank of N signals of C features, shape (N, C): tr(M)^2 / tr(M^2) for their second
-    moments M = signals^T signals. It is 1 if all point along one line and C if they fill all directions
-    equally; NaN if all are zero.
-
-    Source: the participation ratio of Gao et al. 2017, "A theory of multineuronal dimensionality, dynamics
-    and measurement", here around zero, since the mean error signal also moves weights.
-    """
-    x = signals.detach().to("cpu", torch.float64)
-    moments = x @ x.T if len(x) < x.shape[1] else x.T @ x
-    square = float((moments * moments).sum())
-    return float(moments.trace()) ** 2 / square if square else math.nan
-
-
 def _with_others(products: Tensor) -> Tensor:
     """Return the mean product, shape (S,), of each sample with the exact gradients of the other batches."""
     n = products.shape[1]
