@@ -29,7 +29,7 @@ An undefined value, such as the angle to a tensor that is all zero, is NaN and k
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,6 +51,11 @@ ALSO = (
     "exact_participation_ratio",
 )
 """The metrics that `measure` returns on request."""
+
+_NO_LAYER = (
+    "the graph of this loss contains no patched layer: was it made without gradients, with the patch "
+    "disabled, or by another model?"
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,7 +103,7 @@ def measure(
         group: a torch.distributed group whose ranks hold parts of one batch, and losses that add up, or
             average, to the loss of the whole batch. All ranks must call this, and the rows are those of the
             whole batch. Without it the rows are those of this rank's part.
-        also: further metrics, of those in the second table above: `ALSO` lists them.
+        also: further metrics, of those that `ALSO` lists; participation ratios need a loss and no group.
 
     Returns:
         Rows by layer in the order of `patch.layers`, then the rows of the whole network. `error_angle` is NaN
@@ -106,8 +111,7 @@ def measure(
         whose weight gets no gradient.
 
     Raises:
-        ValueError: `loss` is not a scalar, its graph contains no patched layer, or `also` names an unknown
-            metric or one that needs a loss, or `participation_ratio` with a group.
+        ValueError: `loss` is not a scalar, its graph contains no patched layer, or `also` is wrong.
         RuntimeError: the graph was used up by a backward, was made by compiled code, or contains a reentrant
             checkpoint; parameters are sharded; or it is the first step of DistributedDataParallel with
             `static_graph=True`.
@@ -119,25 +123,18 @@ def measure(
     check_loss(state, loss)
     layers = state.patched
     parameters = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(patch))
-        errors = stack.enter_context(collect_error_angles(state, per_sample))
-        ranks = stack.enter_context(collect_ranks(layers if "participation_ratio" in also else ()))
+    ranked = layers if any("participation" in name for name in also) else []
+    with undisturbed(patch), collect_error_angles(state, per_sample) as errors, collect_ranks(ranked) as own:
         delivered = gradients_of(loss, parameters)
-    ranked = layers if "exact_participation_ratio" in also else ()
-    with undisturbed(patch), state.exact_backward(), collect_ranks(ranked) as exact_ranks:
+    with undisturbed(patch), state.exact_backward(), collect_ranks(ranked) as backprops:
         exact = gradients_of(loss, parameters)
     if not errors.seen and not any(delivered.values()):
-        raise ValueError(
-            "the graph of this loss contains no patched layer: was it made without gradients, with the patch "
-            "disabled, or by another model?"
-        )
-    of_ranks = {"participation_ratio": ranks, "exact_participation_ratio": exact_ranks}
+        raise ValueError(_NO_LAYER)
     rows = [
         *weight_rows(state, "weight_cosine" in also),
         *errors.rows(layers, group, "error_cosine" in also),
         *_gradient_rows(delivered, exact, group, "gradient_cosine" in also),
-        *_rank_rows(layers, {name: found for name, found in of_ranks.items() if name in also}),
+        *_rank_rows(layers, also, {"participation_ratio": own, "exact_participation_ratio": backprops}),
     ]
     places: dict[str | None, int] = {layer.info.name: place for place, layer in enumerate(layers)}
     return sorted(rows, key=lambda row: places.get(row.layer, len(places)))
@@ -179,10 +176,9 @@ def _gradient_rows(
             yield _row(layer, "gradient_cosine", total.cosine)
 
 
-def _rank_rows(layers: Iterable[Patched], of_ranks: dict[str, Ranks]) -> Iterator[Row]:
-    for name, ranks in of_ranks.items():
-        for layer in layers:
-            yield _row(layer, name, ranks.of(layer))
+def _rank_rows(layers: Iterable[Patched], also: Collection[str], ranks: dict[str, Ranks]) -> Iterator[Row]:
+    for layer in layers:
+        yield from (_row(layer, name, found.of(layer)) for name, found in ranks.items() if name in also)
 
 
 class ErrorAngles:

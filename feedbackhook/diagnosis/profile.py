@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from feedbackhook.core.angles import Sums, sums_of
 from feedbackhook.core.layer import Patched
 from feedbackhook.diagnosis.floor import floor_of
-from feedbackhook.diagnosis.grid import CONCORDANCES, MODES, Modes, settings
+from feedbackhook.diagnosis.grid import CONCORDANCES, MODES, Modes, Setting, settings
 from feedbackhook.diagnosis.passes import (
     Batch,
     Loss,
@@ -56,9 +56,8 @@ def profile(
 ) -> Profile:
     """Compare each layer's gradient under a grid of rules with exact backprop, before any training.
 
-    For each rule, concordance, draw and batch, the model is patched, run forward and backward, and the patch
-    is removed. The model runs in the training mode in which it is. Afterwards its weights, `.grad`, buffers,
-    training modes and hooks, and the random states are as they were, also after an error.
+    The model runs in the training mode in which it is. Afterwards its weights, `.grad`, buffers, training
+    modes and hooks, and the random states are as they were, also after an error.
 
     Args:
         model: a model that is not patched.
@@ -98,15 +97,28 @@ def profile(
     exact, order = _exact(model, given, loss, chosen)
     values: Values = defaultdict(list)
     undefined: dict[str, str] = {}
-    for setting in grid:
+    for setting in [Setting(s.mode, s.concordance, {**chosen, **s.arguments}) for s in grid]:
         for seed in range(seeds):
-            with patch(model, seed=seed, **{**chosen, **setting.arguments}) as handle:
-                for batch, backprop in zip(given, exact, strict=True):
-                    with preserved(model):
-                        found = _delivered(handle, batch, loss, backprop, undefined)
-                    for (layer, metric), value in found.items():
-                        values[setting.mode, setting.concordance, layer, metric].append(value)
+            _profile_draw(model, zip(given, exact, strict=True), loss, setting, seed, values, undefined)
     return Profile(summarized(values, order), undefined, len(given), seeds)
+
+
+def _profile_draw(
+    model: nn.Module,
+    batches: Iterable[tuple[Batch, _Exact]],
+    loss: Loss,
+    setting: Setting,
+    seed: int,
+    values: Values,
+    undefined: dict[str, str],
+) -> None:
+    """Add the metrics of one draw of one rule."""
+    with patch(model, seed=seed, **setting.arguments) as handle:
+        for batch, backprop in batches:
+            with preserved(model):
+                found = _delivered(handle, batch, loss, backprop, undefined)
+            for (layer, metric), value in found.items():
+                values[setting.mode, setting.concordance, layer, metric].append(value)
 
 
 def _exact(
