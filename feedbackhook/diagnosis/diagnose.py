@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,14 @@ from feedbackhook.diagnosis.quantities import Gram, Moments
 from feedbackhook.measurement import Row
 
 
-def diagnose(patch: PatchHandle, batches: Iterable[Batch], loss: Loss, *, draws: int = 3) -> Diagnosis:
+def diagnose(
+    patch: PatchHandle,
+    batches: Iterable[Batch],
+    loss: Loss,
+    *,
+    draws: int = 3,
+    forward: Callable[..., Any] | None = None,
+) -> Diagnosis:
     """Check, layer by layer, whether an alignment angle and an accuracy of this network can be trusted.
 
     | check | value |
@@ -62,6 +70,8 @@ def diagnose(patch: PatchHandle, batches: Iterable[Batch], loss: Loss, *, draws:
         loss: a function of the model's output and the target, such as `torch.nn.functional.cross_entropy`;
             for a mapping, of the output and the mapping. It returns a scalar.
         draws: number of draws of rules that draw again after each update, such as "brSF".
+        forward: computes the output from a batch's input by calling the model, for example in mixed
+            precision; None calls the model itself.
 
     Returns:
         The checks of each layer in the order of `patch.layers`, then those of the whole model.
@@ -79,7 +89,7 @@ def diagnose(patch: PatchHandle, batches: Iterable[Batch], loss: Loss, *, draws:
         raise ValueError(f"draws must be an integer of at least 2, not {draws!r}")
     given = listed(batches, patch.model)
     with _untouched(patch):
-        passes = _Passes(patch, given, loss)
+        passes = _Passes(patch, given, loss, forward)
         passes.run(draws if passes.redrawn else 1)
         checks = [check for each in patch.state.patched for check in _layer_checks(each, passes)]
         whole, where = passes.growth.largest()
@@ -110,6 +120,7 @@ class _Passes:
     patch: PatchHandle
     batches: list[Batch]
     loss: Loss
+    forward: Callable[..., Any] | None
     delivered: list[dict[int, Tensor]] = field(default_factory=list)
     exact: list[dict[int, Tensor]] = field(default_factory=list)
     scales: list[dict[Patched, Scales]] = field(default_factory=list)
@@ -132,7 +143,7 @@ class _Passes:
                         each.feedback.redraw()
             for batch in self.batches:
                 with preserved(model), observe(state) as observed, observe_growth(model) as growth:
-                    value = loss_of(model, batch, self.loss, state)
+                    value = loss_of(model, batch, self.loss, state, self.forward)
                     self.delivered.append(named_gradients(value, parameters, keep=True))
                     if draw:
                         continue
@@ -144,7 +155,7 @@ class _Passes:
     def first_loss(self) -> float:
         """Return the loss of the first batch, as the passes saw it."""
         with preserved(self.patch.model), torch.no_grad():
-            return float(loss_of(self.patch.model, self.batches[0], self.loss))
+            return float(loss_of(self.patch.model, self.batches[0], self.loss, None, self.forward))
 
 
 def _layer_checks(each: Patched, passes: _Passes) -> Iterator[Check]:

@@ -70,19 +70,33 @@ def listed(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     return found
 
 
-def loss_of(model: nn.Module, batch: Batch, loss: Loss, state: PatchState | None = None) -> Tensor:
+def loss_of(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    state: PatchState | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
     """Return the loss of one batch. Direct rules also get integer targets, as by `Patch.targets`.
+
+    Args:
+        model: the model.
+        batch: a pair or a mapping.
+        loss: the loss.
+        state: of the model's patch.
+        forward: called instead of the model.
 
     Raises:
         ValueError: it is not a scalar.
     """
+    run = model if forward is None else forward
     if isinstance(batch, Mapping):
-        value = loss(model(**batch), batch)
+        value = loss(run(**batch), batch)
     else:
         x, target = batch
         if state is not None and state.projections and _are_classes(target):
             state.targets = target.detach()
-        output = model(**x) if isinstance(x, Mapping) else model(*x) if _is_several(x) else model(x)
+        output = run(**x) if isinstance(x, Mapping) else run(*x) if _is_several(x) else run(x)
         value = loss(output, target)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ValueError(f"loss must return a tensor with one element, not {_kind(value)}")

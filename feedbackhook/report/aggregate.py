@@ -41,7 +41,9 @@ class SweepTable:
             planned runs, `ended` those of them in the means, `diverged` those of these that diverged,
             `pruned` the planned runs that ended early since other learning rates were better, and `missing`
             the rest.
-            `paper_error` is the published error, and `difference` is `best_error` minus that.
+            `paper_error` is the published error, and `difference` is `best_error` minus that. `control` tells
+            whether the condition is a control, `not_better` whether its `best_error` is not smaller than
+            that of each control on the dataset.
         missing: the runs that are in no mean, by name, and why; without those that were pruned.
         pruned: the runs that were pruned, by name; they are in no mean either.
         rank_correlation: by dataset, Spearman's correlation of our errors with the published ones over
@@ -190,7 +192,12 @@ def _compared(cells: pd.DataFrame, plan: Manifest) -> pd.DataFrame:
             dataset: errors.get(published.reference, np.nan) for dataset, errors in published.errors.items()
         }
     )
+    control = cells["condition"].map(lambda name: plan.conditions[name].control).astype(bool)
+    least = cells[control].groupby("dataset")["best_error"].min()
+    not_better = cells["best_error"] >= cells["dataset"].map(least).astype(float)
     return cells.assign(
+        control=control,
+        not_better=not_better & ~control,
         difference=cells["best_error"] - cells["paper_error"],
         class_of_best=_classes(cells["best_error"] - cells["dataset"].map(ours)),
         class_of_paper=_classes(cells["paper_error"] - cells["dataset"].map(theirs)),
