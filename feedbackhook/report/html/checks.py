@@ -1,4 +1,4 @@
-"""The table of checks on a sweep's page: for each condition, at its best learning rate, how many layers fail."""
+"""The table of checks on a sweep's page: how many layers of each condition fail, at its best rate."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 import feedbackhook
@@ -19,14 +17,13 @@ from feedbackhook.experiments.config import (
 )
 from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.training.run import train
-from feedbackhook.store.run_folder import RunFolder
 
 
 def config(output, check_every=0, **protocol) -> RunConfig:
     return RunConfig(
         data=DataConfig(train_images=60, test_images=20),
-        model=ModelConfig("timm/test_vit", options={"drop_rate": 0.1}),
-        feedback=FeedbackConfig("brSF", {"concordance": 0.75}, include=r"blocks\.0\.mlp.*|head"),
+        model=ModelConfig(batch_norm="affine"),
+        feedback=FeedbackConfig("brSF", {"concordance": 0.75}),
         protocol=ProtocolConfig(epochs=1, batch_size=20, threads=1, device="cpu", **protocol),
         record=RecordConfig(every=1, check_every=check_every, figures=False),
         output=str(output),
@@ -43,9 +40,6 @@ def test_training_does_not_notice_and_the_checks_are_recorded(tmp_path, precisio
         tables[every] = table[~checks].drop(columns="run").reset_index(drop=True), table[checks]
     assert tables[0][0].equals(tables[2][0])
     assert tables[0][1].empty
-    weights = [RunFolder(tmp_path / str(every)).load_checkpoint()["model"] for every in (0, 2)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     rows = tables[2][1]
     assert set(rows["step"]) == {0, 2}  # the first, and the last of three
     for kind in KINDS:
@@ -53,12 +47,13 @@ def test_training_does_not_notice_and_the_checks_are_recorded(tmp_path, precisio
     growth = rows[(rows["metric"] == "check_growth_threshold") & rows["layer"].notna()]["value"]
     unit = 2.0**-7 if precision == "bf16" else 2.0**-23
     assert set(growth) == {1 / unit}
-    head = rows[(rows["layer"] == "head") & (rows["metric"] == "check_angle")]["value"]
-    assert all(math.isclose(value, 0, abs_tol=1e-3) for value in head)
+    angles = rows[rows["metric"] == "check_angle"].set_index("depth")["value"]
+    assert all(abs(angles[angles.index.max()]) < 1e-3)  # no V above the last layer
+    assert all(angles[0] > 10)
 
 
 def test_sharded_gradients_are_refused_with_the_way_out(tmp_path):
-    with pytest.raises(ConfigError, match="record.check_every needs whole gradients.*use ddp"):
+    with pytest.raises(ConfigError, match=r"record\.check_every needs whole gradients.*use ddp"):
         resolve(config(tmp_path, 5, strategy="fsdp2"))
     with pytest.raises(ConfigError, match="check_every must be 0 or more"):
         config(tmp_path, -1)
