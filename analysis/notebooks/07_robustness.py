@@ -45,7 +45,7 @@ def trained(mode, epochs=15, **options):
         torch.nn.Linear(64, 10),
     )
     patch = feedbackhook.patch(model, mode, **options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(epochs):
         for batch in torch.randperm(1400).split(50):
             optimizer.zero_grad()
@@ -120,7 +120,7 @@ display(
 
 # %%
 with theme.style():
-    figure = Figure(figsize=theme.figsize(9.0, 3.8), layout="constrained")
+    figure = Figure(figsize=theme.figsize(9.0, 4.6), layout="constrained")
     for axes, attack in zip(figure.subplots(1, 2, sharey=True), ("FGSM", "PGD"), strict=True):
         for name, color in zip(networks, theme.sequence(3), strict=True):
             for gradient, style in (("V's", "--"), ("exact", "-")):
@@ -132,10 +132,11 @@ with theme.style():
                     linestyle=style,
                     label=f"{name}, {gradient} gradient",
                 )
-        axes.set(xlabel="epsilon [share of the pixels' range]", title=attack)
+        axes.set(xlabel="epsilon [share of the pixels' range]", title=attack, xticks=[0, 0.05, 0.1, 0.15, 0.2])
     figure.axes[0].set_ylabel("test error [%]")
     figure.axes[0].set_ylim(0, 102)
-    figure.axes[1].legend(frameon=False, fontsize="x-small", loc="lower right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="x-small")
 display(figure)
 
 # %% [markdown]

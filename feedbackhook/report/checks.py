@@ -25,8 +25,8 @@ COLORS = {"passes": "#bfe0f5", "fails": "#e8933f", UNDEFINED: "#dcdcdc"}
 def last_checks(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the last checks of each run, a row for each layer and kind.
 
-    The columns are `run, step, layer, depth, kind, value, threshold, verdict, outcome`. `outcome` is "passes",
-    "fails" or "undefined". Layers without a name are the whole network.
+    The columns are `run, step, layer, depth, kind, value, threshold, verdict, outcome`; `outcome` is
+    "passes", "fails" or "undefined". Layers without a name are the whole network.
 
     Args:
         rows: the tidy table of one or more runs.
