@@ -132,7 +132,9 @@ with theme.style():
                     linestyle=style,
                     label=f"{name}, {gradient} gradient",
                 )
-        axes.set(xlabel="epsilon [share of the pixels' range]", title=attack, xticks=[0, 0.05, 0.1, 0.15, 0.2])
+        axes.set(
+            xlabel="epsilon [share of the pixels' range]", title=attack, xticks=[0, 0.05, 0.1, 0.15, 0.2]
+        )
     figure.axes[0].set_ylabel("test error [%]")
     figure.axes[0].set_ylim(0, 102)
     handles, labels = figure.axes[0].get_legend_handles_labels()
