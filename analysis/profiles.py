@@ -128,6 +128,8 @@ def controls_of(experiment: str) -> dict[str, float]:
     if experiment == "finetune":
         runs = pd.read_csv(RESULTS / "finetune" / "runs.csv")
         found["classifier alone"] = runs.loc[runs["trainable"] == "head", "last_error"].mean()
+    elif "BN+BM" in errors:
+        found["backprop, BN+BM"] = errors["BN+BM"]
     elif "head alone" in errors:
         found["classifier alone"] = errors["head alone"]
     return {name: float(value) for name, value in found.items()}
@@ -241,6 +243,7 @@ def main(root: Path = Path("data"), cifar10: str = "CIFAR10", output: Path = RES
         profiles = pd.concat([profiles, rows])
         profiles.to_csv(file, index=False, float_format="%.2f")
         print(f"{experiment}: {time.process_time() - began:.0f} s of processor time", flush=True)
+    profiles = pd.read_csv(file)  # so that a page made again has the same numbers
     table = conditions(profiles)
     found = correlations(table)
     table.to_csv(output / "conditions.csv", index=False, float_format="%.2f")
@@ -248,7 +251,9 @@ def main(root: Path = Path("data"), cifar10: str = "CIFAR10", output: Path = RES
     own = profiles[profiles["experiment"] == "finetune"].set_index(["condition", "layer"])["mean"].dropna()
     both = pd.concat([own.rename("profile"), measured_in_training().rename("measured")], axis=1).dropna()
     source = (HERE / "profiles.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     text = environment.from_string(source).render(
         table=table,
         found=found,

@@ -78,8 +78,8 @@ def test_the_last_checks_have_the_verdicts_of_their_thresholds(sweep: Path) -> N
 def test_the_page_has_a_table_of_verdicts_for_the_best_run(sweep: Path) -> None:
     html = page(sweep)
     assert "Can these angles be trusted?" in html
-    assert "at the floor<br><small>1 of 2 layers" in html
-    assert "undefined<br><small>1 of 2 layers" in html
+    assert "at the floor <small>1 of 2 layers" in html
+    assert "undefined <small>1 of 2 layers" in html
     assert "digits-RndF-rate1-seed0: each layer" in html
     assert "digits-RndF-rate0.1-seed0: each layer" not in html
     assert "conv&lt;1&gt;" in html
