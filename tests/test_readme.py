@@ -68,10 +68,20 @@ def test_the_watched_run(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for image in range(13):
             Image.effect_noise((32, 32), 50 + image).convert("RGB").save(folder / f"{image}.png")
-    exec(BLOCKS[5], {})
+    exec(BLOCKS[6], {})
     table = feedbackhook.read("runs/resnet18")
     assert set(table["step"]) == {0}
     assert {"error_angle", "gradient_norm", "learning_rate"} < set(table["metric"])
+
+
+def test_the_profile(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    names = {"feedbackhook": feedbackhook, "torch": torch, "model": model}
+    names |= {f"x{n}": torch.randn(6, 4) for n in (1, 2)} | {f"y{n}": torch.randint(3, (6,)) for n in (1, 2)}
+    exec(BLOCKS[5], names)
+    assert "sign, concordance 0.75" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"profile.csv", "profile.png"}
 
 
 def test_the_rule_of_ones_own():
@@ -97,4 +107,4 @@ def test_direct_feedback(capsys):
 
 
 def test_every_block_is_tried():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
