@@ -75,10 +75,7 @@ def patch(
         TypeError: the rule has no such option; an option has the wrong type; or a fused recurrent layer or a
             complex weight is selected. The model stays as it was after any error.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):  # numpy's integers have it too
-        raise TypeError(f"seed must be an int, not {seed!r}")
+    _check_arguments(model, seed)
     _refuse_second_patch(model)
     make = _Feedbacks(int(seed), recompute, fused)
     if sites := _sites(model, mode, options, make):
@@ -129,6 +126,13 @@ def _patches(model: nn.Module) -> list[tuple[str, Patch]]:
         if mark is not None and (owner := mark.link.owner) is not None:
             found.setdefault(id(owner), (name, owner.patch))
     return list(found.values())
+
+
+def _check_arguments(model: nn.Module, seed: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):  # numpy's integers have it too
+        raise TypeError(f"seed must be an int, not {seed!r}")
 
 
 def _refuse_second_patch(model: nn.Module) -> None:

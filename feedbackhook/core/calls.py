@@ -156,8 +156,10 @@ class Calls:
             layer.input_requires_grad = layer.input_requires_grad or input_requires_grad
         if not input_requires_grad or not self._state.enabled:
             output: Tensor = func(*args, **kwargs)
-            if eager and output.requires_grad:
-                self._note_arrival(layer, output, exact=input_requires_grad)
+            if eager:
+                self._tell(layer, call.input, output)
+                if output.requires_grad:
+                    self._note_arrival(layer, output, exact=input_requires_grad)
             return output
         delivery = None
         if isinstance(feedback, Projection):
@@ -168,8 +170,14 @@ class Calls:
         if learned and eager:
             _refuse_to_learn(layer, call)
         output = call.run(func, args, kwargs, call.input.detach())
+        if eager:
+            self._tell(layer, call.input, output)
         weight = use.weight.detach()
         return join(output, call.input, weight, use.part, self._state, layer, call, delivery, *learned)
+
+    def _tell(self, layer: Layer, input: Tensor, output: Tensor) -> None:
+        for listener in list(self._state.call_listeners.values()):
+            listener(layer, input.detach(), output.detach())
 
     def _note_arrival(self, layer: Layer, output: Tensor, exact: bool) -> None:
         """Record an error signal that arrives at an output that is not rerouted, because the input requires

@@ -22,8 +22,17 @@ from jinja2 import Environment, StrictUndefined, Template
 from feedbackhook.report.aggregate import ALIKE, BETTER, THRESHOLD, WORSE, SweepTable, base_lr, sweep_table
 from feedbackhook.report.errors import ReportError
 from feedbackhook.report.html.charts import alignment, concordance, curves
+from feedbackhook.report.html.checks import checks_section
 from feedbackhook.report.html.vega import ANGLES
-from feedbackhook.report.tables import COLORS, MARKS, batch_sizes_text, procedures, pruning_text
+from feedbackhook.report.tables import (
+    COLORS,
+    MARKS,
+    NOT_BETTER,
+    batch_sizes_text,
+    not_better_text,
+    procedures,
+    pruning_text,
+)
 from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.errors import one_line
 from feedbackhook.store.manifest import ManifestRun
@@ -76,6 +85,9 @@ def page(folder: str | os.PathLike[str]) -> str:
             grid=_grid(table),
             colors=COLORS,
             marks=MARKS,
+            not_better=NOT_BETTER,
+            not_better_text=not_better_text(table) if table.cells["control"].any() else "",
+            checks=checks_section(table),
             meanings=_meanings(table),
             reference=table.reference,
             sections=sections,
