@@ -70,8 +70,7 @@ def diagnose(
         loss: a function of the model's output and the target, such as `torch.nn.functional.cross_entropy`;
             for a mapping, of the output and the mapping. It returns a scalar.
         draws: number of draws of rules that draw again after each update, such as "brSF".
-        forward: computes the output from a batch's input by calling the model, for example in mixed
-            precision; None calls the model itself.
+        forward: called instead of the model, for example to run it in mixed precision.
 
     Returns:
         The checks of each layer in the order of `patch.layers`, then those of the whole model.
