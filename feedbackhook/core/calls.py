@@ -13,7 +13,6 @@ from feedbackhook.core.audit import mark_as_layer
 from feedbackhook.core.coverage import Coverage
 from feedbackhook.core.edge import join
 from feedbackhook.core.errors import exact_use
-from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Layer
 from feedbackhook.core.learning import reads_calls
 from feedbackhook.core.mode import Mode
@@ -166,7 +165,7 @@ class Calls:
             assert mode.forward is not None
             like = call.input.new_empty(0, dtype=use.weight.dtype)
             delivery = mode.forward.site(layer, feedback, _place_of(call, mode), like)
-        learned = feedback.learned.values() if isinstance(feedback, Feedback) else ()
+        learned = list(feedback.learned.values())
         if learned and eager:
             _refuse_to_learn(layer, call)
         output = call.run(func, args, kwargs, call.input.detach())

@@ -59,6 +59,7 @@ RULES: Mapping[str, Look] = {
     "activation-alignment": Look("#e60b42", "*", (8, 2, 1, 2, 1, 2)),
     "PFA": Look("#e645bd", "d", (1, 1)),
     "PFA-o": Look("#bf0a64", "<", (2, 2)),
+    "DKP": Look("#733f66", "s", (1, 1)),
     "LDFA": Look("#735f22", "X", (6, 2, 1, 2)),
 }
 
