@@ -236,7 +236,6 @@ def page(results: Results) -> str:
         backprop=BACKPROP,
         isnan=math.isnan,
         nan=math.nan,
-        all_higher=lambda rows: all(row["ours"] > row["theirs"] for row in rows),
     )
 
 
