@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -149,5 +148,5 @@ def _points(curve: pd.Series, limits: tuple[float, float], last: int) -> str:
 
 
 def _spread(count: int) -> NDArray[np.int64]:
-    places: Sequence[int] = np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(int))
-    return np.asarray(places, np.int64)
+    """At most `_POINTS` places of so many, evenly spaced from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(np.int64))
