@@ -1,4 +1,4 @@
-"""Take screenshots of the answer, the table and the charts of a sweep's page: two widths, light and dark, into this folder.
+"""Take screenshots of a sweep's page, without its runs: two widths, light and dark, into this folder.
 
     feedbackhook report analysis/runs/evidence/mnist -o report.html
     python docs/screenshots.py report.html
