@@ -241,6 +241,8 @@ class RecordConfig:
             and after the last; 0: never. One check takes about 12 passes, and 4 forwards for each layer.
         per_sample: also record the error angle of single samples, averaged over the mini-batch.
         tensorboard: also write everything to tensorboard/ in the run folder.
+        tracking: also send everything to `trackio`, or to `wandb` in its offline mode; both stay on this
+            machine.
         figures: draw the figures when the run ends; `feedbackhook plot` draws them later.
         weights: files to keep when the run ends: `all` is best.safetensors, last.safetensors and
             checkpoint.pt, `best` the first only, `none` none. A run needs checkpoint.pt to resume.
@@ -251,6 +253,7 @@ class RecordConfig:
     check_every: int = 0
     per_sample: bool = False
     tensorboard: bool = False
+    tracking: Literal["trackio", "wandb"] | None = None
     figures: bool = True
     weights: Literal["all", "best", "none"] = "all"
 

@@ -84,6 +84,12 @@ def look(rule: str) -> Look:
     return RULES.get(rule, RULES["tensor"])
 
 
+def mixed(color: str, other: str, share: float) -> str:
+    """Return the color #RRGGBB with a share of another one mixed in, from 0 to 1."""
+    pairs = zip(bytes.fromhex(color[1:]), bytes.fromhex(other[1:]), strict=True)
+    return "#" + bytes(round((1 - share) * a + share * b) for a, b in pairs).hex()
+
+
 @contextmanager
 def use(size: Size = "readme", dark: bool = False) -> Iterator[None]:
     """Set the size of the figures drawn within the block: for a README, a column of a paper, or a slide."""
