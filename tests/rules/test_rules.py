@@ -16,7 +16,7 @@ from feedbackhook.rules import describe, expected_angle, make_rule, rule_name, r
 
 N = 1200
 INFO = LayerInfo("fc", "Linear", (N, N), N)
-WITH_SUMS = {"uSF-SN", "angle", "noise", "sparse", "quantized", "low_rank", "svd"}
+WITH_SUMS = {"uSF-SN", "angle", "noise", "sparse", "quantized", "low_rank", "svd", "PFA", "PFA-o", "LDFA"}
 
 
 def feedback_of(weight, mode, **options):
