@@ -1,5 +1,7 @@
 # make demo          train the paper's network on digits with every kind of feedback, and plot the result
 # make test          the tests that every change must pass, and the notebooks
+# make docs          build the site into site/, strictly: a link that leads nowhere is an error
+# make dist          build wheel and source distribution into dist/, and check them
 # make test-all      all tests, lint included
 # make test-nightly  the property tests with many fresh random examples
 # make lint          style, types, spelling, and who imports whom
@@ -12,10 +14,18 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 NOTEBOOKS := $(PYTEST) --nbmake analysis/notebooks
 
-.PHONY: demo test test-all test-nightly lint install clean
+.PHONY: docs dist demo test test-all test-nightly lint install clean
 
 demo: install
 	$(BIN)/python recipes/liao2016/demo.py
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
+dist: install
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 test: install
 	$(PYTEST) -m "not slow"
@@ -44,4 +54,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from feedbackhook.changes import frozen_rules, load_state, set_modes, set_options, set_rules, state_of
 from feedbackhook.core.audit import Finding, graph_of
-from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.interception import Interceptor
 from feedbackhook.core.layer import Layer, Patched, Probe
+from feedbackhook.core.learners import mirror
+from feedbackhook.core.learning import mirrors
 from feedbackhook.core.projection import Projection
 from feedbackhook.core.state import PatchState
-from feedbackhook.listing import table
+from feedbackhook.listing import LayerRow, table
 from feedbackhook.monitor import Watch
-from feedbackhook.rules import (
-    changed,
-    check_layers,
-    describe,
-    follow,
-    make_rule,
-    restored,
-    rule_name,
-    rule_values,
-)
+from feedbackhook.rules import describe, rule_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from feedbackhook.store.recorder import Recorder
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One row of `Patch.layers`: a patched layer, or a site at a module's input, and what has happened to it.
-
-    Args:
-        info: the layer's name, kind, weight shape and fan-in. A tied weight is named after the first module
-            that holds it.
-        rule: the rule, with the options that differ from their defaults.
-        calls: number of forward calls with gradients enabled.
-        rerouted: number of error signals that went through V or B.
-        input_requires_grad: whether the layer's input required a gradient. If not, as in most first layers,
-            there is no error signal to reroute. None before the first call.
-        depth: position, from 0, in the order of the forward's calls. None before the first call.
-    """
-
-    info: LayerInfo
-    rule: str
-    calls: int
-    rerouted: int
-    input_requires_grad: bool | None
-    depth: int | None
-
-    @property
-    def name(self) -> str:
-        """The layer's full name."""
-        return self.info.name
-
-    @property
-    def kind(self) -> str:
-        """The layer's kind, such as "Linear" or "Conv2d"."""
-        return self.info.kind
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape."""
-        return self.info.shape
 
 
 class Patch:
@@ -121,25 +75,28 @@ class Patch:
         """
         return self.state.exact_backward()
 
-    def set(self, **options: Any) -> None:
-        """Change options of the rule, also during training: `patch.set(concordance=0.5)`.
+    def set(self, mode: str | Mapping[str, Any] | None = None, **options: Any) -> None:
+        """Change the rule or its options, also during training: `patch.set(concordance=0.5)`.
 
-        If layers follow different rules, this changes the rules that have all of these options.
+        If layers follow different rules, this changes the rules that have all of these options. With `mode`,
+        the patched layers follow another rule from now on; a mapping from patterns to modes, as in `patch`,
+        changes the layers that match; "frozen" is `freeze()`. What a layer has learned is lost unless its
+        rule keeps its class.
 
         Raises:
             TypeError: no rule has these options, or a value has the wrong type. Nothing is changed.
             ValueError: a value is out of range. Nothing is changed.
         """
-        patched = self.state.patched
-        having = [each for each in patched if options.keys() <= rule_values(each.feedback.rule).keys()]
-        old = {id(each.feedback.rule): each.feedback.rule for each in having or patched}
-        new = {key: changed(rule, options) for key, rule in old.items()}
-        rules = [new[id(each.feedback.rule)] for each in having]
-        check_layers((each.info, rule) for each, rule in zip(having, rules, strict=True))
-        for each, rule in zip(having, rules, strict=True):
-            follow(each.feedback, rule)
-        for each in having:
-            each.draw()
+        if mode == "frozen":
+            self.freeze()
+        elif mode is None:
+            set_options(self.state, options)
+        else:
+            set_modes(self.state, mode, options)
+
+    def freeze(self) -> None:
+        """Let every layer whose feedback learns go on with its V as it is now, under the rule "tensor"."""
+        set_rules(self.state, frozen_rules(self.state))
 
     def redraw(self) -> None:
         """Draw the random parts of every V and B again, as `redraw="update"` does after optimizer steps."""
@@ -147,6 +104,51 @@ class Patch:
             each.feedback.redraw()
         for each in self.state.patched:
             each.draw()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the learned tensors by name: the layer's full name and the rule's, as in "fc1.V"."""
+        self.state.handed_out = True
+        for layer in self.state.layers:
+            if isinstance(layer.feedback, Feedback):
+                for name, parameter in layer.feedback.learned.items():
+                    yield f"{layer.info.name}.{name}".lstrip("."), parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the learned tensors, for an optimizer: they are not among the model's parameters.
+
+        `torch.optim.SGD([*model.parameters(), *patch.parameters()], lr=0.1)`. There are none if no rule
+        learns. Each backward adds to their `.grad`.
+        """
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def mirror(self, steps: int = 1) -> None:
+        """Run the mirror phase of each layer whose rule has one ("WM"): V learns from the layer's own noise.
+
+        This needs no data and runs no forward. It leaves the model, its buffers and torch's random state
+        as they are. The noise follows from the seed and from the number of steps so far.
+
+        Args:
+            steps: number of steps for each layer.
+
+        Raises:
+            ValueError: no rule has a mirror phase, or `steps` is not a positive number.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, not {steps!r}")
+        layers = [layer for layer in self.state.layers if mirrors(layer.feedback.rule)]
+        if not layers:
+            raise ValueError("no layer follows a rule with a mirror phase, such as 'WM'")
+        for layer in layers:
+            mirror(layer, steps)
+
+    def average_gradients(self, group: ProcessGroup | None = None) -> None:
+        """Replace the gradients of the learned tensors by their means over the processes of `group`.
+
+        DistributedDataParallel and `fully_shard` need no such call, since the patch then averages at the end
+        of each backward. Every process must call this, before it clips gradients or steps.
+        """
+        self._interceptor.learners.average((group,))
 
     def targets(self, classes: Tensor) -> None:
         """Give the next forward the classes of its samples, for the rule "DRTP".
@@ -296,22 +298,13 @@ class Patch:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that determines V and B, in plain types (and the user's tensors, for mode "tensor").
+        """Return all that determines V and B, in plain types and tensors: those that were learned, and the
+        user's, for mode "tensor".
 
         `torch.load(weights_only=True)` can load it. Random parts are not stored, since they follow from the
-        seed and the draw counts.
+        seed and the draw counts. As in a model's `state_dict`, the tensors share memory with the patch's.
         """
-        layers = {
-            each.info.name: {
-                "mode": rule_name(each.feedback.rule),
-                "options": rule_values(each.feedback.rule),
-                "seed": each.feedback.seed,
-                "draws": each.feedback.draws,
-                "drawn_as": each.feedback.layer.name,  # differs from the name after weights were untied
-            }
-            for each in self.state.patched
-        }
-        return {"enabled": self.enabled, "layers": layers}
+        return {"enabled": self.enabled, "layers": state_of(self.state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, on a patch of the same layers.
@@ -320,25 +313,7 @@ class Patch:
             ValueError: the layers differ, or the places that direct rules take errors from and send them to.
                 Nothing is changed.
         """
-        own = {each.info.name: each for each in self.state.patched}
-        saved = state["layers"]
-        if own.keys() != saved.keys():
-            missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-            raise ValueError(f"the state lacks the layers {missing} and has the unknown layers {unknown}")
-        feedbacks = {
-            name: restored(
-                own[name].feedback,
-                make_rule(row["mode"], row["options"]),
-                row["seed"],
-                row["draws"],
-                row.get("drawn_as"),
-            )
-            for name, row in saved.items()
-        }
-        for name, feedback in feedbacks.items():
-            own[name].feedback = feedback
-        for each in self.state.patched:
-            each.draw()
+        load_state(self.state, state["layers"])
         self.enabled = state["enabled"]
 
     def name_of(self, module: nn.Module) -> str | None:

@@ -1,14 +1,54 @@
-"""The table that `print(patch)` shows."""
+"""The rows of `Patch.layers`, and the table that `print(patch)` shows."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
-from feedbackhook.core.discovery import layers_in
+from feedbackhook.core.discovery import LayerInfo, layers_in
 from feedbackhook.core.layer import Patched
 from feedbackhook.core.projection import Projection
 from feedbackhook.core.state import PatchState
 from feedbackhook.rules import describe
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One row of `Patch.layers`: a patched layer, or a site at a module's input, and what has happened to it.
+
+    Args:
+        info: the layer's name, kind, weight shape and fan-in. A tied weight is named after the first module
+            that holds it.
+        rule: the rule, with the options that differ from their defaults.
+        calls: number of forward calls with gradients enabled.
+        rerouted: number of error signals that went through V or B.
+        input_requires_grad: whether the layer's input required a gradient. If not, as in most first layers,
+            there is no error signal to reroute. None before the first call.
+        depth: position, from 0, in the order of the forward's calls. None before the first call.
+    """
+
+    info: LayerInfo
+    rule: str
+    calls: int
+    rerouted: int
+    input_requires_grad: bool | None
+    depth: int | None
+
+    @property
+    def name(self) -> str:
+        """The layer's full name."""
+        return self.info.name
+
+    @property
+    def kind(self) -> str:
+        """The layer's kind, such as "Linear" or "Conv2d"."""
+        return self.info.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.info.shape
 
 
 def table(model: nn.Module, state: PatchState) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Row(NamedTuple):
     """One measured value.
 
-    Args:
+    Attributes:
         layer: the layer's full name; None if the value is for all patched layers together, as if their
             tensors were one.
         depth: the layer's position, from 0, in the order of the forward's calls; None before the first call

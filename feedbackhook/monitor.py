@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from feedbackhook.core.angles import gathered
 from feedbackhook.core.feedback import Feedback
+from feedbackhook.core.learners import learned_parameters
 from feedbackhook.core.state import PatchHandle
 from feedbackhook.core.torch_internals import current_backward
 from feedbackhook.measurement import ErrorAngles, Row, collect_error_angles, weight_rows
@@ -188,10 +189,12 @@ class Watch:
 
         It is NaN if the optimizer chooses its own.
         """
+        learned = {id(p) for p in learned_parameters(self._state)}
         rate = {
             id(p): math.nan if (lr := group.get("lr")) is None else float(lr)
             for group in optimizer.param_groups
             for p in group["params"]
+            if id(p) not in learned
         }
         layers = self._state.patched
         trainable = [p for layer in layers for p in layer.parameters() if p.requires_grad]

@@ -15,7 +15,16 @@ from feedbackhook.core.marks import mark_of
 from feedbackhook.core.projection import DirectRule, Projection
 from feedbackhook.handle import Patch
 from feedbackhook.names import nearest
-from feedbackhook.rules import AnyRule, Rule, check_layers, exact_classifier, is_direct, make_rule, rule_name
+from feedbackhook.rules import (
+    AnyRule,
+    Rule,
+    check_layers,
+    exact_classifier,
+    is_direct,
+    make_rule,
+    modes_of,
+    rule_name,
+)
 from feedbackhook.selection import Selection, check_shared, classifier, find_sites, find_targets, select
 
 Mode = str | Mapping[str, str | Mapping[str, Any]]
@@ -42,9 +51,10 @@ def patch(
         model: any module.
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
             "RndF", "FA", "uSF-SN", "uSF-init", "sign-symmetry", "angle", "noise", "sparse", "quantized",
-            "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP" or a registered one (`register_rule`). Or a
-            mapping from regular expressions for full names to modes, or to dicts of `mode` and its options;
-            the first match wins, and other layers stay exact.
+            "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP"; one that learns ("KP", "WM", "information",
+            "symmetric-alignment", "activation-alignment", "PFA", "PFA-o", "LDFA"; see `Patch.parameters`); or
+            a registered one (`register_rule`). Or a mapping from regular expressions for full names to modes,
+            or to dicts of `mode` and its options; the first match wins, and other layers stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
         exclude: layers to leave exact, in the same form; it wins over `include`. None: what the rule leaves
@@ -144,23 +154,11 @@ def _rules(
         targets = find_targets(model, include, exclude)
         rule = make_rule(mode, options)
         return [(target, rule) for target in targets]
-    if not mode:
-        raise ValueError("the mapping of modes is empty")
+    by_pattern = list(modes_of(mode, options))
     targets = find_targets(model, include, exclude, list(mode))
-    if options:
-        raise TypeError(
-            f"options next to a mapping of modes ({', '.join(options)}) belong to no rule; "
-            "write them as {pattern: dict(mode=..., option=...)}"
-        )
     modules = {target.info.name: target.place.module for target in targets}
     rules: dict[str, AnyRule] = {}
-    for pattern, entry in mode.items():
-        if not isinstance(entry, (str, Mapping)):
-            raise TypeError(f"mode[{pattern!r}] must be a mode or a dict of mode and options, not {entry!r}")
-        given = {"mode": entry} if isinstance(entry, str) else dict(entry)
-        if "mode" not in given:
-            raise TypeError(f"mode[{pattern!r}] lacks the key 'mode'")
-        rule = make_rule(given.pop("mode"), given)
+    for pattern, rule in by_pattern:
         if is_direct(rule) and rule.sites is not None:
             raise ValueError("a mapping of modes chooses layers; sites= needs a single mode for the model")
         rules = {**dict.fromkeys(select("mode", pattern, modules), rule), **rules}

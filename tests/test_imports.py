@@ -16,9 +16,9 @@ FUNCTION_LINES = 60
 
 LAYERS = [
     ["torch_internals", "operations", "parts", "angles"],
-    ["discovery", "rng", "feedback", "projection", "layer"],
+    ["discovery", "rng", "learning", "feedback", "projection", "layer"],
     ["state"],
-    ["errors", "audit", "weights", "steps", "signals", "edge", "guard"],
+    ["errors", "audit", "weights", "steps", "learners", "signals", "edge", "guard"],
     ["marks", "mode", "sites", "coverage", "calls", "interception"],
     ["rules", "selection"],
     ["measurement", "monitor"],

@@ -122,5 +122,59 @@ with theme.style():
 display(figure)
 
 # %% [markdown]
-# The band spans the best and the worst of three seeds. To add a rule to the library, put it into
-# `feedbackhook/rules` with its source, and test its angle as above in `tests/rules/test_rules.py`.
+# The band spans the best and the worst of three seeds.
+#
+# ## A rule that learns
+#
+# A rule with `initial` and `local_gradient` learns its V. `initial` returns the tensors to learn. After each backward of a
+# layer, `local_gradient` returns their gradients from what the layer has seen: `local.input`, `local.output`,
+# `local.error`, `local.weight`, and its own `local.weight_gradient`. What it reads is declared in `learns_from`. Here V
+# descends half of norm(V - scale sign(W))^2, so that it comes to the signs of W.
+
+
+# %%
+@feedbackhook.register_rule("learned_signs")
+@dataclass(frozen=True)
+class LearnedSigns:
+    """V descends half of norm(V - scale sign(W))^2."""
+
+    scale: float = 0.05
+    learns_from = "activity"
+
+    def initial(self, weight, rng):
+        return {"V": self.scale * rng.normal(weight)}
+
+    def local_gradient(self, local, parts):
+        return {"V": parts["V"] - self.scale * local.weight.sign()}
+
+    def feedback(self, weight, parts):
+        return parts["V"]
+
+
+# %% [markdown]
+# The learned tensors are parameters of the patch, and an optimizer of one's choice steps them:
+
+# %%
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Linear(64, 128),
+    torch.nn.ReLU(),
+    torch.nn.Linear(128, 128),
+    torch.nn.ReLU(),
+    torch.nn.Linear(128, 10),
+)
+patch = feedbackhook.patch(model, "learned_signs")
+optimizer = torch.optim.SGD([*model.parameters(), *patch.parameters()], lr=0.05)
+for step, batch in enumerate(torch.randperm(1400).repeat(3).split(50)):
+    optimizer.zero_grad()
+    F.cross_entropy(model(x[batch]), y[batch]).backward()
+    optimizer.step()
+    if step % 20 == 0:
+        rows = {(row.layer, row.metric): row.value for row in feedbackhook.measure(patch)}
+        print(
+            f"step {step:2}: {rows['2', 'weight_angle']:4.1f}°, signs agree {rows['2', 'sign_agreement']:4.0%}"
+        )
+
+# %% [markdown]
+# Without `patch.parameters()` in an optimizer, the first step is an error that says so. To add a rule to the library, put it
+# into `feedbackhook/rules` with its source, and test its angle or its gradients as in `tests/rules`.

@@ -84,7 +84,7 @@ class Weight(NamedTuple):
 class Finding(NamedTuple):
     """A place in the graph where an error signal is multiplied by a weight itself.
 
-    Args:
+    Attributes:
         name: full name of the patched layer, or of a parameter that no layer holds.
         patched: whether it is a patched layer, whose error signal should have gone through V.
         shape: shape of the weight.

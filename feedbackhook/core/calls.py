@@ -13,7 +13,9 @@ from feedbackhook.core.audit import mark_as_layer
 from feedbackhook.core.coverage import Coverage
 from feedbackhook.core.edge import join
 from feedbackhook.core.errors import exact_use
+from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Layer
+from feedbackhook.core.learning import reads_calls
 from feedbackhook.core.mode import Mode
 from feedbackhook.core.operations import COPYING, LAYER_FUNCTIONS, OPERATIONS, Call
 from feedbackhook.core.projection import Attention, Place, Projection
@@ -23,6 +25,7 @@ from feedbackhook.core.torch_internals import (
     multi_head_attention,
     requires_grad,
     saves_through_hooks,
+    transformed,
 )
 from feedbackhook.core.weights import Use, Weights, alias, note_copy
 
@@ -140,9 +143,11 @@ class Calls:
             if isinstance(feedback, Projection):
                 raise RuntimeError(NO_COMPILE.format(layer.info.name))
             layer.compiled = True
+            layer.check_source(use.weight)
             feedback.parts(use.weight)  # draw them here, since a traced backward can keep nothing
         else:
             _refuse_kind(layer, call)
+            layer.prepare(use.weight)
             if saves_through_hooks():
                 self._follow_checkpoint(mode)
             if layer.depth is None:
@@ -159,8 +164,12 @@ class Calls:
             assert mode.forward is not None
             like = call.input.new_empty(0, dtype=use.weight.dtype)
             delivery = mode.forward.site(layer, feedback, _place_of(call, mode), like)
+        learned = feedback.learned.values() if isinstance(feedback, Feedback) else ()
+        if learned and eager:
+            _refuse_to_learn(layer, call)
         output = call.run(func, args, kwargs, call.input.detach())
-        return join(output, call.input, use.weight.detach(), use.part, self._state, layer, call, delivery)
+        weight = use.weight.detach()
+        return join(output, call.input, weight, use.part, self._state, layer, call, delivery, *learned)
 
     def _note_arrival(self, layer: Layer, output: Tensor, exact: bool) -> None:
         """Record an error signal that arrives at an output that is not rerouted, because the input requires
@@ -227,6 +236,21 @@ def _refuse_kind(layer: Layer, call: Call) -> None:
             f"the input of {layer.info.name!r} is a nested tensor with strided layout, which "
             "torch.autograd.Function does not support; create it with layout=torch.jagged, or pass "
             f"exclude={[layer.info.name]} to feedbackhook.patch"
+        )
+
+
+def _refuse_to_learn(layer: Layer, call: Call) -> None:
+    """Raise if learned feedback cannot learn from such a call."""
+    name = layer.info.name
+    if transformed() and reads_calls(layer.feedback.rule):
+        raise RuntimeError(
+            f"the feedback of {name!r} learns in backward(), and a transform of torch.func has none; set "
+            "patch.enabled = False for it, or go on with V as it is: patch.freeze()"
+        )
+    if call.input.is_nested and reads_calls(layer.feedback.rule):
+        raise RuntimeError(
+            f"the input of {name!r} is a nested tensor, from which feedback cannot learn; pad it, or pass "
+            f"exclude={[name]} to feedbackhook.patch"
         )
 
 

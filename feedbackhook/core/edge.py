@@ -9,6 +9,7 @@ from torch import Tensor
 
 from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Layer, Patched
+from feedbackhook.core.learning import LearningRule, Local, Products, full_precision, reads_calls
 from feedbackhook.core.operations import Call
 from feedbackhook.core.parts import Part
 from feedbackhook.core.signals import Delivery
@@ -31,17 +32,23 @@ class FeedbackEdge(torch.autograd.Function):
         layer: Layer,
         call: Call,
         delivery: Delivery | None,
+        *learned: Tensor,
     ) -> Tensor:
         ctx.part, ctx.state, ctx.layer, ctx.product = part, state, layer, call.product
         ctx.delivery, ctx.input_at = delivery, 1
+        ctx.products = Products(call.product, call.apply, call.outer) if learned else None
         # The graph keeps the V of its forward. A traced backward can keep nothing, so it uses the current V.
         if isinstance(layer.feedback, Feedback):
             compiling = torch.compiler.is_compiling()
-            ctx.feedback = layer.feedback.of if compiling else layer.feedback.bound(weight)
+            ctx.feedback = layer.feedback if compiling else layer.feedback.bound(weight)
         ctx.dtype = input.dtype
         # Save the input only if PyTorch's own node saves the very same tensor, so that it takes no memory.
         keep = call.wants_input and call.weight.requires_grad and input.dtype == output.dtype
-        ctx.save_for_backward(weight, input if keep else None)
+        ctx.hint = keep
+        if learned:
+            keep = keep or reads_calls(layer.feedback.rule)
+            ctx.samples, ctx.updates = call.samples(), call.weight.requires_grad
+        ctx.save_for_backward(weight, input if keep else None, *learned)
         # Not `view_as`: an in-place activation on a view made inside a custom function raises.
         return output.detach()
 
@@ -50,19 +57,22 @@ class FeedbackEdge(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return _send_back(ctx, grad_output)
         with torch.no_grad():  # the graph of this backward is wanted, but V's product is not a derivative
-            _, grad_input, *nothing = _send_back(ctx, grad_output)
-        return grad_output, _NotDifferentiable.apply(grad_input, grad_output), *nothing
+            _, *others = _send_back(ctx, grad_output)
+        return grad_output, *(
+            None if other is None else _NotDifferentiable.apply(other, grad_output) for other in others
+        )
 
 
 def _send_back(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Return the error signal for the layer's own node, and V's product with it for the input."""
-    weight, input = ctx.saved_tensors
+    weight, input, *learned = ctx.saved_tensors
     layer: Layer = ctx.layer
     state: PatchState = ctx.state
     exact = state.exact
     eager = not torch.compiler.is_compiling()
     if ctx.delivery is None or exact:
-        grad_input = _product(ctx, grad_output, weight if exact else ctx.feedback(weight), input)
+        v = weight if exact else ctx.feedback.of(weight, learned)
+        grad_input = _product(ctx, grad_output, v, input)
     else:
         grad_input = ctx.delivery.send()
     if eager and state.error_listeners and not exact:
@@ -76,7 +86,30 @@ def _send_back(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         state.arrivals.note(layer)
         if layer.probes:
             layer.probe(grad_input, grad_output)
-    return grad_output, grad_input, None, None, None, None, None, None
+    gradients = _learn(ctx, grad_output, weight, input, learned) if learned else ()
+    return grad_output, grad_input, None, None, None, None, None, None, *gradients
+
+
+def _learn(
+    ctx: Any, grad_output: Tensor, weight: Tensor, input: Tensor, learned: list[Tensor]
+) -> list[Tensor | None]:
+    """Return the local gradients of the layer's learned tensors."""
+    rule: LearningRule = ctx.feedback.rule
+    needed = ctx.needs_input_grad[-len(learned) :]
+    frozen = rule.learns_from == "gradient" and not ctx.updates
+    if frozen or not any(needed):
+        return [None] * len(learned)
+    dtype = learned[0].dtype
+    name = f"{type(rule).__name__} of {ctx.layer.info.name!r}"
+    local = Local(
+        name, rule.learns_from, ctx.products, ctx.part, weight, input, grad_output, ctx.samples, dtype
+    )
+    with full_precision(weight.device):
+        gradients = ctx.feedback.gradients(local, weight, learned)
+    return [
+        gradient.to(tensor.dtype) if wanted else None
+        for gradient, tensor, wanted in zip(gradients, learned, needed, strict=True)
+    ]
 
 
 def _product(ctx: Any, grad_output: Tensor, whole: Tensor, input: Tensor | None) -> Tensor:
@@ -84,7 +117,7 @@ def _product(ctx: Any, grad_output: Tensor, whole: Tensor, input: Tensor | None)
     used = whole if ctx.part is None else ctx.part.of(whole)
     if used.dtype != grad_output.dtype:  # a call of `to` takes time even if there is nothing to do
         used = used.to(grad_output.dtype)
-    grad_input: Tensor = ctx.product(grad_output, used, input)
+    grad_input: Tensor = ctx.product(grad_output, used, input if ctx.hint else None)
     return grad_input
 
 

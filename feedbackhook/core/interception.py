@@ -26,6 +26,7 @@ from feedbackhook.core.calls import NO_COMPILE, Calls
 from feedbackhook.core.coverage import Coverage
 from feedbackhook.core.guard import BackwardAudits, SiteGuards
 from feedbackhook.core.layer import Layer, ModuleSite
+from feedbackhook.core.learners import Learners
 from feedbackhook.core.marks import Link, Mark, mark_of
 from feedbackhook.core.mode import Mode, Running
 from feedbackhook.core.signals import Forward
@@ -50,6 +51,7 @@ class Interceptor:
         state: what listeners subscribe to.
         coverage: finds and reports what is not rerouted.
         attached: whether the hooks are on the model.
+        learners: the layers whose feedback learns.
     """
 
     patch: Any
@@ -76,9 +78,15 @@ class Interceptor:
         self._traced_mode = Mode(self._calls, traced=True)
         self._clock: Clock | None = None  # a copy starts its clock in its first intercepted forward
         self.state.listen_to_steps(Redraw(self.state))
+        self.learners = Learners(self.state)
+        self.state.listen_to_steps(self.learners)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_traced_mode", "_clock")}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("_traced_mode", "_clock", "learners")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -113,6 +121,7 @@ class Interceptor:
             self._clock = None
         self._weights.clear()
         self._site_guards.clear()
+        self.learners.clear()
         for module in self.coverage.patched_modules():
             mark = mark_of(module)
             if mark is not None and mark.link.owner is self:
@@ -151,6 +160,7 @@ class Interceptor:
                 raise RuntimeError(_NO_REPLICAS)
             self.coverage.check_tree()
             self._update(self.state.inside.get(mark.path, []))
+            self.learners.begin_forward()
             mode = Mode(self._calls)
             if self.state.output is not None:
                 mode.forward = Forward(self.state)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from feedbackhook.core.discovery import LayerInfo, Target, full_shape, weight_of
 from feedbackhook.core.feedback import Feedback
+from feedbackhook.core.learning import learns
 from feedbackhook.core.projection import Projection
 
 Probe = Callable[[Tensor | None, Tensor], None]
@@ -189,8 +190,13 @@ class Layer(Patched):
             TypeError: no V can be made from such a weight; the error names the layer.
         """
         self.check()
-        if not self.has_weight() or isinstance(self.feedback, Projection):
-            return  # the forward makes a weight of it, and V will follow that; B follows no weight
+        if isinstance(self.feedback, Projection):
+            return  # B follows no weight
+        if learns(self.feedback.rule):
+            self._check_learning()
+            self.feedback.learn(self.weight())
+        if not self.has_weight():
+            return  # the forward makes a weight of it, and V will follow that
         if not self.is_opaque():
             self.feedback(self.weight())
             return
@@ -202,10 +208,59 @@ class Layer(Patched):
                 f"pass exclude={[self.info.name]} to leave it with exact backprop"
             ) from error
 
+    def _check_learning(self) -> None:
+        """Check that the layer's feedback can learn from it.
+
+        Raises:
+            TypeError: its weight is no plain dense parameter, though the rule needs one.
+        """
+        if self.targets[0].place.parameter() is None:
+            self._refuse_derived()
+        if self.is_opaque():
+            raise TypeError(
+                f"the feedback of {self.info.name!r} cannot learn, since its weight is stored as "
+                f"{self.weight_type()}; pass exclude={[self.info.name]} to feedbackhook.patch"
+            )
+
+    def _refuse_derived(self) -> None:
+        """Raise if the rule takes W's own gradient: a derived weight does not move along it."""
+        rule = self.feedback.rule
+        if learns(rule) and rule.learns_from == "gradient":
+            raise TypeError(
+                f"{type(rule).__name__} moves V along W's own gradient, but the weight of {self.info.name!r} "
+                "is computed from other parameters (a parametrization or a standardization), so updates do "
+                "not move it that way. Give this layer another rule, such as 'WM' or 'symmetric-alignment', "
+                f"or pass exclude={[self.info.name]} to feedbackhook.patch"
+            )
+
+    def prepare(self, weight: Tensor) -> None:
+        """Bring the learned tensors to the stored weight's dtype and device, before a call that uses
+        `weight`.
+
+        Raises:
+            TypeError: `weight` is derived from the stored one, though the rule needs that itself.
+        """
+        if isinstance(self.feedback, Projection) or not learns(self.feedback.rule):
+            return
+        self.check_source(weight)
+        plain = self.targets[0].place.parameter()
+        self.feedback.learn(weight if plain is None else plain)
+
+    def check_source(self, weight: Tensor) -> None:
+        """Check that a call uses the stored weight, if the rule takes its gradient for its update.
+
+        Raises:
+            TypeError: it does not.
+        """
+        if self.targets[0].place.parameter() is not weight:
+            self._refuse_derived()
+
     def draw(self) -> None:
         """Draw the random parts now, so that compiled code finds them where it found the previous ones."""
         if self.has_weight() and isinstance(self.feedback, Feedback):
-            self.feedback.parts(self.weight())
+            weight = self.weight()
+            self.feedback.learn(weight)
+            self.feedback.parts(weight)
 
     def has_weight(self) -> bool:
         """Whether `weight` can be called already."""

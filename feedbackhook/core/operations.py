@@ -1,11 +1,13 @@
 """The torch functions that are watched, and how each sends an error signal to its input through V.
 
 Letters: delta the error signal at the output (in the output's shape), V the feedback weight in the layout of
-the weight, x the input.
+the weight, x the input. Each function is linear in x and in its weight, apart from the bias, which gives it
+three products: V x, V^T delta, and delta x^T, the gradient of the weight.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +20,12 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(delta, V, x or None) -> the error signal at the input, in the input's shape. If x is given, only its shape
 and memory layout are read, never its values."""
 
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""(x, V) -> V x without a bias, in the output's shape."""
+
+Outer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, delta, V) -> delta x^T, the gradient of the weight, in the shape of V, whose values are not read."""
+
 
 class Call(NamedTuple):
     """The parsed arguments of one call of a torch function.
@@ -26,6 +34,8 @@ class Call(NamedTuple):
         input: the tensor that the weight is applied to.
         weight: the weight as the call uses it.
         product: computes the error signal's product with V.
+        apply: computes the input's product with V.
+        outer: computes the product of input and error signal.
         wants_input: whether that product is faster if the input is given.
         place: the input's position among the positional arguments.
         keyword: the input's name among the keyword arguments.
@@ -34,6 +44,8 @@ class Call(NamedTuple):
     input: Tensor
     weight: Tensor
     product: Product
+    apply: Apply
+    outer: Outer
     wants_input: bool = False
     place: int = 0
     keyword: str = "input"
@@ -44,9 +56,16 @@ class Call(NamedTuple):
             return func(*args[: self.place], x, *args[self.place + 1 :], **kwargs)
         return func(*args, **{**kwargs, self.keyword: x})
 
+    def samples(self) -> int:
+        """Return how many samples the input has. In linear layers each position of a sample counts as one."""
+        x, dims = self.input, self.weight.dim()
+        if dims > 2:
+            return x.shape[0] if x.dim() == dims else 1
+        return math.prod(x.shape[:-1])
+
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
-    return Call(input, weight, _linear_product)
+    return Call(input, weight, _linear_product, F.linear, _linear_outer)
 
 
 def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
@@ -58,6 +77,10 @@ def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor
     return rows.view(*delta.shape[:-1], feedback.shape[1])
 
 
+def _linear_outer(x: Tensor, delta: Tensor, like: Tensor) -> Tensor:
+    return torch.mm(delta.reshape(-1, delta.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+
+
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **more: Any
 ) -> Call:
@@ -67,7 +90,15 @@ def _addmm(
         error = torch.mm(delta, feedback.t())
         return error if alpha == 1 else error * alpha
 
-    return Call(mat1, mat2, product, place=1, keyword="mat1")
+    def apply(x: Tensor, v: Tensor) -> Tensor:
+        output = torch.mm(x, v)
+        return output if alpha == 1 else output * alpha
+
+    def outer(x: Tensor, delta: Tensor, like: Tensor) -> Tensor:
+        gradient = torch.mm(x.t(), delta)
+        return gradient if alpha == 1 else gradient * alpha
+
+    return Call(mat1, mat2, product, apply, outer, place=1, keyword="mat1")
 
 
 def _conv(
@@ -88,7 +119,7 @@ def _conv(
         before = after = [0] * n if padding == "valid" else _each(padding, n)  # type: ignore[arg-type]
     geometry = _Geometry(_each(stride, n), before, dilation, False, [0] * n, groups)
     extra = [a - b for a, b in zip(after, before, strict=True)]
-    return Call(input, weight, partial(_conv_product, input.shape, geometry, extra), not any(extra))
+    return _convolution_call(input, weight, geometry, extra, wants_input=not any(extra))
 
 
 def _conv_transpose(
@@ -105,7 +136,20 @@ def _conv_transpose(
     geometry = _Geometry(
         _each(stride, n), _each(padding, n), _each(dilation, n), True, _each(output_padding, n), groups
     )
-    return Call(input, weight, partial(_conv_product, input.shape, geometry, [0] * n), True)
+    return _convolution_call(input, weight, geometry, [0] * n, wants_input=True)
+
+
+def _convolution_call(
+    input: Tensor, weight: Tensor, geometry: _Geometry, extra: list[int], wants_input: bool
+) -> Call:
+    return Call(
+        input,
+        weight,
+        partial(_conv_product, input.shape, geometry, extra),
+        partial(_conv_apply, geometry, extra),
+        partial(_conv_outer, geometry, extra),
+        wants_input,
+    )
 
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -148,6 +192,27 @@ def _conv_product(
         for dim, wanted in enumerate(size):
             error = error.narrow(dim, 0, wanted)
     return error if batched else error.squeeze(0)
+
+
+def _conv_apply(geometry: _Geometry, extra: list[int], x: Tensor, v: Tensor) -> Tensor:
+    """Return the convolution of the input with V."""
+    batched = x.dim() == v.dim()
+    output = torch.convolution(_padded(x if batched else x.unsqueeze(0), extra), v, None, *geometry)
+    return output if batched else output.squeeze(0)
+
+
+def _conv_outer(geometry: _Geometry, extra: list[int], x: Tensor, delta: Tensor, like: Tensor) -> Tensor:
+    """Return the convolution's weight gradient."""
+    if x.dim() != like.dim():
+        x, delta = x.unsqueeze(0), delta.unsqueeze(0)
+    mask = [False, True, False]
+    gradient: Tensor = _convolution_backward(delta, _padded(x, extra), like, None, *geometry, mask)[1]
+    return gradient
+
+
+def _padded(x: Tensor, extra: list[int]) -> Tensor:
+    """Return the input with more zeros at the end of each dimension."""
+    return F.pad(x, [size for e in reversed(extra) for size in (0, e)]) if any(extra) else x
 
 
 def _each(value: int | Sequence[int], n: int) -> list[int]:

@@ -56,3 +56,23 @@ class ViewOfCopy(NamedTuple):
     def of(self, v: Tensor) -> Tensor:
         """Return the same view of the copy of V."""
         return self.view.of(v if self.part is None else self.part.of(v))
+
+
+def whole_of(part: Part | None, gradient: Tensor, whole: Tensor) -> Tensor:
+    """Return the gradient of a whole weight from that of the part that a call uses: zero elsewhere.
+
+    Args:
+        part: the part; None is all of the weight.
+        gradient: in the shape of the part.
+        whole: the weight, or a tensor like it.
+    """
+    if part is None:
+        return gradient
+    if isinstance(part, View) and 0 not in part.stride:  # no entry is used twice
+        zeros = gradient.new_zeros(whole.shape)
+        return torch.as_strided_scatter(zeros, gradient, part.size, part.stride, part.offset)
+    with torch.enable_grad():
+        template = torch.empty_like(whole, dtype=gradient.dtype).requires_grad_()
+        used = part.of(template)
+    (found,) = torch.autograd.grad(used, template, gradient)
+    return found

@@ -53,6 +53,7 @@ class PatchState:
         output: as above.
         targets: the classes for the next forward, see `Patch.targets`.
         parts: forwards with sites that have not come to an output yet.
+        handed_out: whether the user has asked for the learned tensors.
         enabled: if False, forwards build plain graphs and the guards accept any gradient.
         exact: if True, backwards use W instead of V.
         error_listeners: called with each error signal that V sends on.
@@ -72,6 +73,7 @@ class PatchState:
         self.output = output
         self.targets: Tensor | None = None
         self.parts: WeakSet[object] = WeakSet()
+        self.handed_out = False
         self.enabled = True
         self.exact = False
         self.error_listeners: OrderedDict[int, ErrorListener] = OrderedDict()

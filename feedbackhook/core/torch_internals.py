@@ -15,8 +15,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
@@ -205,6 +207,22 @@ def awaits_first_backward(node: Node) -> bool:
     which records the order in which gradients arrive."""
     ddp = node.ddp_weakref() if hasattr(node, "ddp_weakref") else None
     return ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
+
+
+def running_ddp() -> Any | None:
+    """Return the DistributedDataParallel whose forward is running, or None."""
+    if not torch.distributed.is_available():
+        return None
+    return DistributedDataParallel._active_ddp_module
+
+
+# --- optimizers --------------------------------------------------------------------------------------------
+
+
+def steps_for_scaler() -> bool:
+    """Whether a GradScaler, which has divided the gradients by its scale, is stepping the optimizer."""
+    call = _call_of(GradScaler.step.__code__, sys._getframe(1))
+    return call is not None and bool(call.f_locals["self"].is_enabled())
 
 
 # --- function modes ----------------------------------------------------------------------------------------

@@ -119,6 +119,8 @@ class FeedbackConfig:
         seed: seed of the feedback weights; null: the protocol's.
         recompute: draw the random parts again for each error signal instead of storing them.
         fused: draw them in one kernel, built with torch.compile.
+        lr: learning rate of what the feedback learns, for rules such as `KP`; null: the optimizer's.
+        mirror: steps of the mirror phase before training, for the rule `WM`.
     """
 
     mode: str | dict[str, Any] | None = "sign"
@@ -129,8 +131,11 @@ class FeedbackConfig:
     seed: int | None = None
     recompute: bool = False
     fused: bool = False
+    lr: float | None = None
+    mirror: int = 0
 
     def __post_init__(self) -> None:
+        check_at_least("feedback.mirror", self.mirror, 0)
         for epoch in self.schedule:
             check_at_least("an epoch in feedback.schedule", epoch, 1)
         if self.schedule and self.mode is None:

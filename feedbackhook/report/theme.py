@@ -52,6 +52,14 @@ RULES: Mapping[str, Look] = {
     "low_rank": Look("#cc79a7", "D", (8, 2, 1, 2, 1, 2)),
     "toeplitz": Look("#cc79a7", "P", (6, 2, 1, 2)),
     "svd": Look("#0072b2", "*", (4, 2)),
+    "KP": Look("#3c7306", "d", (1, 1)),
+    "WM": Look("#e60be6", "^", (6, 2, 1, 2)),
+    "information": Look("#0abf37", "D", (8, 2, 1, 2, 1, 2)),
+    "symmetric-alignment": Look("#0b42e6", "s"),
+    "activation-alignment": Look("#e60b42", "*", (8, 2, 1, 2, 1, 2)),
+    "PFA": Look("#e645bd", "d", (1, 1)),
+    "PFA-o": Look("#bf0a64", "<", (2, 2)),
+    "LDFA": Look("#735f22", "X", (6, 2, 1, 2)),
 }
 
 

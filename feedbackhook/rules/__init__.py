@@ -22,6 +22,7 @@ from feedbackhook.rules.registry import (
     follow,
     is_direct,
     make_rule,
+    modes_of,
     register_rule,
     restored,
     rule_name,
@@ -49,12 +50,25 @@ from feedbackhook.rules.mixed import Angle, Noise
 from feedbackhook.rules.reduced import Quantized, Sparse
 from feedbackhook.rules.structured import LowRank, Toeplitz
 from feedbackhook.rules.spectral import Spectrum
+from feedbackhook.rules.learned import (
+    KolenPollack,
+    LowDimensionalFeedback,
+    OrthogonalProductFeedback,
+    ProductFeedback,
+)
+from feedbackhook.rules.alignment import (
+    ActivationAlignment,
+    InformationAlignment,
+    SymmetricAlignment,
+    WeightMirror,
+)
 
 # isort: on
 
 __all__ = [
     "FIXED",
     "RULES",
+    "ActivationAlignment",
     "Angle",
     "AnyRule",
     "BatchwiseRandomSign",
@@ -63,12 +77,17 @@ __all__ = [
     "FeedbackAlignment",
     "FixedRandomSign",
     "Given",
+    "InformationAlignment",
     "InitialMagnitudeSign",
     "Initialization",
+    "KolenPollack",
+    "LowDimensionalFeedback",
     "LowRank",
     "Magnitude",
     "Noise",
     "NormalizedUniformSign",
+    "OrthogonalProductFeedback",
+    "ProductFeedback",
     "Quantized",
     "Random",
     "RandomFeedback",
@@ -81,8 +100,10 @@ __all__ = [
     "Spectrum",
     "StrictNormSign",
     "Symmetric",
+    "SymmetricAlignment",
     "Toeplitz",
     "UniformSign",
+    "WeightMirror",
     "changed",
     "check_layers",
     "describe",
@@ -92,6 +113,7 @@ __all__ = [
     "initial_distribution",
     "is_direct",
     "make_rule",
+    "modes_of",
     "redrawn_by_updates",
     "register_rule",
     "restored",

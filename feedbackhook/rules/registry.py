@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard, TypeVar, cast, get_args
 
 from torch import Tensor
 
 from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.feedback import Feedback, Rule
+from feedbackhook.core.learning import LearnsFrom
 from feedbackhook.core.projection import DirectRule, Projection
 from feedbackhook.names import nearest
 
@@ -26,7 +27,8 @@ def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
 
     Raises:
         TypeError: the class is not a frozen dataclass, or lacks `draw` or `feedback` (a direct rule: `signal`
-            instead, and the options `sites`, `output` and `shared`).
+            instead, and the options `sites`, `output` and `shared`; a rule that learns: `initial` and
+            `local_gradient` instead of `draw`, and `learns_from`).
         ValueError: another rule has this name.
     """
 
@@ -34,8 +36,15 @@ def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
         if not (dataclasses.is_dataclass(cls) and getattr(cls, "__dataclass_params__").frozen):  # noqa: B009
             raise TypeError(f"rule {name!r}: {cls.__name__} must be a @dataclass(frozen=True) of its options")
         direct = callable(getattr(cls, "signal", None))
-        methods = ("draw", "signal") if direct else ("draw", "feedback")
+        learning = callable(getattr(cls, "initial", None))
+        methods = ["draw", "signal" if direct else "feedback"]
+        if learning:
+            mirror = getattr(cls, "learns_from", None) == "noise"
+            methods[:1] = ["initial", "mirror" if mirror else "local_gradient"]
         missing = [method for method in methods if not callable(getattr(cls, method, None))]
+        if learning and getattr(cls, "learns_from", None) not in get_args(LearnsFrom):
+            choices = ", ".join(map(repr, get_args(LearnsFrom)))
+            missing.append(f"learns_from, a class attribute that is one of {choices}")
         if direct:
             missing += [option for option in FIXED if option not in _options(cls)]
         if missing:
@@ -52,6 +61,12 @@ def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
 FIXED = ("sites", "output", "shared")
 """The options of direct rules that say where the error comes from and where it goes. They cannot change while
 the model is patched."""
+
+
+def fixed_options(rule: AnyRule) -> Sequence[str]:
+    """Return the options that cannot change while the model is patched: those of direct rules, and those that
+    the shapes of learned tensors follow from."""
+    return (*(FIXED if is_direct(rule) else ()), *getattr(rule, "fixed", ()))
 
 
 def is_direct(rule: AnyRule) -> TypeGuard[DirectRule]:
@@ -72,6 +87,35 @@ def make_rule(mode: str, options: Mapping[str, Any]) -> AnyRule:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(RULES)}{nearest(mode, RULES)}")
     cls = RULES[mode]
     return cast(AnyRule, cls(**_as_fields(mode, cls, options)))
+
+
+def modes_of(
+    mode: Mapping[str, str | Mapping[str, Any]], options: Mapping[str, Any]
+) -> Iterator[tuple[str, AnyRule]]:
+    """Yield each pattern of a mapping of modes with its rule.
+
+    Args:
+        mode: from patterns to modes, or to dicts of `mode` and its options.
+        options: options next to the mapping, which belong to no rule.
+
+    Raises:
+        ValueError: the mapping is empty, or a mode is unknown.
+        TypeError: there are options next to the mapping, or an entry has the wrong form.
+    """
+    if not mode:
+        raise ValueError("the mapping of modes is empty")
+    if options:
+        raise TypeError(
+            f"options next to a mapping of modes ({', '.join(options)}) belong to no rule; "
+            "write them as {pattern: dict(mode=..., option=...)}"
+        )
+    for pattern, entry in mode.items():
+        if not isinstance(entry, (str, Mapping)):
+            raise TypeError(f"mode[{pattern!r}] must be a mode or a dict of mode and options, not {entry!r}")
+        given = {"mode": entry} if isinstance(entry, str) else dict(entry)
+        if "mode" not in given:
+            raise TypeError(f"mode[{pattern!r}] lacks the key 'mode'")
+        yield pattern, make_rule(given.pop("mode"), given)
 
 
 def rule_name(rule: AnyRule) -> str:
@@ -104,11 +148,12 @@ def changed(rule: AnyRule, options: Mapping[str, Any]) -> AnyRule:
         ValueError: an option cannot change while the model is patched, and the errors of `make_rule`.
         TypeError: the errors of `make_rule`.
     """
-    if is_direct(rule) and (fixed := [option for option in FIXED if option in options]):
+    values = rule_values(rule)
+    if fixed := [name for name in fixed_options(rule) if name in options]:
         raise ValueError(
             f"{', '.join(fixed)} cannot change while the model is patched: remove the patch, then patch again"
         )
-    return make_rule(rule_name(rule), {**rule_values(rule), **options})
+    return make_rule(rule_name(rule), {**values, **options})
 
 
 def follow(feedback: Feedback | Projection, rule: AnyRule) -> None:

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from feedbackhook.core.learning import full_precision
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules.options import check_choice, check_integer, check_number
 from feedbackhook.rules.registry import register_rule
-from feedbackhook.rules.tensors import blocks, constant, full_precision, wide, with_norm_of
+from feedbackhook.rules.tensors import blocks, constant, wide, with_norm_of
 
 
 @register_rule("svd")

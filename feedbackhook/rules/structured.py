@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from feedbackhook.core.learning import full_precision
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules.initialization import initial_distribution
 from feedbackhook.rules.options import Redraw, check_choice, check_integer, check_number
 from feedbackhook.rules.random import Random
 from feedbackhook.rules.registry import register_rule
-from feedbackhook.rules.tensors import blocks, full_precision, wide
+from feedbackhook.rules.tensors import blocks, wide
 
 
 @register_rule("low_rank")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -38,8 +36,3 @@ def with_norm_of(weight: Tensor, v: Tensor) -> Tensor:
 def blocks(weight: Tensor, groups: int) -> Tensor:
     """Return the weight as a matrix for each group: first dimension by all others, in the weight's layout."""
     return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which autocast does not round the factors of matrix products."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -345,10 +345,17 @@ RULES = {
 }
 
 
+PAPER_RULES = ("sign", "uSF", "frSF", "brSF", "random", "RndF")
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize(
     ("mode", "backend", "recompute"),
-    [(mode, backend, False) for mode in RULES for backend in ("aot_eager", "inductor")]
+    [(mode, "aot_eager", False) for mode in RULES]
+    + [
+        pytest.param(mode, "inductor", False, marks=() if mode in PAPER_RULES else pytest.mark.slow)
+        for mode in RULES
+    ]
     + [("frSF", "inductor", True), ("RndF", "inductor", True), ("low_rank", "inductor", True)],
 )
 def test_every_rule_over_optimizer_steps(mode, backend, recompute):

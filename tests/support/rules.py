@@ -19,5 +19,8 @@ EVERY_RULE: dict[str, dict[str, Any]] = {
 INEXACT = {mode: options for mode, options in EVERY_RULE.items() if mode != "symmetric"}
 """The same without backprop."""
 
+LEARNS = {mode for mode in EVERY_RULE if getattr(RULES[mode], "learns_from", "noise") != "noise"}
+"""Those that learn in the backward."""
+
 PATCH_ALL: dict[str, Any] = {"exclude": []}
 """Also patches the layers that a rule leaves exact by default."""

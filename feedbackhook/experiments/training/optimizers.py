@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,19 @@ def check(config: OptimizerConfig) -> None:
         raise ConfigError(f"optimizer.options have no effect with {name}, only with timm's optimizers")
 
 
-def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of the parameters of `model` that require a gradient.
+def build(
+    config: OptimizerConfig,
+    model: nn.Module,
+    learned: Sequence[nn.Parameter] = (),
+    lr: float | None = None,
+) -> torch.optim.Optimizer:
+    """Build the optimizer of the parameters that require a gradient.
+
+    Args:
+        config: which optimizer, and its options.
+        model: the network.
+        learned: what its feedback learns, which gets the same options and the whole weight decay.
+        lr: the learning rate for that; None is that of the weights.
 
     Raises:
         ConfigError: the optimizer does not accept an option.
@@ -50,6 +61,16 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
     }
+    made = _made(config, model, trainable, shared)
+    if learned:
+        own = {"lr": config.lr if lr is None else lr, "weight_decay": config.weight_decay}
+        made.add_param_group({"params": list(learned), **own})
+    return made
+
+
+def _made(
+    config: OptimizerConfig, model: nn.Module, trainable: list[nn.Parameter], shared: dict[str, Any]
+) -> torch.optim.Optimizer:
     if config.name in _OWN:
         return _OWN[config.name](trainable, config, shared)
     from timm.optim import create_optimizer_v2

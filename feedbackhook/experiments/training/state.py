@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,13 +58,16 @@ class TrainingState:
         self.augment: Callable[[Tensor], Tensor] | None = None
         if config.data.augmentation is not None:
             self.augment = self.data.augmentation(config.data.augmentation)
-        self.optimizer = optimizers.build(config.optimizer, self.model)
+        self.patch = _patched(self.model, config.feedback)
+        learned = [] if self.patch is None else [p for p in self.patch.parameters() if p.requires_grad]
+        if config.feedback.lr is not None and not learned:
+            raise ConfigError("feedback.lr has no effect: no optimizer steps what this feedback learns")
+        self.optimizer = optimizers.build(config.optimizer, self.model, learned, config.feedback.lr)
         self.lr_schedule = optimizers.lr_schedule(protocol, self.optimizer)
         self.order = torch.Generator().manual_seed(protocol.seed)
         self.epoch = self.step = 0
         self.train_loss = math.nan
         self.result = RunResult(Path(str(config.output)))
-        self.patch = _patched(self.model, config.feedback)
         self.gives_targets = self.patch is not None and any(
             is_direct(patched.feedback.rule) for patched in self.patch.state.patched
         )
@@ -110,8 +114,10 @@ def _patched(model: nn.Module, config: FeedbackConfig) -> feedbackhook.Patch | N
         fused=config.fused,
         **config.options,
     )
-    before = patch.state_dict()
+    before = copy.deepcopy(patch.state_dict())
     for options in config.schedule.values():  # so that a wrong option shows now, not epochs later
         patch.set(**options)
     patch.load_state_dict(before)
+    if config.mirror:
+        patch.mirror(config.mirror)
     return patch

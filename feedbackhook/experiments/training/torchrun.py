@@ -111,7 +111,7 @@ class TorchrunContext(DistributedContext):
         )
         sharded = dict(zip(before, model.parameters(), strict=True))
         for group in optimizer.param_groups:
-            group["params"] = [sharded[p] for p in group["params"]]
+            group["params"] = [sharded.get(p, p) for p in group["params"]]
 
     def seed_forwards(self, seed: int, epoch: int) -> None:
         key = np.random.SeedSequence([seed, epoch, self.rank]).generate_state(1, np.uint64)

@@ -68,7 +68,9 @@ def train(
 
     `batch_size` is per process.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    patch = feedbackhook.get_patch(model)
+    learned = [] if patch is None else patch.parameters()  # by rules such as "KP"; DDP need not know of them
+    optimizer = torch.optim.SGD([*model.parameters(), *learned], lr=lr, momentum=0.9)
     sampler = DistributedSampler(data, drop_last=True)
     losses = []
     for epoch in range(epochs):

@@ -80,6 +80,26 @@ def digits_as_sentences() -> list[dict[str, Tensor]]:
     return [{"input_ids": (16 * image).long().flatten(), "labels": label} for image, label in digits()]
 
 
+class LearningTrainer(Trainer):
+    """A trainer whose optimizer also steps what the feedback learns, for rules such as "KP".
+
+    Args:
+        patch: The model's patch.
+        options: Those of `Trainer`.
+    """
+
+    def __init__(self, patch: feedbackhook.Patch, **options: Any) -> None:
+        super().__init__(**options)
+        self.patch = patch
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and (learned := list(self.patch.parameters())):
+            optimizer.add_param_group({"params": learned, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+
 def main(
     feedback: dict[str, Any] | None = None,
     epochs: int = 10,
@@ -110,7 +130,8 @@ def main(
     patch = feedbackhook.patch(model, **(feedback or {}))  # the one line
     if resume is not None:
         patch.load_state_dict(torch.load(resume / "feedback.pt", weights_only=True))
-    trainer = Trainer(
+    trainer = LearningTrainer(
+        patch,
         model=model,
         args=TrainingArguments(
             output_dir=str(output),

@@ -73,7 +73,10 @@ class Classifier(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
+        # rules such as "KP" learn their feedback, which is not among the model's parameters
+        return torch.optim.SGD(
+            [*self.parameters(), *self.patch.parameters()], lr=self.hparams.lr, momentum=0.9
+        )
 
 
 def main(

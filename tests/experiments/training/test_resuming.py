@@ -40,13 +40,15 @@ def test_rows_of_an_epoch_that_was_not_kept_are_not_there_twice(config: RunConfi
         (None, ModelConfig(), OptimizerConfig("sgd", lr=0.01)),
         ("brSF", ModelConfig(batch_norm="paper"), OptimizerConfig(lr=1e-4, setting=3)),
         ("sign", ModelConfig("timm/test_resnet", options={"drop_rate": 0.3}), OptimizerConfig(lr=1e-4)),
+        ("KP", ModelConfig(), OptimizerConfig("sgd", lr=0.01)),
+        ("WM", ModelConfig(), OptimizerConfig(lr=1e-4)),
         (
             "random",
             ModelConfig("timm/test_vit", options={"img_size": 28, "patch_size": 7}),
             OptimizerConfig("timm/adamw"),
         ),
     ],
-    ids=["backprop", "brSF", "dropout", "adamw"],
+    ids=["backprop", "brSF", "dropout", "KP", "WM", "adamw"],
 )
 @pytest.mark.parametrize("batch", [2, None], ids=["within-epoch", "after-evaluation"])
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(

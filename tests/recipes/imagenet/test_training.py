@@ -68,9 +68,10 @@ def test_backprop_is_plain_and_the_rate_falls_in_steps(recipe, tmp_path, monkeyp
 
 
 def test_mixed_precision_keeps_the_rule(recipe, tmp_path, monkeypatch):
-    root, output = make_tree(tmp_path / "images"), tmp_path / "run"
+    root, output = make_tree(tmp_path / "images", train=3), tmp_path / "run"
     batches = spy_on_batches(recipe, monkeypatch)
     train(recipe, root, output, bf16=True)
+    assert len(batches) == 1
     state = checkpoint_of(output)["model"]
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
