@@ -12,11 +12,13 @@ BIN := $(VENV)/bin
 # Two test processes on two cores: with more threads each, they would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
 NOTEBOOKS := $(PYTEST) --nbmake analysis/notebooks
 
 .PHONY: docs dist demo test test-all test-nightly lint install clean
 
-demo: install
+demo: $(VENV)/.demo
 	$(BIN)/python recipes/liao2016/demo.py
 
 docs: install
@@ -47,10 +49,19 @@ lint: install
 
 install: $(VENV)/.installed
 
+# The sizes were measured on Linux with Python 3.11 and torch 2.14, whose CUDA libraries are most of them.
 $(VENV)/.installed: pyproject.toml
-	@echo "Installing feedbackhook and PyTorch into $(VENV). This takes minutes and gigabytes, once."
+	@echo "Installing feedbackhook[dev] into $(VENV), once: 190 packages, about 7 GB on disk,"
+	@echo "of which PyTorch with its CUDA libraries is 5.5 GB. This takes minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(PIP_INSTALL) ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.demo: pyproject.toml
+	@echo "Installing feedbackhook[experiments] into $(VENV), once: 70 packages, about 6 GB on disk,"
+	@echo "of which PyTorch with its CUDA libraries is 5.5 GB. This takes minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) ".[experiments]"
 	@touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Take screenshots of the table and charts of a sweep's page: two widths, light and dark, into this folder.
+"""Take screenshots of a sweep's page, without its runs: two widths, light and dark, into this folder.
 
     feedbackhook report analysis/runs/evidence/mnist -o report.html
     python docs/screenshots.py report.html
@@ -8,7 +8,6 @@ It needs selenium, chromium and chromedriver, but no display.
 
 from __future__ import annotations
 
-import base64
 import io
 import shutil
 import sys
@@ -44,14 +43,17 @@ def main(report: str) -> None:
                 WebDriverWait(page, 60).until(lambda p: p.execute_script("return window.drawn === true"))
                 first, after = (
                     page.execute_script(f"return document.getElementById('{section}').offsetTop")
-                    for section in ("errors", "runs")
+                    for section in ("answer", "summary")
                 )
-                clip = {"x": 0, "y": first, "width": width, "height": after - first, "scale": 1}
-                shot = page.execute_cdp_cmd(
-                    "Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True}
+                page.execute_cdp_cmd(
+                    "Emulation.setDeviceMetricsOverride",
+                    {"width": width, "height": after - first, "deviceScaleFactor": 1, "mobile": False},
                 )
+                page.execute_script(f"scrollTo(0, {first})")
+                page.execute_async_script("setTimeout(arguments[0], 500)")  # charts and their legends settle
+                shot = page.get_screenshot_as_png()
                 path = Path(__file__).parent / f"report_{size}_{scheme}.png"
-                picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+                picture = Image.open(io.BytesIO(shot)).convert("RGB")
                 picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
                 print(path)
 

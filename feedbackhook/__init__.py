@@ -6,6 +6,10 @@ from feedbackhook.core.audit import Finding
 from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.errors import ExactGradientError
 from feedbackhook.core.learning import Local
+from feedbackhook.diagnosis.diagnose import diagnose
+from feedbackhook.diagnosis.diagnosed import Diagnosis
+from feedbackhook.diagnosis.profile import profile
+from feedbackhook.diagnosis.profiled import Profile
 from feedbackhook.handle import Patch
 from feedbackhook.listing import LayerRow
 from feedbackhook.measurement import Row, measure
@@ -25,19 +29,23 @@ except PackageNotFoundError:  # the sources, without having been installed
 __all__ = [
     "BatchManhattan",
     "CounterRNG",
+    "Diagnosis",
     "ExactGradientError",
     "Finding",
     "LayerInfo",
     "LayerRow",
     "Local",
     "Patch",
+    "Profile",
     "Recorder",
     "Row",
     "__version__",
     "classifier",
+    "diagnose",
     "get_patch",
     "measure",
     "patch",
+    "profile",
     "read",
     "register_rule",
     "unpatch",

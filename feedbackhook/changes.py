@@ -84,7 +84,11 @@ def set_rules(state: PatchState, rules: Mapping[Layer, AnyRule]) -> None:
 
 def frozen_rules(state: PatchState) -> dict[Layer, AnyRule]:
     """Return for each layer that learns the rule that keeps its V as it is now."""
-    learning = [layer for layer in state.layers if learns(layer.feedback.rule)]
+    learning = [
+        layer
+        for layer in state.layers
+        if learns(layer.feedback.rule) and isinstance(layer.feedback, Feedback)
+    ]
     tensors: dict[str, Tensor] = {
         layer.info.name: cast(Feedback, layer.feedback)(layer.weight()).clone() for layer in learning
     }
@@ -103,12 +107,11 @@ def state_of(state: PatchState) -> dict[str, dict[str, Any]]:
             "draws": feedback.draws,
             "drawn_as": feedback.layer.name,  # differs from the name after weights were untied
         }
-        if isinstance(feedback, Feedback) and feedback.learned:
-            rows[each.info.name] |= {
-                "learned": {name: parameter.detach() for name, parameter in feedback.learned.items()},
-                "updates": feedback.updates,
-                "mirrored": feedback.mirrored,
-            }
+        if feedback.learned:
+            learned = {name: parameter.detach() for name, parameter in feedback.learned.items()}
+            rows[each.info.name]["learned"] = learned
+        if feedback.learned and isinstance(feedback, Feedback):
+            rows[each.info.name] |= {"updates": feedback.updates, "mirrored": feedback.mirrored}
     return rows
 
 
@@ -121,13 +124,16 @@ def load_state(state: PatchState, saved: Mapping[str, Any]) -> None:
     feedbacks = {}
     for name, row in saved.items():
         rule = make_rule(row["mode"], row["options"])
-        if learns(rule) and "learned" not in row:
+        if not is_direct(rule) and learns(rule) and "learned" not in row:
             raise ValueError(f"the state has {row['mode']!r} for {name!r}, but not what it has learned")
         feedbacks[name] = restored(own[name].feedback, rule, row["seed"], row["draws"], row.get("drawn_as"))
     for name, feedback in feedbacks.items():
         own[name].feedback = feedback
-        if isinstance(feedback, Feedback) and "learned" in saved[name]:
-            row = saved[name]
+        if "learned" not in (row := saved[name]):
+            continue
+        if isinstance(feedback, Feedback):
             feedback.restore(row["learned"], row["updates"], row["mirrored"])
+        else:
+            feedback.restore(row["learned"])
     for each in state.patched:
         each.draw()

@@ -16,7 +16,7 @@ from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.interception import Interceptor
 from feedbackhook.core.layer import Layer, Patched, Probe
 from feedbackhook.core.learners import mirror
-from feedbackhook.core.learning import mirrors
+from feedbackhook.core.learning import learns, mirrors
 from feedbackhook.core.projection import Projection
 from feedbackhook.core.state import PatchState
 from feedbackhook.listing import LayerRow, table
@@ -108,10 +108,20 @@ class Patch:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the learned tensors by name: the layer's full name and the rule's, as in "fc1.V"."""
         self.state.handed_out = True
-        for layer in self.state.layers:
-            if isinstance(layer.feedback, Feedback):
-                for name, parameter in layer.feedback.learned.items():
-                    yield f"{layer.info.name}.{name}".lstrip("."), parameter
+        if self.awaits_forward:
+            raise RuntimeError(
+                "the shape of what this rule learns follows from the output: run the model once, such as "
+                "model(x[:2]), before you ask for patch.parameters()"
+            )
+        for each in self.state.patched:
+            for name, parameter in each.feedback.learned.items():
+                yield f"{each.info.name}.{name}".lstrip("."), parameter
+
+    @property
+    def awaits_forward(self) -> bool:
+        """Whether a direct rule that learns ("DKP") needs a forward, which tells the shape of its B."""
+        direct = [projection for projection in self.state.projections if learns(projection.rule)]
+        return bool(direct) and not any(projection.learned for projection in direct)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the learned tensors, for an optimizer: they are not among the model's parameters.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -58,13 +59,18 @@ def table(model: nn.Module, state: PatchState) -> str:
     if direct:
         head += ["B", "error from above"]
     rows = [_row(each, direct) for each in state.patched]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)]
+    lines = aligned([head, *rows])
     if direct:
         lines += _about_direct(state)
     if state.layers and (exact := _exact_layers(model, state)):
         lines.append(f"exact: {', '.join(exact)}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each row, with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(each: Patched, direct: bool) -> list[str]:

@@ -11,6 +11,16 @@ of a layer's weight as delivered, G* the gradient under exact backprop on the sa
 | sign_agreement | fraction, 0 to 1, of the entries nonzero in V and W whose signs agree |
 | norm_ratio | norm(V) / norm(W), Frobenius |
 
+On request (`also`):
+
+| metric | definition | source |
+|---|---|---|
+| weight_cosine | trace(V^T W) / (norm(V) norm(W)), the cosine of weight_angle | Refinetti et al. 2021 |
+| error_cosine | the cosine of error_angle | Nokland 2016 |
+| gradient_cosine | the cosine of gradient_angle | Launay et al. 2019 |
+| participation_ratio | tr(M)^2 / tr(M^2) for the second moments M of error signals as delivered | below |
+| exact_participation_ratio | the same of backprop's error signals | Gao et al. 2017 |
+
 Direct rules have no V: what they send stands in the place of V's product, and what needs V is NaN.
 
 An undefined value, such as the angle to a tensor that is all zero, is NaN and keeps its row.
@@ -18,7 +28,7 @@ An undefined value, such as the angle to a tensor that is all zero, is NaN and k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +40,22 @@ from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Patched
 from feedbackhook.core.state import PatchHandle, PatchState
 from feedbackhook.core.torch_internals import awaits_first_backward, current_backward
+from feedbackhook.names import nearest
+from feedbackhook.ranks import Ranks, collect_ranks
+
+ALSO = (
+    "weight_cosine",
+    "error_cosine",
+    "gradient_cosine",
+    "participation_ratio",
+    "exact_participation_ratio",
+)
+"""The metrics that `measure` returns on request."""
+
+_NO_LAYER = (
+    "the graph of this loss contains no patched layer: was it made without gradients, with the patch "
+    "disabled, or by another model?"
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,6 +85,7 @@ def measure(
     *,
     per_sample: bool = False,
     group: ProcessGroup | None = None,
+    also: Collection[str] = (),
 ) -> list[Row]:
     """Compare the feedback of each layer, and of all together, with backprop on the graph of `loss`.
 
@@ -76,6 +103,7 @@ def measure(
         group: a torch.distributed group whose ranks hold parts of one batch, and losses that add up, or
             average, to the loss of the whole batch. All ranks must call this, and the rows are those of the
             whole batch. Without it the rows are those of this rank's part.
+        also: further metrics, of those that `ALSO` lists; participation ratios need a loss and no group.
 
     Returns:
         Rows by layer in the order of `patch.layers`, then the rows of the whole network. `error_angle` is NaN
@@ -83,34 +111,38 @@ def measure(
         whose weight gets no gradient.
 
     Raises:
-        ValueError: `loss` is not a scalar, or its graph contains no patched layer.
+        ValueError: `loss` is not a scalar, its graph contains no patched layer, or `also` is wrong.
         RuntimeError: the graph was used up by a backward, was made by compiled code, or contains a reentrant
             checkpoint; parameters are sharded; or it is the first step of DistributedDataParallel with
             `static_graph=True`.
     """
+    _check_also(also, loss, group)
     state = patch.state
     if loss is None:
-        return list(weight_rows(state))
-    _check(state, loss)
+        return list(weight_rows(state, "weight_cosine" in also))
+    check_loss(state, loss)
     layers = state.patched
     parameters = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
-    with _undisturbed(patch), collect_error_angles(state, per_sample) as errors:
-        delivered = _gradients(loss, parameters)
-    with _undisturbed(patch), state.exact_backward():
-        exact = _gradients(loss, parameters)
+    ranked = layers if any("participation" in name for name in also) else []
+    with undisturbed(patch), collect_error_angles(state, per_sample) as errors, collect_ranks(ranked) as own:
+        delivered = gradients_of(loss, parameters)
+    with undisturbed(patch), state.exact_backward(), collect_ranks(ranked) as backprops:
+        exact = gradients_of(loss, parameters)
     if not errors.seen and not any(delivered.values()):
-        raise ValueError(
-            "the graph of this loss contains no patched layer: was it made without gradients, with the patch "
-            "disabled, or by another model?"
-        )
-    rows = [*weight_rows(state), *errors.rows(layers, group), *_gradient_rows(delivered, exact, group)]
+        raise ValueError(_NO_LAYER)
+    rows = [
+        *weight_rows(state, "weight_cosine" in also),
+        *errors.rows(layers, group, "error_cosine" in also),
+        *_gradient_rows(delivered, exact, group, "gradient_cosine" in also),
+        *_rank_rows(layers, also, {"participation_ratio": own, "exact_participation_ratio": backprops}),
+    ]
     places: dict[str | None, int] = {layer.info.name: place for place, layer in enumerate(layers)}
     return sorted(rows, key=lambda row: places.get(row.layer, len(places)))
 
 
-def weight_rows(state: PatchState) -> Iterator[Row]:
+def weight_rows(state: PatchState, cosine: bool = False) -> Iterator[Row]:
     """Yield `weight_angle`, `sign_agreement` and `norm_ratio` of each layer and of all together, NaN if there
-    is no V."""
+    is no V, and if asked for `weight_cosine`."""
     totals: dict[Patched | None, Sums] = dict.fromkeys(state.patched, Sums())
     for layer in state.layers:
         if isinstance(layer.feedback, Feedback):
@@ -121,21 +153,32 @@ def weight_rows(state: PatchState) -> Iterator[Row]:
         yield _row(of, "weight_angle", total.angle)
         yield _row(of, "sign_agreement", total.sign_agreement)
         yield _row(of, "norm_ratio", total.norm_ratio)
+        if cosine:
+            yield _row(of, "weight_cosine", total.cosine)
 
 
 def _gradient_rows(
-    delivered: dict[Patched, list[Tensor]], exact: dict[Patched, list[Tensor]], group: ProcessGroup | None
+    delivered: dict[Patched, list[Tensor]],
+    exact: dict[Patched, list[Tensor]],
+    group: ProcessGroup | None,
+    cosine: bool,
 ) -> Iterator[Row]:
-    """Yield `gradient_angle` of each layer and of all together."""
+    """Yield `gradient_angle` of each layer and of all together, and if asked for `gradient_cosine`."""
     if group is not None:
         for gradient in [g for layer in delivered for g in (*delivered[layer], *exact[layer])]:
             torch.distributed.all_reduce(gradient, group=group)
     totals = {
         layer: Sums.total([Sums(), *map(Sums.of, delivered[layer], exact[layer])]) for layer in delivered
     }
-    for layer, total in totals.items():
+    for layer, total in [*totals.items(), (None, Sums.total(totals.values()))]:
         yield _row(layer, "gradient_angle", total.angle)
-    yield _row(None, "gradient_angle", Sums.total(totals.values()).angle)
+        if cosine:
+            yield _row(layer, "gradient_cosine", total.cosine)
+
+
+def _rank_rows(layers: Iterable[Patched], also: Collection[str], ranks: dict[str, Ranks]) -> Iterator[Row]:
+    for layer in layers:
+        yield from (_row(layer, name, found.of(layer)) for name, found in ranks.items() if name in also)
 
 
 class ErrorAngles:
@@ -167,9 +210,11 @@ class ErrorAngles:
             a, b = (x.reshape(samples, x.numel() // max(1, samples)) for x in (by_v, by_w))
             self._samples.setdefault(layer, []).append(angles_of_rows(a, b))
 
-    def rows(self, layers: Iterable[Patched], group: ProcessGroup | None = None) -> Iterator[Row]:
-        """Yield the rows of each layer, NaN if nothing was collected. With a group, all its ranks must call
-        this, and what they have collected counts together."""
+    def rows(
+        self, layers: Iterable[Patched], group: ProcessGroup | None = None, cosine: bool = False
+    ) -> Iterator[Row]:
+        """Yield the rows of each layer, NaN if nothing was collected, and if asked for also the cosines. With
+        a group, all its ranks must call this, and what they have collected counts together."""
         layers = list(layers)
         collected = [self._sums_of(layer) for layer in layers]
         if group is not None and collected:
@@ -179,6 +224,8 @@ class ErrorAngles:
             collected = table.tolist()
         for layer, (ab, aa, bb, degrees, samples) in zip(layers, collected, strict=True):
             yield _row(layer, "error_angle", Sums(ab, aa, bb).angle)
+            if cosine:
+                yield _row(layer, "error_cosine", Sums(ab, aa, bb).cosine)
             if self.per_sample:
                 mean = degrees / samples if samples else float("nan")
                 yield _row(layer, "error_angle_per_sample", mean)
@@ -202,7 +249,20 @@ def collect_error_angles(state: PatchState, per_sample: bool = False) -> Iterato
         yield errors
 
 
-def _check(state: PatchState, loss: Tensor) -> None:
+def _check_also(also: Collection[str], loss: Tensor | None, group: ProcessGroup | None) -> None:
+    if isinstance(also, str):
+        raise ValueError(f"also must be a list of metrics, such as [{also!r}]")
+    for name in also:
+        if name not in ALSO:
+            near = nearest(name, ALSO) or f"; known: {', '.join(ALSO)}"
+            raise ValueError(f"also names {name!r}, which is not a metric to ask for{near}")
+        if loss is None and name != "weight_cosine":
+            raise ValueError(f"{name} needs a loss: call measure(patch, loss, also=[{name!r}])")
+        if group is not None and "participation" in name:
+            raise ValueError(f"{name} is of one rank's error signals; call measure without a group for it")
+
+
+def check_loss(state: PatchState, loss: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss must be a tensor with one element, not {shape}")
@@ -215,7 +275,7 @@ def _check(state: PatchState, loss: Tensor) -> None:
         )
 
 
-def _gradients(loss: Tensor, parameters: dict[Patched, list[Tensor]]) -> dict[Patched, list[Tensor]]:
+def gradients_of(loss: Tensor, parameters: dict[Patched, list[Tensor]]) -> dict[Patched, list[Tensor]]:
     """Return the gradients of each layer's parameters that the loss reaches. The pass visits every node that
     `loss.backward()` would visit."""
     leaves = list(_leaves(loss))
@@ -269,7 +329,7 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _undisturbed(patch: PatchHandle) -> Iterator[None]:
+def undisturbed(patch: PatchHandle) -> Iterator[None]:
     """Restore counts, probes, buffers and random states after this context, and call no probe within it.
     (Checkpoints run forwards in a backward.)"""
     buffers: dict[Tensor, Tensor] = {}

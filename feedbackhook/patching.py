@@ -51,34 +51,30 @@ def patch(
         model: any module.
         mode: the name of a rule: "symmetric", "sign", "random", "tensor", "uSF", "NuSF", "brSF", "frSF",
             "RndF", "FA", "uSF-SN", "uSF-init", "sign-symmetry", "angle", "noise", "sparse", "quantized",
-            "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP"; one that learns ("KP", "WM", "information",
-            "symmetric-alignment", "activation-alignment", "PFA", "PFA-o", "LDFA"; see `Patch.parameters`); or
-            a registered one (`register_rule`). Or a mapping from regular expressions for full names to modes,
-            or to dicts of `mode` and its options; the first match wins, and other layers stay exact.
+            "low_rank", "toeplitz", "svd", "DFA", "sDFA", "DRTP"; one that learns (`Patch.parameters`): "KP",
+            "WM", "information", "symmetric-alignment", "activation-alignment", "PFA", "PFA-o", "LDFA", "DKP";
+            or a registered one. Or a mapping from regular expressions for full names to modes (or to dicts of
+            mode and options); the first match wins, and other layers stay exact.
         include: layers to patch; None is all. A string is a regular expression for the full name, a list
             holds full names, name suffixes or module types.
         exclude: layers to leave exact, in the same form; it wins over `include`. None: what the rule leaves
             exact, the classifier for "sign-symmetry" and nothing for the others; [] is nothing.
-        seed: all random parts of V follow from it and from the layers' names.
+        seed: all random parts of V follow from it and the layers' names.
         recompute: draw the random parts again for each error signal instead of keeping them, which takes as
             much memory as W (direct rules: see `print(patch)`). V is the same; steps take longer.
-        fused: draw with one kernel, which torch.compile makes on first use (on CPUs with a C++ compiler). V
-            is the same. Useful if V is drawn often: brSF, `recompute`.
+        fused: draw with one kernel, which torch.compile makes (on CPUs with a C++ compiler). V is the same.
         options: the rule's options, such as `concordance=0.8`; not allowed with a mapping.
 
     Returns:
         The handle: a context manager with `remove()`, `enabled`, `set()`, `layers` and more.
 
     Raises:
-        ValueError: the mode is unknown; an option is out of range; a selection has no effect; there is
-            nothing to patch; or the model or a part of it is patched already.
+        ValueError: an unknown mode; an option out of range; a selection without effect; nothing to patch; or
+            the model or a part of it is patched already.
         TypeError: the rule has no such option; an option has the wrong type; or a fused recurrent layer or a
             complex weight is selected. The model stays as it was after any error.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):  # numpy's integers have it too
-        raise TypeError(f"seed must be an int, not {seed!r}")
+    _check_arguments(model, seed)
     _refuse_second_patch(model)
     make = _Feedbacks(int(seed), recompute, fused)
     if sites := _sites(model, mode, options, make):
@@ -129,6 +125,13 @@ def _patches(model: nn.Module) -> list[tuple[str, Patch]]:
         if mark is not None and (owner := mark.link.owner) is not None:
             found.setdefault(id(owner), (name, owner.patch))
     return list(found.values())
+
+
+def _check_arguments(model: nn.Module, seed: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):  # numpy's integers have it too
+        raise TypeError(f"seed must be an int, not {seed!r}")
 
 
 def _refuse_second_patch(model: nn.Module) -> None:

@@ -46,6 +46,12 @@ class Sums(NamedTuple):
         return _angles(torch.tensor([self[:3]], dtype=torch.float64)).item()
 
     @property
+    def cosine(self) -> float:
+        """The cosine of the angle between a and b, -1 to 1; NaN if either is all zero."""
+        norms = (self.aa * self.bb) ** 0.5
+        return max(-1.0, min(1.0, self.ab / norms)) if norms else float("nan")
+
+    @property
     def sign_agreement(self) -> float:
         """The fraction, 0 to 1, of the entries nonzero in both whose signs agree; NaN if there are none."""
         return self.agreeing / self.nonzero if self.nonzero else float("nan")

@@ -13,7 +13,6 @@ from feedbackhook.core.audit import mark_as_layer
 from feedbackhook.core.coverage import Coverage
 from feedbackhook.core.edge import join
 from feedbackhook.core.errors import exact_use
-from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Layer
 from feedbackhook.core.learning import reads_calls
 from feedbackhook.core.mode import Mode
@@ -156,20 +155,28 @@ class Calls:
             layer.input_requires_grad = layer.input_requires_grad or input_requires_grad
         if not input_requires_grad or not self._state.enabled:
             output: Tensor = func(*args, **kwargs)
-            if eager and output.requires_grad:
-                self._note_arrival(layer, output, exact=input_requires_grad)
+            if eager:
+                self._tell(layer, call.input, output)
+                if output.requires_grad:
+                    self._note_arrival(layer, output, exact=input_requires_grad)
             return output
         delivery = None
         if isinstance(feedback, Projection):
             assert mode.forward is not None
             like = call.input.new_empty(0, dtype=use.weight.dtype)
             delivery = mode.forward.site(layer, feedback, _place_of(call, mode), like)
-        learned = feedback.learned.values() if isinstance(feedback, Feedback) else ()
+        learned = list(feedback.learned.values())
         if learned and eager:
             _refuse_to_learn(layer, call)
         output = call.run(func, args, kwargs, call.input.detach())
+        if eager:
+            self._tell(layer, call.input, output)
         weight = use.weight.detach()
         return join(output, call.input, weight, use.part, self._state, layer, call, delivery, *learned)
+
+    def _tell(self, layer: Layer, input: Tensor, output: Tensor) -> None:
+        for listener in list(self._state.call_listeners.values()):
+            listener(layer, input.detach(), output.detach())
 
     def _note_arrival(self, layer: Layer, output: Tensor, exact: bool) -> None:
         """Record an error signal that arrives at an output that is not rerouted, because the input requires

@@ -94,6 +94,8 @@ def _learn(
     ctx: Any, grad_output: Tensor, weight: Tensor, input: Tensor, learned: list[Tensor]
 ) -> list[Tensor | None]:
     """Return the local gradients of the layer's learned tensors."""
+    if ctx.delivery is not None:
+        return [ctx.delivery.gradient(input).to(learned[0].dtype) if ctx.needs_input_grad[-1] else None]
     rule: LearningRule = ctx.feedback.rule
     needed = ctx.needs_input_grad[-len(learned) :]
     frozen = rule.learns_from == "gradient" and not ctx.updates
@@ -179,8 +181,10 @@ class SiteEdge(torch.autograd.Function):
     """The identity on a module's input, whose backward returns what B delivers instead of what arrives."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, state: PatchState, delivery: Delivery) -> Tensor:
+    def forward(ctx: Any, input: Tensor, state: PatchState, delivery: Delivery, *learned: Tensor) -> Tensor:
         ctx.state, ctx.dtype = state, input.dtype
+        if learned:
+            ctx.save_for_backward(input, *learned)
         ctx.delivery, ctx.input_at = delivery, 0
         return input.detach()
 
@@ -198,6 +202,11 @@ class SiteEdge(torch.autograd.Function):
         state.arrivals.note(site)
         if site.probes:
             site.probe(grad_input, grad_output)
+        gradients: list[Tensor | None] = []
+        if ctx.saved_tensors:
+            input, learned = ctx.saved_tensors
+            with torch.no_grad():
+                gradients.append(ctx.delivery.gradient(input).to(learned.dtype))
         if torch.is_grad_enabled() and not state.exact:
             grad_input = _NotDifferentiable.apply(grad_input, grad_output)
-        return grad_input, None, None
+        return grad_input, None, None, *gradients

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.core.errors import warn
 from feedbackhook.core.feedback import Feedback
-from feedbackhook.core.layer import Layer
+from feedbackhook.core.layer import Layer, Patched
 from feedbackhook.core.learning import learns, mirrors, reads_calls
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import after_backward, current_backward, running_ddp, steps_for_scaler
@@ -68,7 +68,7 @@ class Learners:
                 if isinstance(layer, Layer) and mirrors(layer.feedback.rule):
                     _mirror_if_due(layer)
 
-    def _layers(self) -> list[Layer]:
+    def _layers(self) -> list[Patched]:
         state = self._state()
         return [] if state is None else learning_layers(state)
 
@@ -76,7 +76,7 @@ class Learners:
         state = self._state()
         return state is not None and state.handed_out
 
-    def _is_first(self, layers: list[Layer], optimizer: Optimizer) -> bool:
+    def _is_first(self, layers: list[Patched], optimizer: Optimizer) -> bool:
         """Whether this is the first step that updates a patched weight with these learned tensors."""
         state = self._state()
         current = list(_parameters(layers))
@@ -85,7 +85,7 @@ class Learners:
             return False
         return state is not None and bool(state.held_by(optimizer))
 
-    def _refuse_scaler(self, layers: list[Layer], optimizer: Optimizer) -> None:
+    def _refuse_scaler(self, layers: list[Patched], optimizer: Optimizer) -> None:
         held = _held(optimizer)
         for layer in layers:
             rule = layer.feedback.rule
@@ -97,7 +97,7 @@ class Learners:
                     "loss. Give patch.parameters() an optimizer of their own, and call its step() directly"
                 )
 
-    def _warn_of_processes(self, layers: list[Layer]) -> None:
+    def _warn_of_processes(self, layers: list[Patched]) -> None:
         if _processes() > 1 and not self.averaged and any(p.grad is not None for p in _parameters(layers)):
             warn(
                 f"{_processes()} processes train, but the gradients of what the feedback has learned are "
@@ -152,9 +152,9 @@ class Learners:
                 _average(same, group)
 
 
-def learning_layers(state: PatchState) -> list[Layer]:
-    """Return the layers whose rule learns."""
-    return [layer for layer in state.layers if learns(layer.feedback.rule)]
+def learning_layers(state: PatchState) -> list[Patched]:
+    """Return the layers and sites whose rule learns."""
+    return [each for each in state.patched if learns(each.feedback.rule)]
 
 
 def learned_parameters(state: PatchState) -> Iterator[nn.Parameter]:
@@ -176,23 +176,23 @@ def _mirror_if_due(layer: Layer) -> None:
         mirror(layer, getattr(feedback.rule, "steps", 1))
 
 
-def _parameters(layers: Iterable[Layer]) -> Iterator[nn.Parameter]:
+def _parameters(layers: Iterable[Patched]) -> Iterator[nn.Parameter]:
     for layer in layers:
-        yield from cast(Feedback, layer.feedback).learned.values()
+        yield from layer.feedback.learned.values()
 
 
 def _held(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _check_held(layers: list[Layer], optimizer: Optimizer, handed_out: bool) -> None:
+def _check_held(layers: list[Patched], optimizer: Optimizer, handed_out: bool) -> None:
     """Raise if what a layer learns is changed by no one."""
     held = _held(optimizer)
     alone = []
     for layer in layers:
-        feedback = cast(Feedback, layer.feedback)
+        feedback = layer.feedback
         if not reads_calls(feedback.rule):
-            if not feedback.mirrored and getattr(feedback.rule, "every", None) is None:
+            if not getattr(feedback, "mirrored", 0) and getattr(feedback.rule, "every", None) is None:
                 raise RuntimeError(
                     f"the feedback of {layer.info.name!r} has not learned anything, since "
                     f"{type(feedback.rule).__name__} learns in a mirror phase. Call patch.mirror(steps=...) "
@@ -220,10 +220,10 @@ def _in_a_group(parameter: nn.Parameter) -> bool:
     return False
 
 
-def _warn_of_idle(layers: list[Layer]) -> None:
+def _warn_of_idle(layers: list[Patched]) -> None:
     """Warn of layers whose feedback did not learn in the first step, and why."""
     for layer in layers:
-        feedback, name = cast(Feedback, layer.feedback), layer.info.name
+        feedback, name = layer.feedback, layer.info.name
         rule = feedback.rule
         off = [n for n, p in feedback.learned.items() if not p.requires_grad] if reads_calls(rule) else []
         follows = learns(rule) and rule.learns_from == "gradient"
@@ -246,7 +246,7 @@ def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _sharding_groups(layers: Iterable[Layer]) -> Sequence[ProcessGroup]:
+def _sharding_groups(layers: Iterable[Patched]) -> Sequence[ProcessGroup]:
     """Return the groups of the device mesh that a layer's weight is sharded over, as under FSDP2."""
     for layer in layers:
         for parameter in layer.parameters():

@@ -59,7 +59,7 @@ class MirrorRule(Protocol):
 
 def learns(rule: object) -> TypeGuard[LearningRule]:
     """Whether a rule has learned tensors."""
-    return callable(getattr(rule, "initial", None))
+    return getattr(rule, "learns_from", None) is not None
 
 
 def reads_calls(rule: object) -> bool:

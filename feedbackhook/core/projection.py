@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedbackhook.core.discovery import LayerInfo
+from feedbackhook.core.learning import learns
 from feedbackhook.rng import CounterRNG
 
 SHARED = "*"
@@ -42,6 +43,13 @@ class DirectRule(Protocol):
 
     def signal(self, error: Tensor, targets: Tensor | None) -> Tensor:
         """Return what B multiplies, in the shape of the output's error signal."""
+
+
+class LearningDirectRule(Protocol):
+    """A direct rule that learns its B has `learns_from = "error"` and this method."""
+
+    def direct_gradient(self, site: Tensor, signal: Tensor) -> Tensor:
+        """Return the gradient of B, (D, K), from the site's input, (N, D), and what B multiplies, (N, K)."""
 
 
 class Fit(NamedTuple):
@@ -127,6 +135,15 @@ class Place(NamedTuple):
             signal = signal.reshape(swapped).transpose(0, 1)
         return signal.reshape(self.shape)
 
+    def rows(self, input: Tensor, output: Sequence[int], features: int) -> Tensor:
+        """Return what enters the site, (N, D), in the order of the rows of an output of this shape."""
+        if self._swapped(output) is not None:
+            batch = self.attention.batch if self.attention is not None and len(self.shape) != 3 else None
+            if batch is not None:
+                input = input.reshape(-1, batch, self.shape[-1])
+            input = input.transpose(0, 1)
+        return input.reshape(-1, features)
+
     def _swapped(self, output: Sequence[int]) -> tuple[int, ...] | None:
         """Return the shape with the batch in front, if it is not there but is in front of the output."""
         if self.attention is None or not (self.attention.batch_first or len(output) < 3):
@@ -183,6 +200,7 @@ class Projection:
         self.recompute = recompute
         self.fused = fused
         self.last: Use | None = None
+        self.learned: dict[str, nn.Parameter] = {}
         self._kept = {} if kept is None else kept
         self._others: dict[int, Projection] = {}
 
@@ -195,6 +213,8 @@ class Projection:
     def matrix(self, use: Use) -> Tensor:
         """Return B, shape (D, K)."""
         fits, width, like = use
+        if self.learned:
+            return self._learned(use)
         wanted = (self.rule, self.layer.name, self.seed, self.draws, width, like.dtype, like.device)
         known, b = self._kept.get(fits.source, (None, None))
         if b is None or known != wanted:
@@ -204,6 +224,44 @@ class Projection:
             if not self.recompute:
                 self._kept[fits.source] = wanted, b
         return b[: fits.features]
+
+    def learn(self, use: Use) -> None:
+        """Make B a learned tensor, if the rule learns and it is not one yet."""
+        if learns(self.rule) and not self.learned:
+            self.learned["B"] = nn.Parameter(self.matrix(use).clone())
+            self._kept.clear()
+
+    def gradient(self, site: Tensor, signal: Tensor, use: Use) -> Tensor:
+        """Return the gradient of the learned B.
+
+        Args:
+            site: what enters the site, shape (N, D).
+            signal: what B multiplies.
+            use: what B is needed for.
+        """
+        b = self._learned(use)
+        rows = signal.reshape(use.fits.rows, use.fits.source).to(b)
+        return cast(LearningDirectRule, self.rule).direct_gradient(site.to(b), rows)
+
+    def restore(self, learned: Mapping[str, Tensor]) -> None:
+        """Set what was learned to stored values, in place if the tensors have these shapes."""
+        for name, tensor in learned.items():
+            if name in self.learned and self.learned[name].shape == tensor.shape:
+                with torch.no_grad():
+                    self.learned[name].copy_(tensor)
+            else:
+                self.learned[name] = nn.Parameter(tensor.detach().clone())
+
+    def _learned(self, use: Use) -> Tensor:
+        b = self.learned["B"]
+        if b.dtype != use.like.dtype or b.device != use.like.device:
+            b.data = b.data.to(use.like)
+        if b.shape != (use.fits.features, use.fits.source):
+            raise RuntimeError(
+                f"the B that {self.layer.name!r} has learned has the shape {tuple(b.shape)}, but now the "
+                f"shape {(use.fits.features, use.fits.source)} is needed"
+            )
+        return b.detach()
 
     def sizes(self) -> dict[object, int]:
         """Return the bytes that each matrix of the last forward takes. One that is shared has the same key in
@@ -221,6 +279,11 @@ class Projection:
         one."""
         if number == 0:
             return self
+        if learns(self.rule):
+            raise RuntimeError(
+                f"the site {self.layer.name!r} gets several tensors that require a gradient, and a rule that "
+                "learns has a matrix for one; choose other modules with sites= in feedbackhook.patch"
+            )
         other = self._others.get(number)
         if other is None or (other.rule, other.seed, other.draws) != (self.rule, self.seed, self.draws):
             layer = dataclasses.replace(self.layer, name=f"{self.layer.name}[{number}]")
@@ -251,4 +314,7 @@ class Projection:
             drawn_as: the site's name that B follows from; None is the current one.
         """
         layer = self.layer if drawn_as is None else dataclasses.replace(self.layer, name=drawn_as)
-        return Projection(rule, layer, seed, draws, self.recompute, self.fused, self._kept)
+        other = Projection(rule, layer, seed, draws, self.recompute, self.fused, self._kept)
+        if type(rule) is type(self.rule):
+            other.learned = self.learned
+        return other

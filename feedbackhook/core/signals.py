@@ -127,6 +127,7 @@ class Forward:
             self._check([(name, place) for name, _, place, _ in self._sites])
             for _, projection, place, like in self._sites:
                 projection.last = self.use(projection, place, like)
+                projection.learn(projection.last)
         except (RuntimeError, ValueError):
             self.shape = None
             raise
@@ -297,6 +298,19 @@ class Delivery(NamedTuple):
         signal = self.projection.rule.signal(error, whole.targets)
         sent = self.projection.send(signal, whole.use(self.projection, self.place, self.like))
         return self.place.back(sent, error.shape)
+
+    def gradient(self, input: Tensor) -> Tensor:
+        """Return the gradient of the site's learned B in the running backward.
+
+        Args:
+            input: what enters the site.
+        """
+        error = self.forward.error(self.patched.info.name)
+        whole = self.forward.whole()
+        use = whole.use(self.projection, self.place, self.like)
+        signal = self.projection.rule.signal(error, whole.targets)
+        site = self.place.rows(input, error.shape, use.fits.features)
+        return self.projection.gradient(site, signal, use)
 
 
 def if_compiled() -> str:

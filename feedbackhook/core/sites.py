@@ -38,7 +38,8 @@ def reroute_inputs(
             place = Place(shape, batched=len(shape) > 1, channels_first=len(shape) > 3)
             own = tensor.new_empty(0, dtype=dtype)
             delivery = forward.site(site, site.feedback.of_input(len(joined)), place, own)
-            joined[id(tensor)] = tensor, SiteEdge.apply(tensor, state, delivery)
+            learned = delivery.projection.learned.values()
+            joined[id(tensor)] = tensor, SiteEdge.apply(tensor, state, delivery, *learned)
         return joined[id(tensor)][1]
 
     new_args, new_kwargs = _replaced((args, kwargs), join, site.info.name)

@@ -24,6 +24,9 @@ ErrorListener = Callable[[Patched, Tensor, Tensor], None]
 """Called with the layer or site, the error signal that it sends on, and the one that backprop would send on
 from the same arriving error signal."""
 
+CallListener = Callable[[Patched, Tensor, Tensor], None]
+"""Called in the forward with the layer, the input and the output of a call of its function."""
+
 _BACKWARDS = 64  # how many backwards are remembered: reentrant checkpoints run one inside the other
 
 
@@ -57,6 +60,7 @@ class PatchState:
         enabled: if False, forwards build plain graphs and the guards accept any gradient.
         exact: if True, backwards use W instead of V.
         error_listeners: called with each error signal that V sends on.
+        call_listeners: called with the input and output of each call of a layer's function.
         step_listeners: called before and after optimizer steps.
         arrivals: which layers each running backward has reached.
         site_at: the site at a module's input, by the module's full name.
@@ -77,6 +81,7 @@ class PatchState:
         self.enabled = True
         self.exact = False
         self.error_listeners: OrderedDict[int, ErrorListener] = OrderedDict()
+        self.call_listeners: OrderedDict[int, CallListener] = OrderedDict()
         self.step_listeners: OrderedDict[int, StepListener] = OrderedDict()
         self.arrivals = Arrivals()
         self.heard = Heard()
@@ -87,7 +92,8 @@ class PatchState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no listeners."""
-        listeners: dict[str, Any] = {"error_listeners": OrderedDict(), "step_listeners": OrderedDict()}
+        kinds = ("error_listeners", "call_listeners", "step_listeners")
+        listeners: dict[str, Any] = {kind: OrderedDict() for kind in kinds}
         return {**self.__dict__, **listeners, "targets": None, "parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -135,6 +141,13 @@ class PatchState:
         self.error_listeners[handle.id] = listener
         return handle
 
+    def listen_to_calls(self, listener: CallListener) -> RemovableHandle:
+        """Call `listener` with each call of a layer's function in a forward that builds a graph outside
+        compiled code, until the handle's `remove()` is called."""
+        handle = RemovableHandle(self.call_listeners)
+        self.call_listeners[handle.id] = listener
+        return handle
+
     def listen_to_steps(self, listener: StepListener) -> RemovableHandle:
         """Tell `listener` about optimizer steps, until the handle's `remove()` is called."""
         handle = RemovableHandle(self.step_listeners)
@@ -144,6 +157,7 @@ class PatchState:
     def drop_listeners(self) -> None:
         """Remove all listeners."""
         self.error_listeners.clear()
+        self.call_listeners.clear()
         self.step_listeners.clear()
 
     def held_by(self, optimizer: Optimizer) -> list[Patched]:
@@ -172,16 +186,17 @@ class PatchState:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Within this context, call none of the current error listeners and probes; afterwards, restore them
-        and all counts."""
+        """Within this context, call none of the current listeners to errors and calls, and no probe;
+        afterwards, restore them, all counts and each layer's feedback."""
         listeners, self.error_listeners = self.error_listeners, OrderedDict()
+        of_calls, self.call_listeners = self.call_listeners, OrderedDict()
         try:
             with ExitStack() as stack:
                 for each in self.patched:
                     stack.enter_context(each.undisturbed())
                 yield
         finally:
-            self.error_listeners = listeners
+            self.error_listeners, self.call_listeners = listeners, of_calls
 
 
 class PatchHandle(Protocol):

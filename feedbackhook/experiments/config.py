@@ -237,8 +237,12 @@ class RecordConfig:
             each layer, norms of weights and gradients, learning rate.
         gradient_angle_every: measure the gradient angle every N optimizer steps, at the cost of two more
             backward passes; 0: never.
+        check_every: run `feedbackhook.diagnose` on four fixed training mini-batches every N optimizer steps
+            and after the last; 0: never. One check takes about 12 passes, and 4 forwards for each layer.
         per_sample: also record the error angle of single samples, averaged over the mini-batch.
         tensorboard: also write everything to tensorboard/ in the run folder.
+        tracking: also send everything to `trackio`, or to `wandb` in its offline mode; both stay on this
+            machine.
         figures: draw the figures when the run ends; `feedbackhook plot` draws them later.
         weights: files to keep when the run ends: `all` is best.safetensors, last.safetensors and
             checkpoint.pt, `best` the first only, `none` none. A run needs checkpoint.pt to resume.
@@ -246,14 +250,17 @@ class RecordConfig:
 
     every: int = 50
     gradient_angle_every: int = 0
+    check_every: int = 0
     per_sample: bool = False
     tensorboard: bool = False
+    tracking: Literal["trackio", "wandb"] | None = None
     figures: bool = True
     weights: Literal["all", "best", "none"] = "all"
 
     def __post_init__(self) -> None:
         check_at_least("record.every", self.every, 1)
         check_at_least("record.gradient_angle_every", self.gradient_angle_every, 0)
+        check_at_least("record.check_every", self.check_every, 0)
         check_choice(self, "record", "weights")
 
 
@@ -365,6 +372,9 @@ class SweepConfig:
             `lr`
         protocol: how to train each run, with how many seeds, and at which learning rates
         record: what to record
+        controls: also train the classifier alone, above a body that keeps its initial weights, by the
+            reference's settings; with `model.weights`, also above a body as drawn. Tables mark each condition
+            that is not better than these.
         small: run on one dataset, such as `digits`, instead of all, in its own folder, with 8
             epochs instead of 65 and 3 learning rates instead of 5.
         backend: `joblib`: processes on this machine; `dask`: a cluster, see `cluster`.
@@ -382,6 +392,7 @@ class SweepConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-4))
     protocol: SweepProtocolConfig = field(default_factory=SweepProtocolConfig)
     record: RecordConfig = field(default_factory=lambda: RecordConfig(figures=False))
+    controls: bool = False
     small: str | None = None
     backend: Literal["joblib", "dask"] = "joblib"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -9,5 +9,5 @@ for rule in (
     *("KP", "WM", "information", "symmetric-alignment", "activation-alignment", "PFA", "PFA-o", "LDFA"),
 ):
     register_feedback(rule, *rule_values(make_rule(rule, {})))
-for rule in ("DFA", "sDFA", "DRTP"):
+for rule in ("DFA", "sDFA", "DRTP", "DKP"):
     register_feedback(rule, "shared", "scale")  # names of modules do not fit into the name of a condition

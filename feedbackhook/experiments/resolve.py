@@ -32,6 +32,7 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
         config = Condition.parse(config.condition).configure(config)
     _check_mini_batches(config, count)
     _check_gradient_angle(config)
+    _check_check_every(config)
     optimizers.check(config.optimizer)
     model, protocol = config.model, config.protocol
     if model.name is None:
@@ -111,6 +112,15 @@ def _check_gradient_angle(config: RunConfig) -> None:
     else:
         return
     raise ConfigError(f"record.gradient_angle_every cannot be measured with {why}: set it to 0")
+
+
+def _check_check_every(config: RunConfig) -> None:
+    """Check that every process has whole gradients, and that there is a patch, if checks are asked for."""
+    if config.record.check_every and config.protocol.strategy == "fsdp2":
+        raise ConfigError(
+            "record.check_every needs whole gradients, which protocol.strategy fsdp2 leaves to no process: "
+            "set it to 0, or use ddp"
+        )
 
 
 def _milestones(protocol: ProtocolConfig) -> list[int] | None:

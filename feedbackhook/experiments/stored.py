@@ -23,7 +23,10 @@ from feedbackhook.store.errors import StoreError
 from feedbackhook.store.run_folder import RunFolder
 
 # What may differ when a run is resumed.
-_FREE_ON_RESUME = ("output", "provenance", "data.root", "data.download", "data.cache", "record.figures")
+_FREE_ON_RESUME = (
+    *("output", "provenance", "data.root", "data.download", "data.cache"),
+    *("record.figures", "record.tracking"),
+)
 
 
 @contextmanager

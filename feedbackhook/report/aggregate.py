@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ class SweepTable:
             planned runs, `ended` those of them in the means, `diverged` those of these that diverged,
             `pruned` the planned runs that ended early since other learning rates were better, and `missing`
             the rest.
-            `paper_error` is the published error, and `difference` is `best_error` minus that.
+            `paper_error` is the published error, and `difference` is `best_error` minus that. `control` tells
+            whether the condition is a control, `not_better` whether its `best_error` is not smaller than
+            that of the best control on the dataset.
         missing: the runs that are in no mean, by name, and why; without those that were pruned.
         pruned: the runs that were pruned, by name; they are in no mean either.
         rank_correlation: by dataset, Spearman's correlation of our errors with the published ones over
@@ -190,11 +192,25 @@ def _compared(cells: pd.DataFrame, plan: Manifest) -> pd.DataFrame:
             dataset: errors.get(published.reference, np.nan) for dataset, errors in published.errors.items()
         }
     )
-    return cells.assign(
+    marked = mark_controls(cells, {name for name, given in plan.conditions.items() if given.control})
+    return marked.assign(
         difference=cells["best_error"] - cells["paper_error"],
         class_of_best=_classes(cells["best_error"] - cells["dataset"].map(ours)),
         class_of_paper=_classes(cells["paper_error"] - cells["dataset"].map(theirs)),
     )
+
+
+def mark_controls(cells: pd.DataFrame, controls: Collection[str]) -> pd.DataFrame:
+    """Add `control` and `not_better`: see `SweepTable.cells`.
+
+    Args:
+        cells: with `dataset`, `condition` and `best_error`.
+        controls: the conditions that are controls.
+    """
+    control = cells["condition"].isin(list(controls))
+    least = cells[control].groupby("dataset")["best_error"].min()
+    not_better = cells["best_error"] >= cells["dataset"].map(least).astype(float)
+    return cells.assign(control=control, not_better=not_better & ~control)
 
 
 def _classes(difference: pd.Series) -> pd.Series:

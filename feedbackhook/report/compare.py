@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from feedbackhook.names import nearest
 from feedbackhook.report.aggregate import run_errors
 from feedbackhook.report.errors import ReportError
 from feedbackhook.report.runs import Runs
-from feedbackhook.report.statistics import LEVEL, PairedTest, paired_test, percent_interval
+from feedbackhook.report.statistics import LEVEL, PairedTest, holm, paired_test, percent_interval
 from feedbackhook.store import manifest
 
 ERRORS = {"final": "last_error", "best": "best_error"}
@@ -35,8 +35,9 @@ class Comparison:
             test error in percent `..._mean`, `..._low` and `..._high`, the ends of the 95% interval over
             seeds (missing with one seed).
         tests: a row for each two configurations and kind of error: `first`, `second`, `error`, the fields of
-            :class:`feedbackhook.report.statistics.PairedTest`, and `verdict`, the result in words. A pair is
-            two runs on the same dataset with the same seed.
+            :class:`feedbackhook.report.statistics.PairedTest`, `corrected`, which is p corrected by Holm's
+            method for the number of pairs of configurations that have a p, and `verdict`, the result in
+            words. A pair of runs is on the same dataset with the same seed.
         chosen_by: how learning rates were chosen, in words; empty if there was nothing to choose.
     """
 
@@ -76,7 +77,7 @@ def compare(runs: Runs, against: str | None = None, rates: bool = False) -> Comp
             names = " and ".join(same["run"])
             raise ReportError(f"{names} have the same configuration and seed: leave one of them out")
     table, chosen_by = _at_chosen_rates(table, runs)
-    tests = pd.DataFrame(_tests(table, against), columns=_TEST_COLUMNS)
+    tests = pd.DataFrame(_corrected(_tests(table, against)), columns=_TEST_COLUMNS)
     return Comparison(pd.DataFrame(_means(table)), tests, chosen_by)
 
 
@@ -162,17 +163,26 @@ def _means(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield row
 
 
-_TEST_COLUMNS = ["first", "second", "error", *PairedTest._fields, "verdict"]
+_TEST_COLUMNS = ["first", "second", "error", *PairedTest._fields, "corrected", "verdict"]
 
 
-def _tests(table: pd.DataFrame, against: str | None) -> Iterator[dict[str, Any]]:
+def _corrected(tests: Iterable[tuple[str, str, str, PairedTest]]) -> Iterator[dict[str, Any]]:
+    """The rows of the tests: each kind of error is a family of its own."""
+    tests = list(tests)
+    known = {kind: [t.p for *_, of, t in tests if of == kind and t.p is not None] for kind in ERRORS}
+    corrected = {kind: iter(holm(p_values)) for kind, p_values in known.items()}
+    for first, second, kind, test in tests:
+        p = None if test.p is None else next(corrected[kind])
+        row = {"first": first, "second": second, "error": kind, **test._asdict(), "corrected": p}
+        yield row | {"verdict": _verdict(test, p, len(known[kind]), first, second)}
+
+
+def _tests(table: pd.DataFrame, against: str | None) -> Iterator[tuple[str, str, str, PairedTest]]:
     for first, second in _pairs(list(table["configuration"].unique()), against):
         sides = (table[table["configuration"] == label].set_index(_BLOCK) for label in (first, second))
         pairs = pd.concat(dict(zip(("first", "second"), sides, strict=True)), axis=1, join="inner")
         for kind, column in ERRORS.items():
-            test = paired_test(pairs["first"][column], pairs["second"][column])
-            verdict = _verdict(test, first, second)
-            yield {"first": first, "second": second, "error": kind, **test._asdict(), "verdict": verdict}
+            yield first, second, kind, paired_test(pairs["first"][column], pairs["second"][column])
 
 
 def _pairs(names: list[str], against: str | None) -> list[tuple[str, str]]:
@@ -185,12 +195,13 @@ def _pairs(names: list[str], against: str | None) -> list[tuple[str, str]]:
     return [(name, reference) for name in names if name != reference]
 
 
-def _verdict(test: PairedTest, first: str, second: str) -> str:
+def _verdict(test: PairedTest, p: float | None, tests: int, first: str, second: str) -> str:
     if test.pairs == 0:
         return "nothing to compare: no two runs share a dataset and a seed"
-    if test.p is None:
+    if p is None:
         return "too few runs"
-    if test.p >= LEVEL:
-        return f"no difference shown (p = {test.p:.2g})"
+    found = f"{'p' if tests == 1 else 'corrected p'} = {p:.2g}"
+    if p >= LEVEL:
+        return f"no difference shown ({found})"
     smaller, larger = (first, second) if (test.effect or 0) < 0 else (second, first)
-    return f"{smaller} has a lower error than {larger} (p = {test.p:.2g})"
+    return f"{smaller} has a lower error than {larger} ({found})"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from feedbackhook.report import theme
-from feedbackhook.report.plots import NothingToDraw
+from feedbackhook.report.errors import NothingToDraw
 from feedbackhook.report.runs import Runs
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feedbackhook.report import rules, theme
+from feedbackhook.report.checks import draw_checks
+from feedbackhook.report.errors import NothingToDraw
 from feedbackhook.report.statistics import percent_interval
 from feedbackhook.store.recorder import read
 
@@ -245,6 +247,7 @@ FIGURES: dict[str, Callable[[DataFrame], Figure]] = {
     **{metric: partial(layers_against_epoch, metric=metric) for metric in QUANTITIES},
     **{f"{metric}_map": partial(layer_heat_map, metric=metric) for metric in QUANTITIES if "angle" in metric},
     "accuracy_and_angle": accuracy_and_angle,
+    "checks": draw_checks,
 }
 """The figures of a run, by the names of their files."""
 
@@ -280,10 +283,6 @@ def draw_all(
 def draw_run(folder: Path) -> None:
     """Draw the figures of a run, from its table, into its folder."""
     draw_all(read(folder), folder / "figures")
-
-
-class NothingToDraw(ValueError):
-    """The table lacks the metric that a figure shows."""
 
 
 def _layers(table: DataFrame) -> DataFrame:

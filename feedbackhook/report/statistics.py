@@ -1,7 +1,8 @@
-"""Mean errors over seeds with intervals, and a paired test."""
+"""Mean errors over seeds with intervals, and paired tests with a correction for their number."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,3 +95,18 @@ def paired_test(first: ArrayLike, second: ArrayLike) -> PairedTest:
     if len(differing) >= LEAST_PAIRS:
         p = float(wilcoxon(differing).pvalue)
     return PairedTest(len(differences), len(differing), median, p, effect)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number m by Holm's method (Holm 1979), in the order given.
+
+    With p sorted, the i-th smallest becomes the largest of min(1, (m - j + 1) p_j) for j = 1 to i.
+    Rejecting where the corrected p is below a level keeps the probability of any wrong rejection below that
+    level, whatever the dependence between the tests.
+    """
+    count, largest = len(p_values), 0.0
+    corrected = [0.0] * count
+    for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (count - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {BETTER: "#bfe0f5", ALIKE: "#f4f4f4", WORSE: "#e8933f"}  # distinguishable for color-blind readers
+NOT_BETTER = " ○"
 MARKS = {BETTER: " ▲", ALIKE: "", WORSE: " ▼"}
 
 
@@ -59,6 +60,12 @@ def pruning_text(epochs: Sequence[int]) -> str:
     )
 
 
+def not_better_text(table: SweepTable) -> str:
+    """Return in words what the mark of a condition that is not better than the controls means."""
+    names = table.cells.loc[table.cells["control"], "condition"].unique()
+    return f"not better than {' or '.join(names)}, in which no error signal passes below the classifier"
+
+
 def procedures(plan: Manifest) -> dict[str, str]:
     """Return the batch sizes of each second training procedure, in words, by condition."""
     return {
@@ -85,6 +92,8 @@ def _legend(table: SweepTable, several: bool) -> Iterator[str]:
         yield "learning rate and epoch are those of the first seed."
     better, worse = MARKS[BETTER].strip(), MARKS[WORSE].strip()
     yield f"{better} {THRESHOLD:g} points or more better than {table.reference}, {worse} worse."
+    if table.cells["control"].any():
+        yield f"{NOT_BETTER.strip()} {not_better_text(table)}."
     if plan.lr_pruning:
         yield pruning_text(plan.lr_pruning)
     if table.cells["missing"].any():
@@ -119,6 +128,8 @@ def draw(table: SweepTable) -> Figure:
         for axes, panel in zip(row, panels, strict=True):
             _panel(axes, cells, *panel)
         handles = [Patch(facecolor=COLORS[kind], edgecolor="0.6", label=text) for kind, text in words.items()]
+        if cells["control"].any():
+            handles.append(Patch(facecolor="none", label=f"{NOT_BETTER.strip()} not better than a control"))
         if cells["missing"].any():
             handles.append(Patch(facecolor="none", label="* some runs are missing"))
         figure.legend(handles=handles, loc="outside lower center", ncols=1, frameon=False)
@@ -222,7 +233,7 @@ def _number(value: float, how: str = ".2f") -> str:
 
 
 def _marked(cell: Any) -> str:
-    mark = MARKS.get(cell["class_of_best"], "")
+    mark = MARKS.get(cell["class_of_best"], "") + (NOT_BETTER if cell["not_better"] else "")
     return _number(cell["best_error"]) + mark + (" *" if cell["missing"] else "")
 
 

@@ -59,6 +59,7 @@ RULES: Mapping[str, Look] = {
     "activation-alignment": Look("#e60b42", "*", (8, 2, 1, 2, 1, 2)),
     "PFA": Look("#e645bd", "d", (1, 1)),
     "PFA-o": Look("#bf0a64", "<", (2, 2)),
+    "DKP": Look("#733f66", "s", (1, 1)),
     "LDFA": Look("#735f22", "X", (6, 2, 1, 2)),
 }
 
@@ -81,6 +82,12 @@ _current: ContextVar[tuple[Size, bool]] = ContextVar("size and darkness", defaul
 def look(rule: str) -> Look:
     """Return how a rule is drawn; rules that are not the library's look like `tensor`."""
     return RULES.get(rule, RULES["tensor"])
+
+
+def mixed(color: str, other: str, share: float) -> str:
+    """Return the color #RRGGBB with a share of another one mixed in, from 0 to 1."""
+    pairs = zip(bytes.fromhex(color[1:]), bytes.fromhex(other[1:]), strict=True)
+    return "#" + bytes(round((1 - share) * a + share * b) for a, b in pairs).hex()
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from feedbackhook.rules.liao2016 import (
     RandomFeedback,
     UniformSign,
 )
-from feedbackhook.rules.direct import DirectFeedback, DirectTargets, SignDirectFeedback
+from feedbackhook.rules.direct import DirectFeedback, DirectKolenPollack, DirectTargets, SignDirectFeedback
 from feedbackhook.rules.initialization import FeedbackAlignment, Initialization, initial_distribution
 from feedbackhook.rules.moskovitz2018 import InitialMagnitudeSign, StrictNormSign
 from feedbackhook.rules.xiao2019 import SignSymmetry
@@ -73,6 +73,7 @@ __all__ = [
     "AnyRule",
     "BatchwiseRandomSign",
     "DirectFeedback",
+    "DirectKolenPollack",
     "DirectTargets",
     "FeedbackAlignment",
     "FixedRandomSign",

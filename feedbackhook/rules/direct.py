@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from feedbackhook.core.learning import LearnsFrom
 from feedbackhook.rng import CounterRNG
 from feedbackhook.rules.options import check_number
 from feedbackhook.rules.registry import register_rule
@@ -117,6 +118,28 @@ class DirectTargets(DirectFeedback):
             return _targets_in(error).to(error.dtype)
         classes = targets.to(error.device)
         return F.one_hot(classes.clamp(min=0), error.shape[-1]).to(error.dtype) * (classes >= 0).unsqueeze(-1)
+
+
+@register_rule("DKP")
+@dataclass(frozen=True)
+class DirectKolenPollack(DirectFeedback):
+    """B e, with B learned: dB = x e^T, x the input of the site (direct Kolen-Pollack, Webster, Choi and Ahn
+    2021). For the last layer's input this is the gradient of its weight, as in Kolen-Pollack. With the same
+    optimizer and weight decay, B comes to follow the weights between the site and the output.
+    """
+
+    scale: DirectScale | float | None = "kaiming"
+
+    learns_from: ClassVar[LearnsFrom] = "error"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shared:
+            raise ValueError("DKP learns a matrix for each site, so they cannot share one")
+
+    def direct_gradient(self, site: Tensor, signal: Tensor) -> Tensor:
+        """Return x e^T, summed over samples."""
+        return site.mT @ signal
 
 
 def _targets_in(error: Tensor) -> Tensor:

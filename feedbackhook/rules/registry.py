@@ -36,7 +36,7 @@ def register_rule(name: str) -> Callable[[RuleClass], RuleClass]:
         if not (dataclasses.is_dataclass(cls) and getattr(cls, "__dataclass_params__").frozen):  # noqa: B009
             raise TypeError(f"rule {name!r}: {cls.__name__} must be a @dataclass(frozen=True) of its options")
         direct = callable(getattr(cls, "signal", None))
-        learning = callable(getattr(cls, "initial", None))
+        learning = callable(getattr(cls, "initial", None)) and not direct
         methods = ["draw", "signal" if direct else "feedback"]
         if learning:
             mirror = getattr(cls, "learns_from", None) == "noise"

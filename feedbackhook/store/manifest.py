@@ -56,11 +56,13 @@ class ManifestCondition:
         series: name that conditions share if they differ in concordance alone; None for a condition that the
             sweep defines itself.
         concordance: its concordance, 0 to 1; None if `series` has none.
+        control: whether it is a control, in which no error signal passes below the classifier.
     """
 
     rule: str | None = None
     series: str | None = None
     concordance: float | None = None
+    control: bool = False
 
 
 @dataclass(frozen=True)

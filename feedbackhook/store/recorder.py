@@ -6,14 +6,16 @@ import math
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.errors import StoreError
 from feedbackhook.store.locks import FolderLock
 from feedbackhook.store.renamed import refuse_renamed_metrics
+from feedbackhook.store.tracking import Row, Tracker, TrackerName
 
 if TYPE_CHECKING:
     import pandas
@@ -40,6 +42,9 @@ class Recorder:
         interval: seconds between writes to disk.
         tensorboard: also write each row as a scalar to `tensorboard/` in the run folder, and histograms of V,
             W and gradients at each step that :meth:`feedbackhook.Patch.watch` records.
+        tracking: also send each row to `trackio` or `wandb`, when it is written to disk; see
+            :class:`feedbackhook.store.tracking.Tracker`.
+        settings: the configuration of the run, for the tracker.
 
     Attributes:
         epoch: the current epoch, for the rows of :meth:`feedbackhook.Patch.watch`; set it in your loop.
@@ -48,7 +53,8 @@ class Recorder:
 
     Raises:
         BlockingIOError: another recorder is open in this folder.
-        ImportError: pyarrow is not installed, or TensorBoard if `tensorboard` is set.
+        ImportError: pyarrow is not installed, or TensorBoard or the tracker, if it is asked for.
+        ValueError: there is no such tracker.
     """
 
     def __init__(
@@ -58,18 +64,23 @@ class Recorder:
         run: str | None = None,
         interval: float = 30.0,
         tensorboard: bool = False,
+        tracking: TrackerName | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         _pyarrow()
+        if tracking not in (None, *get_args(TrackerName)):
+            raise ValueError(f"tracking must be 'trackio' or 'wandb', not {tracking!r}")
         folder = Path(folder).resolve()
         self.run = folder.name if run is None else run
         self.epoch = 0
         self._interval = interval
         self._parts = folder / "metrics"
-        self._rows: list[tuple[str, int, int, str | None, int | None, str, float]] = []
+        self._rows: list[Row] = []
         self._written = self._touched = time.monotonic()
         self._closed = False
         self._lock: FolderLock | None = None
         self._board: Any = None
+        self._tracker: Tracker | None = None
         self.histograms = tensorboard
         if _rank():
             return
@@ -80,6 +91,20 @@ class Recorder:
             unfinished.unlink()
         if board is not None:
             self._board = board(str(folder / "tensorboard"))
+        if tracking is not None:
+            self._tracker = self._open_tracker(tracking, folder, settings)
+
+    def _open_tracker(
+        self, package: TrackerName, folder: Path, settings: Mapping[str, Any] | None
+    ) -> Tracker:
+        opened = False
+        try:
+            tracker = Tracker(package, folder, self.run, settings)
+            opened = True
+        finally:
+            if not opened:
+                self.close()
+        return tracker
 
     def add(
         self,
@@ -137,6 +162,8 @@ class Recorder:
             columns = [list(column) for column in zip(*self._rows, strict=True)]
             table = _pyarrow().table(columns, schema=schema())
             _write_part(table, self._parts / _part_name(len(parts_of(self._parts))))
+            if self._tracker is not None:
+                self._tracker.log(self._rows)
             self._rows.clear()
         if self._board is not None:
             self._board.flush()
@@ -174,6 +201,8 @@ class Recorder:
                 self._lock = None
                 if self._board is not None:
                     self._board.close()
+                if self._tracker is not None:
+                    self._tracker.close()
 
     def __enter__(self) -> Recorder:
         return self

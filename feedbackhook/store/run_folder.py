@@ -92,7 +92,8 @@ class RunFolder:
         if not self._status.exists():
             entries = self.path.iterdir() if self.path.is_dir() else ()
             if any(
-                entry.name not in ("metrics", "tensorboard") and not is_temporary(entry) for entry in entries
+                entry.name not in ("metrics", "tensorboard", "wandb") and not is_temporary(entry)
+                for entry in entries
             ):
                 raise StoreError(f"{self.path} is not a run folder and is not empty")
             return None

@@ -5,6 +5,9 @@ CIFAR-10, by backprop, by sign feedback with random magnitudes at four concordan
 Trains the classifier alone, the last stages, or the whole network. Records the angles between V and W, and
 between the gradients and backprop's, before, during and after training.
 
+It begins with a profile, which compares the gradients under sign and random feedback with backprop's before
+any training, in about a minute: OUTPUT/profile-DEPTH.
+
     python recipes/retrofit/finetune.py --data.root data --data.download true
     python recipes/retrofit/finetune.py --depth head
     python recipes/retrofit/finetune.py --depth last --protocol.seeds 1
@@ -155,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.model = "timm/test_efficientnet"
         others += sweep_recipes.options(SMOKE)
     chosen = ["--model.name", given.model, *trainable(given.model, given.depth)]
+    if given.depth != "head" and "--dry-run" not in others:  # the head's gradient is always backprop's
+        folder = given.output / f"profile-{given.depth}"
+        sweep_recipes.profile(YAML, folder, [*chosen, *others], ["sign", "random"])
     sweep_recipes.sweep(YAML, given.output / given.depth, [*chosen, *others])
     print(*write(given.output), sep="\n")
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from feedbackhook import cli
+from feedbackhook.experiments import profiling
+from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.report import theme
 
 SMOKE = {
@@ -39,6 +44,42 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
 def options(settings: Mapping[str, str]) -> list[str]:
     """Turn settings into command-line options."""
     return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def configured(yaml: Path, given: Sequence[str]) -> SweepConfig:
+    """Return the sweep in `yaml` with the given options, without running it."""
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_class_arguments(SweepConfig)
+    parsed = parser.instantiate(parser.parse_args(["--config", str(yaml), *given]))
+    return SweepConfig(**{field.name: parsed[field.name] for field in fields(SweepConfig)})
+
+
+def profile(yaml: Path, folder: Path, given: Sequence[str], modes: Sequence[str]) -> None:
+    """Profile the sweep's network on its first dataset before any training; print and write the profile.
+
+    A profile that is in `folder` already is not repeated.
+    """
+    if (folder / "profile.csv").exists():
+        print(f"profile: {folder}/profile.csv")
+        return
+    sweep = configured(yaml, given)
+    found = profiling.profile(
+        profiling.ProfileConfig(
+            str(sweep.model.name),
+            replace(sweep.data, name=sweep.datasets[0]),
+            weights=sweep.model.weights,
+            options=sweep.model.options,
+            trainable=sweep.model.trainable,
+            modes=list(modes),
+            batch_size=sweep.protocol.batch_size,
+            seed=sweep.protocol.seed,
+            device=sweep.protocol.device,
+            threads=sweep.protocol.threads or 1,
+        )
+    )
+    print(found, *found.write(folder), sep="\n")
 
 
 def sweep(yaml: Path, folder: Path, given: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import feedbackhook
+from feedbackhook.core import torch_internals
 
 LEARNING = ["KP", "information", "symmetric-alignment", "activation-alignment", "PFA", "PFA-o", "LDFA"]
 
@@ -323,4 +324,33 @@ def test_two_processes_learn_as_one_does():
         timeout=bounds.HANG,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len([line for line in done.stdout.splitlines() if line.startswith("passed ")]) == 24
+    assert len([line for line in done.stdout.splitlines() if line.startswith("passed ")]) == 30
+
+
+# --- private names of PyTorch ------------------------------------------------------------------------------
+
+
+def test_steps_for_scaler_knows_who_steps():
+    seen, weight = [], nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.register_step_pre_hook(lambda *args: seen.append(torch_internals.steps_for_scaler()))
+    for enabled in (True, False):
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)
+    optimizer.step()
+    assert seen == [True, False, False]
+
+
+def test_running_ddp_is_the_one_whose_forward_runs(tmp_path):
+    assert torch_internals.running_ddp() is None
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        seen, model = [], nn.Linear(2, 2)
+        model.register_forward_hook(lambda *args: seen.append(torch_internals.running_ddp()))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(torch.ones(1, 2))
+        assert seen == [wrapped]
+        assert torch_internals.running_ddp() is None
+    finally:
+        torch.distributed.destroy_process_group()

@@ -66,6 +66,12 @@ def results() -> Names:
     return {}
 
 
+def two_batches() -> Names:
+    names = {"model": nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), "feedbackhook": feedbackhook}
+    names |= {f"x{n}": torch.randn(6, 4) for n in (1, 2)} | {f"y{n}": torch.randint(3, (6,)) for n in (1, 2)}
+    return {**names, "torch": torch}
+
+
 def a_group_of_one() -> Names:
     torch.distributed.init_process_group(
         "gloo", init_method=Path("group").absolute().as_uri(), rank=0, world_size=1
@@ -82,7 +88,10 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "docs/rules.md": perceptron,
     "docs/guide/layers.md": images,
     "docs/guide/direct.md": network,
+    "docs/rules.md": perceptron,
+    "docs/coming_from.md": dict,
     "docs/guide/measuring.md": a_folder_of_images,
+    "docs/guide/trust.md": two_batches,
     "docs/guide/training.md": perceptron,
     "docs/guide/compile.md": perceptron,
     "docs/guide/checkpoints.md": patched_perceptron,
@@ -144,7 +153,27 @@ def it_was_compiled(names: Names) -> None:
     assert all(p.grad is not None for p in names["model"].parameters())
 
 
+def the_learned_tensors_have_an_optimizer(names: Names) -> None:
+    held = {id(p) for group in names["optimizer"].param_groups for p in group["params"]}
+    assert {id(p) for p in names["patch"].parameters()} <= held
+
+
+def helpers_make_modes(names: Names) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    mode = names["by_layer"](model, "random", lambda weight: {"std": names["xavier"](weight, 2)})
+    assert [mode[key]["std"] for key in ("0", "1")] == [(2 / 9) ** 0.5, (2 / 8) ** 0.5]
+    signed = names["signed_init"](model)
+    assert signed.keys() == {"0"}
+
+
+def the_profile_was_written(names: Names) -> None:
+    assert {path.name for path in Path("profile").iterdir()} == {"profile.csv", "profile.png"}
+
+
 CHECK: dict[str, Callable[[Names], None]] = {
+    "docs/rules.md": the_learned_tensors_have_an_optimizer,
+    "docs/coming_from.md": helpers_make_modes,
+    "docs/guide/trust.md": the_profile_was_written,
     "README.md": every_layer_was_rerouted,
     "docs/guide/layers.md": rules_follow_the_mapping,
     "docs/guide/direct.md": blocks_are_sites,

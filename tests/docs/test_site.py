@@ -119,7 +119,7 @@ def emulate(browser: Chrome, width: int, scheme: str) -> None:
 
 
 def look(browser: Chrome, scheme: str) -> list[object]:
-    """What a page looks like, once it has settled in this scheme; after 20 seconds, what it still looks like."""
+    """What a page looks like once it has settled in this scheme, or after 20 seconds."""
     from selenium.common.exceptions import TimeoutException
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -132,7 +132,7 @@ def look(browser: Chrome, scheme: str) -> list[object]:
 
 
 def faults(browser: Chrome, address: str, page: str) -> dict[object, object]:
-    """What is wrong with a page: wider than the window, without a picture, in the wrong colors, or complaints."""
+    """What is wrong with a page: too wide, without a picture, in the wrong colors, or complaints."""
     found: dict[object, object] = {}
     emulate(browser, 1280, "light")
     browser.get(f"{address}/{page}/")

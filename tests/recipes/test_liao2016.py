@@ -1,6 +1,7 @@
 """The recipes for the paper run, on very little data."""
 
 from dataclasses import fields
+from io import StringIO
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ from feedbackhook.experiments.config import SweepConfig
 from feedbackhook.experiments.sweep.grid import plan
 from feedbackhook.liao2016 import published
 from feedbackhook.liao2016.datasets import DATASETS
+from feedbackhook.store.run_folder import RunResult
 
 
 @pytest.fixture
@@ -55,9 +57,22 @@ def test_the_demo_trains_prints_and_draws_and_does_not_repeat_what_is_finished(
     assert set(runs.loc[runs["status"] != "finished", "rule"]) <= {"uSF"}  # it may diverge
     assert plt.imread(tmp_path / "demo.png").std() > 0.01
 
-    weights = (tmp_path / "frSF-1-seed0" / "last.safetensors").stat()
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics/*.parquet")}
+    assert {path.parent.parent.name for path in trained} == set(runs["run"])
     demo.main(epochs=1, seeds=1, jobs=1, output=tmp_path)
-    assert (tmp_path / "frSF-1-seed0" / "last.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics/*.parquet")} == trained
+
+
+def test_without_a_terminal_the_demo_tells_now_and_then_how_far_it_is(demo, tmp_path, monkeypatch):
+    results = [RunResult(tmp_path / f"brSF-{n}", "finished", last_error=n) for n in range(4)]
+    clock = iter([0.0, 1.0, 11.0, 12.0, 13.0])  # when it begins, and when each run ends
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    out = StringIO()
+    assert list(demo.told(results, 4, Console(file=out, width=200))) == results
+    assert out.getvalue().splitlines() == [
+        "  11 s: 2 of 4 runs; brSF-1 finished with 1.00% test error",
+        "  13 s: 4 of 4 runs; brSF-3 finished with 3.00% test error",
+    ]
 
 
 def test_the_demo_draws_every_condition(demo):

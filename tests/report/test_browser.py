@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import pytest
 from support.pages import CONDITIONS, FOLDER
 
 from feedbackhook.report.aggregate import sweep_table
 from feedbackhook.report.html import vega
-from feedbackhook.report.tables import COLORS
+from feedbackhook.report.html.cells import shade
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -31,6 +32,23 @@ walk(window.views[arguments[0]].scenegraph().root);
 return found;
 """
 """Of a chart the data of its points, as they are drawn."""
+
+
+POSITIONS = """
+const found = [];
+const walk = item => {
+  if (item.items) for (const child of item.items) {
+    const datum = item.marktype === "symbol" && child.datum;
+    if (datum && "epoch" in datum) found.push([datum.test_error, child.y]);
+    walk(child);
+  }
+};
+walk(window.views[arguments[0]].scenegraph().root);
+return found;
+"""
+"""Of a chart the test errors of its points, and how far down they are drawn in pixels."""
+
+SAVED = [("cells", "svg", b"<svg"), ("test_error", "svg", b"<svg"), ("weight_angle", "png", b"\x89PNG")]
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +132,12 @@ def test_a_browser_shows_the_tables_numbers(opened: Chrome, folder: Path) -> Non
         "cell.dataset.dataset, cell.querySelector('b').innerText, getComputedStyle(cell).backgroundColor])"
     )
     cells = {(condition, dataset): (text, color) for condition, dataset, text, color in shown}
+    errors = sweep_table(folder).cells.set_index(["condition", "dataset"])["best_error"]
     for cell in sweep_table(folder).cells.to_dict("records"):
         text, color = cells[cell["condition"], cell["dataset"]]
         assert float(text.split()[0]) == round(cell["best_error"], 2)
-        r, g, b = bytes.fromhex(COLORS[cell["class_of_best"]][1:])
+        points = cell["best_error"] - errors["SGD", cell["dataset"]]
+        r, g, b = bytes.fromhex(shade(points)[1:])
         assert color == f"rgb({r}, {g}, {b})"
 
 
@@ -208,13 +228,13 @@ def test_every_select_is_reached_by_tab_and_its_focus_is_seen(opened: Chrome) ->
     from selenium.webdriver.common.keys import Keys
 
     reached = []
-    for _ in range(30):
+    for _ in range(80):
         opened.switch_to.active_element.send_keys(Keys.TAB)
         focused = opened.switch_to.active_element
         if focused.tag_name == "select":
             assert focused.value_of_css_property("outline-style") == "solid"
             reached.append(focused.get_attribute("name"))
-    assert reached == ["dataset", "dataset", "condition", "lr_factor", "run"]
+    assert reached == ["dataset", "scale", "dataset", "condition", "lr_factor", "scale", "run"]
 
 
 def test_a_select_works_by_keyboard(opened: Chrome) -> None:
@@ -222,3 +242,54 @@ def test_a_select_works_by_keyboard(opened: Chrome) -> None:
 
     opened.find_element("css selector", "#curves-controls select[name=condition]").send_keys(Keys.ARROW_DOWN)
     assert opened.execute_script("return window.views.test_error.signal('condition')") == "SGD"
+
+
+def test_a_logarithmic_axis_is_a_choice_that_keeps_the_others(opened: Chrome) -> None:
+    choose(opened, "test_error", "condition", "SGD")
+    before = opened.execute_script(POSITIONS, "test_error")
+    opened.execute_script(
+        "const scale = document.querySelector('select[data-scale=curves]');"
+        "scale.value = 'log'; scale.dispatchEvent(new Event('change'))"
+    )
+    drawn(opened)
+    after = opened.execute_script(POSITIONS, "test_error")
+    assert opened.execute_script("return window.views.test_error.scale('y').type") == "log"
+    assert opened.execute_script("return window.views.concordance.scale('y').type") == "linear"
+    assert {error for error, _ in after} == {error for error, _ in before}  # SGD alone, still
+    steps = np.polyfit(*np.transpose([(np.log(error), y) for error, y in after]), 1, full=True)
+    assert steps[1][0] < 1  # pixels squared: a straight line in the logarithm
+
+
+@pytest.mark.parametrize(("name", "format", "begins"), SAVED)
+def test_a_figure_is_saved_from_the_page(
+    opened: Chrome, name: str, format: str, begins: bytes, tmp_path: Path
+) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    allow = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    opened.execute_cdp_cmd("Browser.setDownloadBehavior", allow)
+    button = f"button[data-chart={name}][data-save={format}]"
+    opened.execute_script(f"document.querySelector('{button}').click()")
+    path = tmp_path / f"sweep-{name}.{format}"
+    WebDriverWait(opened, 60).until(lambda _: path.exists() and path.stat().st_size)
+    content = path.read_bytes()
+    assert content.startswith(begins)
+    if format == "svg":
+        assert b"frSF+BN+BM" in content
+
+
+def test_a_cell_leads_to_its_runs_and_their_configuration_and_back(opened: Chrome) -> None:
+    cell = "td[data-condition='BN+BM'][data-dataset=MNIST]"
+    opened.execute_script(f'document.querySelector("{cell} a").click()')
+    group = opened.find_element("css selector", f"[id='{opened.current_url.partition('#')[2]}']")
+    assert group.get_attribute("open")
+    runs = [each.text for each in group.find_elements("css selector", "details details > summary")]
+    assert [run.split()[0] for run in runs] == [
+        f"MNIST-BN+BM-rate{r}-seed{s}" for r in (1, 0.1) for s in (0, 1)
+    ]
+    run = group.find_element("css selector", "details")
+    opened.execute_script(f"location.hash = '{run.get_attribute('id')}'")
+    assert "condition: BN+BM" in run.find_element("css selector", "pre:last-of-type").text
+    opened.execute_script("arguments[0].click()", group.find_element("css selector", "a"))
+    back = opened.current_url.partition("#")[2]
+    assert opened.find_element("css selector", cell).get_attribute("id") == back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from feedbackhook.experiments.config import (
 from feedbackhook.report.compare import compare
 from feedbackhook.report.errors import ReportError
 from feedbackhook.report.runs import collect
-from feedbackhook.report.statistics import Interval, interval, paired_test, percent_interval
+from feedbackhook.report.statistics import Interval, holm, interval, paired_test, percent_interval
 
 A = [5.0, 5.5, 6.0, 4.5, 5.2, 5.9, 6.4]
 B = [7.0, 7.7, 8.9, 6.1, 5.1, 8.0, 9.0]
@@ -109,6 +110,19 @@ def test_too_few_pairs_that_differ_have_no_p() -> None:
     assert paired_test(A[:6], [*B[:5], A[5]]).p is None  # six pairs, five of which differ
     tied = paired_test(A, A)
     assert (tied.p, tied.effect, tied.difference, tied.differing) == (None, None, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "p_values", [[0.04], [0.01, 0.04, 0.03], [0.5, 0.6], [0.02, 0.02, 0.9, 0.001, 0.02]], ids=str
+)
+def test_holms_p_is_that_of_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
+    """Marcus, Peritz and Gabriel (1976): a hypothesis is rejected if each set of hypotheses that holds it is,
+    here by the smallest p of the set times its size."""
+    places = range(len(p_values))
+    sets = [c for size in places for c in itertools.combinations(places, size + 1)]
+    of_set = {each: min(1.0, len(each) * min(p_values[place] for place in each)) for each in sets}
+    closed = [max(p for each, p in of_set.items() if place in each) for place in places]
+    assert holm(p_values) == pytest.approx(closed, rel=1e-12)
 
 
 def test_errors_that_differ_by_rounding_are_ties() -> None:
@@ -225,7 +239,9 @@ def test_tests_that_can_be_made_have_their_verdict(
     assert main(["compare", str(leave_sweep(tmp_path / "sweep", seeds=6))]) == 0
     out = capsys.readouterr().out
     assert "minus uSF+BN, on the same data with the same seed: Wilcoxon" in out
-    assert out.count("uSF+BN has a lower error than SGD (p = ") == 2
+    assert "p is corrected for 3 tests of each error (Holm)" in out
+    smallest = 2 / 2**12  # of 12 pairs that all point one way, times three tests
+    assert out.count(f"uSF+BN has a lower error than SGD (corrected p = {3 * smallest:.2g})") == 2
     assert "oo few" not in out
 
 

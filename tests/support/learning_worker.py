@@ -20,7 +20,7 @@ from support import bounds
 from support.problems import draw, redrawn
 
 STEPS = 3
-RULES = {"KP": {}, "PFA": {"expansion": 3}, "information": {}, "WM": {"rate": 0.1, "batch": 8}}
+RULES = {"KP": {}, "PFA": {"expansion": 3}, "information": {}, "WM": {"rate": 0.1, "batch": 8}, "DKP": {}}
 
 
 def network() -> nn.Sequential:
@@ -32,11 +32,13 @@ def network() -> nn.Sequential:
 
 
 def trained(mode: str, wrap: str | None, accumulate: bool = False) -> dict[str, Tensor]:
-    """Train on the whole batch, or on this rank's half of it, and return V of each layer."""
+    """Train on the whole batch, or on this rank's half of it, and return V or B of each layer."""
     model = network()
     patch = feedbackhook.patch(model, mode, **RULES[mode])
     shard = slice(None) if wrap is None else slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
     x, y = draw(4, 2, 5, 5)[shard], draw(4, 3, seed=1)[shard]
+    if patch.awaits_forward:
+        model(x)
     run: nn.Module = model
     if wrap == "ddp":
         run = DistributedDataParallel(model)
@@ -58,6 +60,8 @@ def trained(mode: str, wrap: str | None, accumulate: bool = False) -> dict[str, 
                 parameter.grad /= 2
             patch.average_gradients()
         optimizer.step()
+    if mode == "DKP":
+        return {name: p.detach().clone() for name, p in patch.named_parameters()}
     return {row.name: patch.feedback(row.name) for row in patch.layers}
 
 
@@ -66,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for mode in RULES:
         for accumulate in (False, True):
-            want = trained(mode, None, accumulate) if mode != "none" else {}
+            want = trained(mode, None, accumulate)
             for wrap in ("ddp", "fsdp", "alone"):
                 got = trained(mode, wrap, accumulate)
                 for name, v in want.items():

@@ -102,8 +102,8 @@ class Parsed(HTMLParser):
         if self._path and self._path[-1][0] in ("h1", "h2"):
             self.headings.append(data)
         for tag, attributes in self._path:
-            if tag == "b" and ("td", attributes) != self._path[-2]:
-                cell = self._path[-2][1]
+            if tag == "b" and attributes.get("class") != "rule":
+                cell = next(each for name, each in reversed(self._path) if name == "td")
                 place = (cell["data-condition"], cell["data-dataset"])
                 self.cells[place] = self.cells.get(place, "") + data
             for name in ("id", "aria-labelledby"):

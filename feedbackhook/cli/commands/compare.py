@@ -73,14 +73,12 @@ def _rate_lines(found: Comparison) -> list[str]:
 
 
 def _test_table(found: Comparison) -> Table:
-    from feedbackhook.report.compare import ERRORS
-
     tests = found.tests
     several = tests["second"].nunique() > 1
     title = "first minus second" if several else f"minus {tests['second'].iloc[0]}"
     title += ", on the same data with the same seed: Wilcoxon signed-rank test"
-    if (count := tests["p"].notna().sum()) > len(ERRORS):
-        title += f"; p is not corrected for {count} tests"
+    if (count := tests.loc[tests["p"].notna(), "error"].value_counts().max()) > 1:
+        title += f"; p is corrected for {count} tests of each error (Holm)"
     table = plain_table(title)
     names = ["first", "second"] if several else ["configuration"]
     numbers = ("pairs", "median [points]", "effect")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat
 
 from feedbackhook.cli.parsers import Command
 from feedbackhook.cli.printing import plain_console
@@ -37,12 +39,23 @@ def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=str | None, help="file to write; null: report.html in the sweep's folder"
     )
+    parser.add_argument(
+        "--watch",
+        type=PositiveFloat | None,
+        metavar="MINUTES",
+        help="write the page every MINUTES until all runs have ended; an open browser loads it again",
+    )
 
 
 def _report(given: Namespace) -> int:
     from feedbackhook.report.html.page import write
+    from feedbackhook.report.html.watch import watch
 
-    print(write(given.sweep, given.output or Path(given.sweep) / "report.html"))
+    path = given.output or Path(given.sweep) / "report.html"
+    if given.watch is None:
+        print(write(given.sweep, path))
+    else:
+        watch(given.sweep, path, given.watch, tell=partial(print, flush=True))
     return 0
 
 

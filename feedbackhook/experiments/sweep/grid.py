@@ -27,6 +27,7 @@ from feedbackhook.experiments.data.registry import network_for
 from feedbackhook.experiments.parser_messages import plain_words
 from feedbackhook.experiments.resolve import resolve
 from feedbackhook.experiments.stored import check_same, store_errors, with_stored_machine
+from feedbackhook.experiments.sweep.controls import REFERENCE, controls
 from feedbackhook.names import nearest
 from feedbackhook.store.manifest import sweep_file
 from feedbackhook.store.run_folder import RunFolder, RunResult
@@ -279,6 +280,7 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
         protocol=ProtocolConfig(**shared | {"threads": config.protocol.threads or 1}),
         record=config.record,
     )
+    first: RunConfig | None = None
     for name in config.conditions:
         if isinstance(config.conditions, dict):
             configured = _overridden(run, name, config.conditions[name])
@@ -291,7 +293,11 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
             configured = replace(configured, model=replace(configured.model, name=network))
         if configured.condition is not None:
             Condition.parse(configured.condition).configure(configured)
+        named = not isinstance(config.conditions, dict)
+        first = first or (replace(configured, condition=REFERENCE) if named else configured)
         yield name, configured
+    if config.controls and first is not None:
+        yield from controls(first).items()
 
 
 def _overridden(run: RunConfig, name: str, settings: dict[str, Any]) -> RunConfig:

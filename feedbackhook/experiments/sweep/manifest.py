@@ -12,13 +12,12 @@ from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import SweepConfig, rule_name
 from feedbackhook.experiments.data.registry import DATASETS
 from feedbackhook.experiments.published import PUBLICATIONS, published_errors
+from feedbackhook.experiments.sweep.controls import REFERENCE, is_control
 from feedbackhook.experiments.sweep.grid import PlannedRun
 from feedbackhook.rules import make_rule, rule_values
 from feedbackhook.store import manifest
 from feedbackhook.store.atomic import atomic_write
 from feedbackhook.store.manifest import Manifest, ManifestCondition, ManifestRun, Published, PublishedPoint
-
-_REFERENCE = "SGD"
 
 
 def write(config: SweepConfig, runs: Sequence[PlannedRun]) -> None:
@@ -44,7 +43,7 @@ def describe(config: SweepConfig, runs: Sequence[PlannedRun]) -> Manifest:
     return Manifest(
         datasets={name: _note(name) for name in config.datasets},
         conditions=conditions,
-        reference=next(iter(conditions)) if own else _REFERENCE,
+        reference=next(iter(conditions)) if own else REFERENCE,
         epochs=p.epochs,
         batch_size=p.batch_size,
         batch_sizes=p.batch_sizes,
@@ -75,6 +74,8 @@ def _run(run: PlannedRun) -> ManifestRun:
 def _condition(run: PlannedRun, own: bool) -> ManifestCondition:
     """Describe the condition of a run; ``own``: whether the sweep defines its conditions itself."""
     rule = rule_name(run.mode)
+    if is_control(run.condition):
+        return ManifestCondition(rule, control=True)
     if own:
         return ManifestCondition(rule)
     known = Condition.parse(run.condition)

@@ -66,9 +66,18 @@ def loss_and_error(state: TrainingState, split: Split, recorder: Recorder) -> tu
 
 
 def _statistics_batches(state: TrainingState) -> Iterator[Tensor]:
-    """Yield the same training mini-batches each time, whatever the state of `state.order`."""
+    return (x for x, _ in training_batches(state, _STATISTICS_BATCHES))
+
+
+def training_batches(state: TrainingState, count_of: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the same training mini-batches each time, whatever the state of `state.order`.
+
+    Args:
+        state: nothing of it changes.
+        count_of: number of mini-batches.
+    """
     size, count = state.batch_size(), len(state.data.train.labels)
     generator = torch.Generator().manual_seed(state.config.protocol.seed)
     passes = (data.minibatches(count, size, generator) for _ in itertools.count())
-    for index in itertools.islice(itertools.chain.from_iterable(passes), _STATISTICS_BATCHES):
-        yield state.data.batch(state.data.train, index, state.device)[0]
+    for index in itertools.islice(itertools.chain.from_iterable(passes), count_of):
+        yield state.data.batch(state.data.train, index, state.device)

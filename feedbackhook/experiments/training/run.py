@@ -15,7 +15,13 @@ from feedbackhook.experiments.config import ConfigError, FolderInUse, RunConfig
 from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.data.load import ImageData
 from feedbackhook.experiments.resolve import check_device, default_output, resolve
-from feedbackhook.experiments.stored import check_same, store_errors, with_stored_machine, write_config
+from feedbackhook.experiments.stored import (
+    as_mapping,
+    check_same,
+    store_errors,
+    with_stored_machine,
+    write_config,
+)
 from feedbackhook.experiments.training.checkpoint import commit, commit_end, resume_from
 from feedbackhook.experiments.training.distributed import DistributedContext
 from feedbackhook.experiments.training.errors import config_errors
@@ -186,7 +192,12 @@ def _open_recorder(folder: RunFolder, config: RunConfig) -> Recorder:
     until = time.monotonic() + _PATIENCE
     while True:
         try:
-            return Recorder(folder.path, tensorboard=config.record.tensorboard)
+            return Recorder(
+                folder.path,
+                tensorboard=config.record.tensorboard,
+                tracking=config.record.tracking,
+                settings=as_mapping(config),
+            )
         except BlockingIOError as error:
             if time.monotonic() > until:
                 raise FolderInUse(str(error)) from error

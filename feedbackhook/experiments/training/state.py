@@ -59,6 +59,8 @@ class TrainingState:
         if config.data.augmentation is not None:
             self.augment = self.data.augmentation(config.data.augmentation)
         self.patch = _patched(self.model, config.feedback)
+        if self.patch is not None and self.patch.awaits_forward:
+            self._run_once()
         learned = [] if self.patch is None else [p for p in self.patch.parameters() if p.requires_grad]
         if config.feedback.lr is not None and not learned:
             raise ConfigError("feedback.lr has no effect: no optimizer steps what this feedback learns")
@@ -82,6 +84,13 @@ class TrainingState:
         """Remove the patch."""
         if self.patch is not None:
             self.patch.remove()
+
+    def _run_once(self) -> None:
+        """Run a forward that changes nothing, which tells the patch the shape of the output."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            x, _ = self.data.batch(self.data.train, torch.arange(2), self.device)
+            self.model.eval()(x)
+            self.model.train()
 
     def _build_model(self) -> nn.Module:
         config = self.config.model

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import feedbackhook
 from feedbackhook.experiments.data import load as data
+from feedbackhook.experiments.training.check import check_if_due
 from feedbackhook.experiments.training.progress import Progress, check_finite
 from feedbackhook.experiments.training.state import TrainingState
 from feedbackhook.store.recorder import Recorder
@@ -69,6 +70,7 @@ def train_step(state: TrainingState, index: Tensor, recorder: Recorder, last: bo
     augmented = None if state.augment is None else state.augment(train_set.images[index])
     total, wrong = 0.0, 0.0
     state.optimizer.zero_grad()
+    check_if_due(state, recorder, last)
     for share in shares:
         if augmented is None:
             x, y = state.data.batch(train_set, index[share], state.device)

@@ -6,7 +6,7 @@ must fit on a page of 5 MB: long runs are thinned out, and the notes say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,10 @@ from feedbackhook.report import theme
 from feedbackhook.report.aggregate import SweepTable, base_lr
 from feedbackhook.report.html import vega
 from feedbackhook.report.html.vega import ANGLES, ERRORS, Select
+from feedbackhook.report.tables import MARKS
 from feedbackhook.store.manifest import Manifest, ManifestRun, Published
 
-__all__ = ["Section", "alignment", "concordance", "curves"]
+__all__ = ["Section", "alignment", "concordance", "curves", "heat_map"]
 
 _MEASURED = "measured"
 
@@ -35,11 +36,13 @@ class Section(NamedTuple):
             their parameters have the same names.
         data: the CSV texts that they name.
         notes: sentences on what the charts leave out and why, or why there is no chart.
+        errors: whether they show errors, whose axis may be logarithmic.
     """
 
     charts: dict[str, dict[str, Any]]
     data: dict[str, str]
     notes: list[str]
+    errors: bool = False
 
 
 def concordance(table: SweepTable) -> Section:
@@ -70,8 +73,8 @@ def concordance(table: SweepTable) -> Section:
     chart = vega.over_concordance(points, rules).add_params(
         Select("dataset", "Dataset", datasets).parameter()
     )
-    specification = vega.specification(chart, "Best test error against concordance")
-    return Section({"concordance": specification}, {"concordance": _csv(points)}, notes)
+    specification = vega.specification(chart, "Best test error against concordance", _floor(points["error"]))
+    return Section({"concordance": specification}, {"concordance": _csv(points)}, notes, errors=True)
 
 
 def curves(table: SweepTable) -> Section:
@@ -98,9 +101,9 @@ def curves(table: SweepTable) -> Section:
             continue
         chart = vega.over_epochs(metric, label, int(wide["epoch"].max()), rules, legend=not charts)
         chart = chart.add_params(*(select.parameter(bound=not charts) for select in selects))
-        charts[metric] = vega.specification(chart, f"{label} against epoch")
+        charts[metric] = vega.specification(chart, f"{label} against epoch", _floor(wide[metric]))
     data = {"runs": _csv(_described(table)), "curves": _csv(wide)}
-    return Section(charts, data, [*notes, *thinned])
+    return Section(charts, data, [*notes, *thinned], errors=True)
 
 
 def alignment(table: SweepTable) -> Section:
@@ -132,10 +135,43 @@ def alignment(table: SweepTable) -> Section:
             notes.append(f"Without {label.partition(' [')[0]}s: {', '.join(without)}.")
         if having:
             chart = vega.of_layers(
-                metric, label, int(wide["epoch"].max()), list(layers["layer"]), wide[metric].max()
+                metric,
+                label,
+                int(wide["epoch"].max()),
+                list(layers["layer"]),
+                (wide[metric].min(), wide[metric].max()),
             ).add_params(select.parameter(bound=not charts))
             charts[metric] = vega.specification(chart, f"{label} of each layer against epoch")
     return Section(charts, {"angles": _csv(wide), "layers": _csv(layers)}, notes)
+
+
+def heat_map(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Return the chart of the grid, to be saved as a figure, and its data as CSV.
+
+    Args:
+        rows: those of :func:`feedbackhook.report.html.cells.grid`.
+    """
+    shown = [
+        {
+            "row": row,
+            "condition": of_condition["condition"],
+            "column": column,
+            "dataset": cell["dataset"],
+            "text": f"{cell['best_error']:.2f}{MARKS.get(cell['class_of_best'], '')}",
+            "color": cell["color"],
+        }
+        for row, of_condition in enumerate(rows)
+        for column, cell in enumerate(of_condition["cells"])
+        if cell["color"] is not None
+    ]
+    specification = vega.heat_map("Best test error [%] by condition and dataset")
+    return specification, _csv(pd.DataFrame(shown))
+
+
+def _floor(errors: pd.Series) -> float | None:
+    """The smallest error on a logarithmic axis: half the smallest that is not 0; None if all are 0."""
+    positive = errors[errors > 0]
+    return float(f"{positive.min() / 2:.2g}") if len(positive) else None
 
 
 def _points(cells: pd.DataFrame, plan: Manifest) -> pd.DataFrame:

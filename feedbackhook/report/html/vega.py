@@ -22,6 +22,7 @@ __all__ = [
     "ANGLES",
     "ERRORS",
     "Select",
+    "heat_map",
     "looks",
     "of_layers",
     "over_concordance",
@@ -34,6 +35,7 @@ ANGLES = {"weight_angle": "weight angle [°]", "error_angle": "error angle [°]"
 
 _DASHES: tuple[tuple[float, ...], ...] = ((), (4, 2), (2, 2), (8, 2, 2, 2))
 _SHADES = (("#000000", 0.0), ("#ffffff", 0.4), ("#000000", 0.35))  # a color to mix in, and its share
+_FOLLOWING = alt.Scale(zero=False)  # an axis that follows the data that are shown
 _UNIT, _QUARTERS = alt.Scale(domain=[0, 1]), alt.Axis(values=[0, 0.25, 0.5, 0.75, 1], format=".2~f")
 
 
@@ -56,11 +58,39 @@ class Select(NamedTuple):
         return alt.param(name=self.name, value=value, bind=select)
 
 
-def specification(chart: alt.Chart | alt.LayerChart, description: str) -> dict[str, Any]:
-    """Return the Vega-Lite specification of a chart."""
-    content: dict[str, Any] = chart.properties(
-        width="container", height=300, description=description
-    ).to_dict()
+def specification(
+    chart: alt.Chart | alt.LayerChart, description: str, floor: float | None = None
+) -> dict[str, Any]:
+    """Return the Vega-Lite specification of a chart as wide as its place on the page.
+
+    Args:
+        chart: the chart.
+        description: what it shows, for those who cannot see it.
+        floor: the smallest error that a logarithmic axis shows, if the chart shows errors.
+    """
+    content = _content(chart.properties(width="container", height=300, description=description))
+    return content if floor is None else content | {"usermeta": {"floor": floor}}
+
+
+def heat_map(title: str) -> dict[str, Any]:
+    """Return the Vega-Lite specification of the grid of conditions and datasets, from the data `cells`."""
+    place: dict[str, Any] = {"title": None, "axis": alt.Axis(labelLimit=400, domain=False, ticks=False)}
+    base = alt.Chart(_named("cells", "row", "column")).encode(
+        x=alt.X("dataset:N", sort=alt.EncodingSortField("column", op="min"), **place).axis(
+            orient="top", labelAngle=0
+        ),
+        y=alt.Y("condition:N", sort=alt.EncodingSortField("row", op="min"), **place),
+    )
+    cells = base.mark_rect().encode(color=alt.Color("color:N", scale=None))
+    texts = base.mark_text(color="#1b1b1b").encode(text="text:N")
+    chart = alt.LayerChart(layer=[cells, texts]).properties(
+        title=title, width=alt.Step(130), height=alt.Step(24)
+    )
+    return _content(chart)
+
+
+def _content(chart: alt.Chart | alt.LayerChart) -> dict[str, Any]:
+    content: dict[str, Any] = chart.to_dict()
     return {key: value for key, value in content.items() if key not in ("$schema", "config")}
 
 
@@ -91,7 +121,7 @@ def over_concordance(points: pd.DataFrame, rules: Mapping[str, str]) -> alt.Laye
                 scale=_UNIT,
                 axis=_QUARTERS,
             ),
-            y=alt.Y("error:Q", title="best test error [%]"),
+            y=alt.Y("error:Q", title="best test error [%]", scale=_FOLLOWING),
             color=_color("series", {name: rules[name] for name in names}, legend),
             tooltip=[
                 alt.Tooltip("series:N", title="condition"),
@@ -140,7 +170,7 @@ def over_epochs(metric: str, label: str, last: int, rules: Mapping[str, str], le
         .mark_line(strokeWidth=1.8, point=alt.OverlayMarkDef(size=14, opacity=1))
         .encode(
             x=_epoch(last),
-            y=alt.Y(f"{metric}:Q", title=label),
+            y=alt.Y(f"{metric}:Q", title=label, scale=_FOLLOWING),
             detail="r:N",
             color=_color("condition", rules, shown),
             strokeDash=alt.StrokeDash("condition:N", title=None, scale=dashes, legend=shown),
@@ -150,9 +180,20 @@ def over_epochs(metric: str, label: str, last: int, rules: Mapping[str, str], le
     return chart
 
 
-def of_layers(metric: str, label: str, last: int, names: Sequence[str], most: float) -> alt.LayerChart:
-    """An angle of the layers of one run against the epoch."""
-    degrees = alt.Scale(domain=[0, max(100, 10 * math.ceil(most / 10))])  # the same for all runs
+def of_layers(
+    metric: str, label: str, last: int, names: Sequence[str], limits: tuple[float, float]
+) -> alt.LayerChart:
+    """An angle of the layers of one run against the epoch.
+
+    Args:
+        metric: the angle.
+        label: of the vertical axis, which is the same for all runs and shows 90 degrees.
+        last: the last epoch.
+        names: of the layers.
+        limits: the smallest and the largest angle of all runs.
+    """
+    low, high = min(limits[0], 90), max(limits[1], 90)
+    degrees = alt.Scale(domain=[10 * math.floor(low / 10), 10 * math.ceil((high + 1) / 10)])
     color = alt.Color(
         "layer:O",
         title="layer, input to output",
@@ -201,13 +242,8 @@ def looks(rules: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
         dashes = [look.dashes, *(dash for dash in _DASHES if dash != look.dashes)]
         shade, place = divmod(of_rule[rule], len(dashes))
         of_rule[rule] += 1
-        looks.append((_mixed(look.color, *_SHADES[shade % len(_SHADES)]), dashes[place]))
+        looks.append((theme.mixed(look.color, *_SHADES[shade % len(_SHADES)]), dashes[place]))
     return looks
-
-
-def _mixed(color: str, other: str, share: float) -> str:
-    pairs = zip(bytes.fromhex(color[1:]), bytes.fromhex(other[1:]), strict=True)
-    return "#" + bytes(round((1 - share) * a + share * b) for a, b in pairs).hex()
 
 
 def _color(field: str, rules: Mapping[str, str], legend: alt.Legend | None) -> alt.Color:

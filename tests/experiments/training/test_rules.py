@@ -14,6 +14,7 @@ from support.sweeps import tiny
 from feedbackhook.cli import main
 from feedbackhook.experiments.conditions import Condition
 from feedbackhook.experiments.config import (
+    ConfigError,
     DataConfig,
     FeedbackConfig,
     ModelConfig,
@@ -96,7 +97,7 @@ def test_a_sweep_of_every_rule_has_its_table(tmp_path: Path) -> None:
         assert reported.concordance(condition.rule, dict(parsed.options)) == has.get("concordance")
 
 
-@pytest.mark.parametrize("condition", ["DFA", "sDFA shared=True", "DRTP", "DFA+BM scale=kaiming"])
+@pytest.mark.parametrize("condition", ["DFA", "sDFA shared=True", "DRTP", "DFA+BM scale=kaiming", "DKP"])
 def test_a_direct_rule_is_a_condition_and_trains(condition: str, config: RunConfig) -> None:
     """DRTP is given its targets, which its error does not show once the network is sure of a sample."""
     config = replace(config, condition=condition, model=ModelConfig(NETWORK), feedback=FeedbackConfig())
@@ -108,3 +109,34 @@ def test_a_direct_rule_is_a_condition_and_trains(condition: str, config: RunConf
     errors = table[(table["metric"] == "error_angle") & table["layer"].notna()]
     assert errors["value"].between(0, 180).any()
     assert table.loc[table["metric"] == "weight_angle", "value"].isna().all()  # they have no V
+
+
+def test_what_the_feedback_learns_may_have_its_own_rate_and_be_frozen(config: RunConfig) -> None:
+    """V moves at the second rate, and stays from the end of the first epoch on."""
+    feedback = FeedbackConfig("symmetric-alignment", lr=0.5, schedule={1: {"mode": "frozen"}})
+    config = replace(config, model=ModelConfig(NETWORK), feedback=feedback)
+    config = replace(config, optimizer=OptimizerConfig("sgd", lr=1e-4, momentum=0.0))
+    config.protocol.epochs = 2
+    assert train(config).status == "finished"
+    saved = torch.load(Path(str(config.output)) / "checkpoint.pt")
+    assert {row["mode"] for row in saved["patch"]["layers"].values()} == {"tensor"}
+    of_weights, of_learned = (group["lr"] for group in saved["optimizer"]["param_groups"])
+    assert of_learned / of_weights == pytest.approx(5000)
+    table = read(str(config.output))
+    angles = table[(table["metric"] == "weight_angle") & (table["layer"] == "fc")]
+    assert angles["value"].iloc[-1] < 45 < angles["value"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("feedback", "message"),
+    [
+        (FeedbackConfig("sign", lr=0.1), "feedback.lr has no effect"),
+        (FeedbackConfig("KP", mirror=10), "no layer follows a rule with a mirror phase"),
+    ],
+    ids=["a rate", "a mirror phase"],
+)
+def test_options_for_rules_that_learn_are_refused_for_others(
+    config: RunConfig, feedback: FeedbackConfig, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(replace(config, model=ModelConfig(NETWORK), feedback=feedback))
