@@ -84,8 +84,6 @@ def a_group_of_one() -> Names:
 GIVEN: dict[str, Callable[[], Names]] = {
     "README.md": batches,
     "docs/start.md": dict,
-    "docs/coming_from.md": dict,
-    "docs/rules.md": perceptron,
     "docs/guide/layers.md": images,
     "docs/guide/direct.md": network,
     "docs/rules.md": perceptron,
