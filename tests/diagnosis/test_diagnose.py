@@ -237,5 +237,5 @@ def test_rows_hold_value_and_threshold_of_every_check():
         assert rows[check.layer, f"check_{check.kind}_threshold"] == pytest.approx(
             check.threshold, nan_ok=True
         )
-    with pytest.raises(KeyError, match="no check 'flor'"):
-        found.of("2", "flor")
+    with pytest.raises(KeyError, match="no check 'depth'"):
+        found.of("2", "depth")
