@@ -24,7 +24,6 @@ import feedbackhook
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-_LOADED = re.compile(r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"(https?:[^\"]+)")
 API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 
 
