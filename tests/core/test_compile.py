@@ -345,15 +345,21 @@ RULES = {
 }
 
 
+def everything_that_learns(model):
+    return [*model.parameters(), *feedbackhook.get_patch(model).parameters()]
+
+
 PAPER_RULES = ("sign", "uSF", "frSF", "brSF", "random", "RndF")
+OTHER_KINDS = ("FA", "angle", "low_rank", "KP", "information")
+"""A rule of each other kind: drawn as the layer is, mixed, a product, learned from gradients, from activity."""
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize(
     ("mode", "backend", "recompute"),
-    [(mode, "aot_eager", False) for mode in RULES]
-    + [
-        pytest.param(mode, "inductor", False, marks=() if mode in PAPER_RULES else pytest.mark.slow)
+    [
+        pytest.param(mode, backend, False, marks=() if mode in quick else pytest.mark.slow)
+        for backend, quick in (("aot_eager", (*PAPER_RULES, *OTHER_KINDS)), ("inductor", PAPER_RULES))
         for mode in RULES
     ]
     + [("frSF", "inductor", True), ("RndF", "inductor", True), ("low_rank", "inductor", True)],
@@ -363,7 +369,7 @@ def test_every_rule_over_optimizer_steps(mode, backend, recompute):
     plain, x = mlp(), draw(3, 4)
     model, twin = copy.deepcopy(plain), eager_twin(plain, mode, **RULES[mode], **PATCH_ALL)
     feedbackhook.patch(model, mode, recompute=recompute, **RULES[mode], **PATCH_ALL)
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (model, twin)]
+    optimizers = [torch.optim.SGD(everything_that_learns(net), lr=0.01) for net in (model, twin)]
     step = compiled_step(model, backend)
     # Inductor's inverse error function differs from the eager one by float32's rounding.
     drawn_twice = mode == "random" or (mode in ("RndF", "low_rank") and recompute)

@@ -22,7 +22,7 @@ def trained(mode: str, **options: object) -> tuple[nn.Module, list[Tensor]]:
     """A model after three steps, and every gradient and V on the way."""
     model, seen = mlp(), []
     patch = feedbackhook.patch(model, mode, **options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([*model.parameters(), *patch.parameters()], lr=0.1)
     for step in range(3):
         got = gradients(model, draw(3, 4, seed=step))
         seen += [got.input, *got.parameters.values(), *(patch.feedback(row.name) for row in patch.layers)]
