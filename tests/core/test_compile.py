@@ -351,7 +351,7 @@ def everything_that_learns(model):
 
 PAPER_RULES = ("sign", "uSF", "frSF", "brSF", "random", "RndF")
 OTHER_KINDS = ("FA", "angle", "low_rank", "KP", "information")
-"""A rule of each other kind: drawn as the layer is, mixed, a product, learned from gradients, from activity."""
+"""A rule of each other kind: drawn like the layer, mixed, a product, learned in two ways."""
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
