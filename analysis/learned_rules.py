@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 TEMPLATE = "learned_rules.md.jinja"
-SOURCE = Source("digits", 1_437, 360, 8)
-BATCH = 25
+SOURCE = Source("digits", 1_437, 360, 10)
+BATCH, MILESTONE = 25, 8
 LR, LAST_LR, DECAY, MOMENTUM = 0.03, 0.003, 0.03, 0.9
-"""Learning rates of all epochs but the last, and of the last."""
+"""Learning rates up to epoch `MILESTONE` and after it."""
 NOT_LEARNED = ("backprop", "FA", "frSF", "sign")
 LEARNED = (
     *("KP", "WM", "information", "symmetric-alignment", "activation-alignment"),
@@ -132,7 +132,7 @@ def remaining(steps: int) -> float:
     per_epoch = SOURCE.training // BATCH
     for step in range(steps):
         velocity = MOMENTUM * velocity + DECAY * left
-        left -= (LAST_LR if step >= per_epoch * (SOURCE.epochs - 1) else LR) * velocity
+        left -= (LAST_LR if step >= per_epoch * MILESTONE else LR) * velocity
     return left
 
 
@@ -293,7 +293,9 @@ def main(runs: Path = HERE / "runs/rules/learned", output: Path = HERE / "result
     evidence = read(runs)
     evidence.cells.to_csv(output / "cells.csv", index=False, float_format="%.6g")
     evidence.points.to_csv(output / "runs.csv", index=False, float_format="%.6g")
-    drawn = [c for c in ORDER if c not in ("backprop", "frSF", "DKP") and (evidence.rows["condition"] == c).any()]
+    drawn = [
+        c for c in ORDER if c not in ("backprop", "frSF", "DKP") and (evidence.rows["condition"] == c).any()
+    ]
     draw(evidence.rows, drawn).savefig(output / "weight_angle.png", dpi=110)
     (output / "README.md").write_text(page(Results(evidence)), encoding="utf-8")
 
