@@ -95,7 +95,7 @@ def read(folder: Path) -> Evidence:
         pd.DataFrame(cells)[["condition", *ERRORS, *COUNTS, *columns]],
         points[["run", "condition", "seed", "status", "last_error", "best_error", *columns]],
         _over_epochs(rows, found),
-        _shrinking(rows, found),
+        shrinking(rows, found.runs.loc[found.runs["condition"] == "KP", "run"].tolist()),
     )
 
 
@@ -110,12 +110,14 @@ def _over_epochs(rows: pd.DataFrame, found: Runs) -> pd.DataFrame:
     return angles[["run", "condition", "layer", "depth", "step", "epoch", "angle"]]
 
 
-def _shrinking(rows: pd.DataFrame, found: Runs) -> pd.DataFrame:
-    """The norm of W - V follows from those of W and V and their angle."""
-    of_kp = rows[rows["run"].isin(found.runs.loc[found.runs["condition"] == "KP", "run"])]
-    wide = of_kp.pivot(index=["run", "layer", "step"], columns="metric", values="value").reset_index()
-    wide = wide.reindex(columns=["run", "layer", "step", *ANGLES, "weight_norm"]).dropna(
-        subset=["weight_angle", "norm_ratio", "weight_norm"]
+def shrinking(rows: pd.DataFrame, runs: Sequence[str]) -> pd.DataFrame:
+    """Return how W - V shrinks in these runs, from the recorded norms of W and V and their angle: see
+    :class:`Evidence`."""
+    of = rows[rows["run"].isin(runs)]
+    wide = of.pivot(index=["run", "layer", "step"], columns="metric", values="value").reset_index()
+    needed = ["weight_angle", "norm_ratio", "weight_norm"]
+    wide = (
+        wide.reindex(columns=["run", "layer", "step", *needed]).dropna().astype(dict.fromkeys(needed, float))
     )
     cosine = wide["weight_angle"].map(math.radians).map(math.cos)
     ratio = wide["norm_ratio"]
@@ -183,17 +185,18 @@ class Results:
         runs = min(int(self._rows[name]["ended"]) for name in (condition, than))
         return is_worse(self.value(condition), self.value(than), SOURCE.test * runs)
 
-    def against(self, than: str, worse: bool) -> list[str]:
-        """The other conditions that are worse than this one, or those that are not, of the complete ones."""
-        return [
-            condition
-            for condition in ORDER
-            if condition != than and self.known(condition, than) and self.worse(condition, than) == worse
-        ]
+    def against_backprop(self, worse: bool) -> list[str]:
+        """The rules that are worse than backprop, or those that are not, of the complete ones."""
+        complete = [c for c in ORDER[1:] if self.known(c, "backprop")]
+        return [c for c in complete if self.worse(c) == worse]
 
     def better_than(self, than: str) -> list[str]:
-        """The complete conditions than which this one is worse."""
-        return [c for c in ORDER if c != than and self.known(c, than) and self.worse(than, c)]
+        """The rules that learn than which this one is worse, of the complete ones."""
+        return [c for c in LEARNED if self.known(c, than) and self.worse(than, c)]
+
+    def angles(self, condition: str) -> list[float]:
+        """The weight angles of the layers at the end, input to output."""
+        return [self.value(condition, f"weight_angle {layer}") for layer in LAYERS]
 
     def kp_deviation(self) -> float:
         """The largest deviation of KP's measured W - V from the prediction, relative to that."""
