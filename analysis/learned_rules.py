@@ -58,7 +58,8 @@ class Evidence:
     Args:
         cells: a row for each condition: `condition`, the errors and counts of
             :func:`every_rule.error_cell`, and for each of `ANGLES` and `LAYERS` the mean over seeds after the
-            last step, such as `weight_angle fc2`.
+            last step, such as `weight_angle fc2`; error angles are those
+            of the last step at which they were recorded.
         points: a row for each run: `run`, `condition`, `seed`, `status`, `last_error`, `best_error`, and the
             same columns.
         rows: the recorded weight angles: `run`, `condition`, `layer`, `depth`, `step`, `epoch`, `angle`.
@@ -79,7 +80,7 @@ def read(folder: Path) -> Evidence:
     rows = found.rows(of_layers=[*ANGLES, "weight_norm"])
     rows = rows[rows["value"].notna() & rows["layer"].isin(list(LAYERS))]
     last = rows[rows["metric"].isin(ANGLES)]
-    last = last[last["step"] == last.groupby("run")["step"].transform("max")]
+    last = last[last["step"] == last.groupby(["run", "metric"])["step"].transform("max")]
     last = last.assign(column=last["metric"] + " " + last["layer"])
     columns = [f"{metric} {layer}" for metric in ANGLES for layer in LAYERS]
     wide = last.pivot(index="run", columns="column", values="value").reindex(columns=columns)
@@ -179,6 +180,10 @@ class Results:
         """Whether all runs of these conditions have ended."""
         rows = [self._rows.get(condition) for condition in conditions]
         return all(row is not None and row["ended"] == row["planned"] for row in rows)
+
+    def complete(self) -> list[str]:
+        """The conditions whose runs have all ended."""
+        return [condition for condition in ORDER if self.known(condition)]
 
     def worse(self, condition: str, than: str = "backprop") -> bool:
         """Whether the error after the last epoch is higher: see :func:`every_rule.is_worse`."""
