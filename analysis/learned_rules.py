@@ -181,9 +181,10 @@ class Results:
         rows = [self._rows.get(condition) for condition in conditions]
         return all(row is not None and row["ended"] == row["planned"] for row in rows)
 
-    def complete(self) -> list[str]:
-        """The conditions whose runs have all ended."""
-        return [condition for condition in ORDER if self.known(condition)]
+    def ended(self, condition: str) -> int:
+        """How many runs of a condition have ended."""
+        row = self._rows.get(condition)
+        return 0 if row is None else int(row["ended"])
 
     def worse(self, condition: str, than: str = "backprop") -> bool:
         """Whether the error after the last epoch is higher: see :func:`every_rule.is_worse`."""
