@@ -26,6 +26,7 @@ from feedbackhook.store import manifest
 
 HERE = Path(__file__).parent
 BACKPROP = "BN+BM"
+TEMPLATE = "every_rule.md.jinja"
 
 
 @dataclass(frozen=True)
@@ -106,23 +107,55 @@ def read_cells(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         planned = pd.Series([run.condition for run in plan.runs]).value_counts()
         for condition in sorted(planned.index, key=ORDER.index):
             of = runs[runs["condition"] == condition]
-            cells.append(
-                {
-                    "sweep": sweep,
-                    "condition": condition,
-                    "last": of["last_error"].mean(),
-                    "lowest": of["last_error"].min(),
-                    "highest": of["last_error"].max(),
-                    "best": of["best_error"].mean(),
-                    "angle": of["angle"].mean(),
-                    "weight_angle": of["weight_angle"].mean(),
-                    "planned": planned[condition],
-                    "ended": len(of),
-                    "diverged": (of["status"] == "diverged").sum(),
-                }
-            )
+            angles = {"angle": of["angle"].mean(), "weight_angle": of["weight_angle"].mean()}
+            counts = error_cell(of, int(planned[condition]))
+            cells.append({"sweep": sweep, "condition": condition, **counts, **angles})
     columns = ["sweep", "run", "condition", "seed", "status", "last_error", "best_error", "angle"]
-    return pd.DataFrame(cells), pd.concat(points, ignore_index=True)[[*columns, "weight_angle"]]
+    ordered = ["sweep", "condition", *ERRORS, "angle", "weight_angle", *COUNTS]
+    return pd.DataFrame(cells)[ordered], pd.concat(points, ignore_index=True)[[*columns, "weight_angle"]]
+
+
+ERRORS = ("last", "lowest", "highest", "best")
+COUNTS = ("planned", "ended", "diverged")
+
+
+def error_cell(of: pd.DataFrame, planned: int) -> dict[str, float]:
+    """Return the `ERRORS` and `COUNTS` of the runs of one condition: see :func:`read_cells`."""
+    return {
+        "last": of["last_error"].mean(),
+        "lowest": of["last_error"].min(),
+        "highest": of["last_error"].max(),
+        "best": of["best_error"].mean(),
+        "planned": planned,
+        "ended": len(of),
+        "diverged": int((of["status"] == "diverged").sum()),
+    }
+
+
+def is_worse(one: float, other: float, images: int) -> bool:
+    """Whether one error in percent is above another by more than two standard errors of the difference
+    between two rates, as independent binomial samples of so many images each."""
+    a, b = one / 100, other / 100
+    return a - b > 2 * math.sqrt((a * (1 - a) + b * (1 - b)) / images)
+
+
+def borne_out(text: str, holds: bool, template: str) -> str:
+    """Return ``text``, a sentence of the page that ``template`` makes.
+
+    Raises:
+        NotBorneOut: ``holds`` is false: the sentence must be changed.
+    """
+    if not holds:
+        raise NotBorneOut(f"the runs do not bear this out: {text!r}; change it in {template}")
+    return text
+
+
+def render(template: str, **values: object) -> str:
+    """Return the page that a template of this folder makes of these values."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(**values, isnan=math.isnan, nan=math.nan)
 
 
 def _weight_angles(runs: Runs) -> pd.Series:
@@ -163,11 +196,10 @@ class Results:
     def worse(self, sweep: str, condition: str, than: str = BACKPROP) -> bool:
         """Whether the error after the last epoch is higher by more than two standard errors of the difference
         between two rates, as independent binomial samples of the test images times the seeds."""
-        a, b = (self.value(sweep, name) / 100 for name in (condition, than))
         images = SOURCES[sweep].test * min(
             int(self._rows[(sweep, name)]["ended"]) for name in (condition, than)
         )
-        return a - b > 2 * math.sqrt((a * (1 - a) + b * (1 - b)) / images)
+        return is_worse(self.value(sweep, condition), self.value(sweep, than), images)
 
     def alike(self, sweep: str, *conditions: str) -> bool:
         """Whether none of these is worse than another."""
@@ -213,9 +245,7 @@ class Results:
         Raises:
             NotBorneOut: ``holds`` is false: the sentence must be changed.
         """
-        if not holds:
-            raise NotBorneOut(f"the runs do not bear this out: {text!r}; change it in every_rule.md.jinja")
-        return text
+        return borne_out(text, holds, TEMPLATE)
 
 
 def page(results: Results) -> str:
@@ -224,18 +254,14 @@ def page(results: Results) -> str:
     Raises:
         NotBorneOut: one of its sentences claims more than the runs show.
     """
-    environment = Environment(
-        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("every_rule.md.jinja").render(
+    return render(
+        TEMPLATE,
         r=results,
         sources=SOURCES,
         families=FAMILIES,
         biotorch=BIOTORCH,
         paper=error_rates()["MNIST"].to_dict(),
         backprop=BACKPROP,
-        isnan=math.isnan,
-        nan=math.nan,
     )
 
 

@@ -1,0 +1,313 @@
+"""Write the page about the rules that learn, and its tables and figure, from the committed runs.
+
+    python analysis/learned_rules.py
+
+Reads analysis/runs/rules/learned and writes analysis/results/rules/learned. The page's numbers and verdicts
+are computed here; its sentences are in learned_rules.md.jinja. A run that has not ended is left out and
+counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from every_rule import COUNTS, ERRORS, Source, borne_out, error_cell, is_worse, render
+from jsonargparse import auto_cli
+
+from feedbackhook.report import theme
+from feedbackhook.report.runs import Runs, describe
+from feedbackhook.store import manifest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+TEMPLATE = "learned_rules.md.jinja"
+SOURCE = Source("digits", 1_437, 360, 10)
+BATCH, MILESTONE = 25, 8
+LR, LAST_LR, DECAY, MOMENTUM = 0.03, 0.003, 0.03, 0.9
+"""Learning rates up to epoch `MILESTONE` and after it."""
+NOT_LEARNED = ("backprop", "FA", "frSF", "sign")
+LEARNED = (
+    *("KP", "WM", "information", "symmetric-alignment", "activation-alignment"),
+    *("PFA", "PFA-o", "LDFA", "DKP"),
+)
+ORDER = (*NOT_LEARNED, *LEARNED)
+LAYERS = {"conv2": 20 * 25, "fc1": 50 * 16, "fc2": 500}
+"""The layers that send an error signal on, and the numbers of inputs of their matrices; the last is the upper
+layer."""
+UPPER = "fc2"
+EXPANSION, MIRROR_RATE, MIRROR_BATCH = 4.0, 0.01, 128
+
+AKROUT = {"FA": (40.0, 34.9), "KP": (3.6, 3.1), "WM": (3.8, 3.2)}
+"""Akrout et al. 2019, as their code reports: weight angle and error-signal angle of the upper of two layers
+after 400 epochs on MNIST, in degrees."""
+
+ANGLES = ("weight_angle", "error_angle", "norm_ratio")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the runs recorded.
+
+    Args:
+        cells: a row for each condition: `condition`, the errors and counts of
+            :func:`every_rule.error_cell`, and for each of `ANGLES` and `LAYERS` the mean over seeds after the
+            last step, such as `weight_angle fc2`; error angles are those
+            of the last step at which they were recorded.
+        points: a row for each run: `run`, `condition`, `seed`, `status`, `last_error`, `best_error`, and the
+            same columns.
+        rows: the recorded weight angles: `run`, `condition`, `layer`, `depth`, `step`, `epoch`, `angle`.
+        shrinking: for each run of KP and layer, the `step`, the norm of W - V over that at the start as
+            `measured`, and as `predicted`: see :func:`remaining`.
+    """
+
+    cells: pd.DataFrame
+    points: pd.DataFrame
+    rows: pd.DataFrame
+    shrinking: pd.DataFrame
+
+
+def read(folder: Path) -> Evidence:
+    """Read the runs of a sweep."""
+    plan = manifest.read(folder)
+    found = describe(path for run in plan.runs if (path := folder / run.name).is_dir())
+    rows = found.rows(of_layers=[*ANGLES, "weight_norm"])
+    rows = rows[rows["value"].notna() & rows["layer"].isin(list(LAYERS))]
+    last = rows[rows["metric"].isin(ANGLES)]
+    last = last[last["step"] == last.groupby(["run", "metric"])["step"].transform("max")]
+    last = last.assign(column=last["metric"] + " " + last["layer"])
+    columns = [f"{metric} {layer}" for metric in ANGLES for layer in LAYERS]
+    wide = last.pivot(index="run", columns="column", values="value").reindex(columns=columns)
+    points = found.runs.join(wide, on="run")
+    points = points.sort_values(["condition", "seed"], key=_place)
+    planned = pd.Series([run.condition for run in plan.runs]).value_counts()
+    cells = []
+    for condition in sorted(planned.index, key=ORDER.index):
+        of = points[points["condition"] == condition]
+        means = {column: of[column].mean() for column in columns}
+        cells.append({"condition": condition, **error_cell(of, int(planned[condition])), **means})
+    return Evidence(
+        pd.DataFrame(cells)[["condition", *ERRORS, *COUNTS, *columns]],
+        points[["run", "condition", "seed", "status", "last_error", "best_error", *columns]],
+        _over_epochs(rows, found),
+        shrinking(rows, found.runs.loc[found.runs["condition"] == "KP", "run"].tolist()),
+    )
+
+
+def _place(values: pd.Series) -> pd.Series:
+    return values.map(ORDER.index) if values.name == "condition" else values
+
+
+def _over_epochs(rows: pd.DataFrame, found: Runs) -> pd.DataFrame:
+    angles = rows[rows["metric"] == "weight_angle"].rename(columns={"value": "angle"})
+    angles = angles.merge(found.runs[["run", "condition"]], on="run")
+    angles = angles.assign(epoch=angles["step"] / (SOURCE.training // BATCH))
+    return angles[["run", "condition", "layer", "depth", "step", "epoch", "angle"]]
+
+
+def shrinking(rows: pd.DataFrame, runs: Sequence[str]) -> pd.DataFrame:
+    """Return how W - V shrinks in these runs, from the recorded norms of W and V and their angle: see
+    :class:`Evidence`."""
+    of = rows[rows["run"].isin(runs)]
+    wide = of.pivot(index=["run", "layer", "step"], columns="metric", values="value").reset_index()
+    needed = ["weight_angle", "norm_ratio", "weight_norm"]
+    wide = (
+        wide.reindex(columns=["run", "layer", "step", *needed]).dropna().astype(dict.fromkeys(needed, float))
+    )
+    cosine = wide["weight_angle"].map(math.radians).map(math.cos)
+    ratio = wide["norm_ratio"]
+    norm = wide["weight_norm"] * (1 + ratio**2 - 2 * ratio * cosine) ** 0.5
+    at_start = norm.groupby([wide["run"], wide["layer"]]).transform("first")
+    predicted = wide["step"].map(lambda step: remaining(int(step)))
+    return wide[["run", "layer", "step"]].assign(measured=norm / at_start, predicted=predicted)
+
+
+def remaining(steps: int) -> float:
+    """Return what weight decay alone leaves of W - V under SGD with momentum after so many steps: W and V get
+    the same gradient, so that their difference gets none."""
+    left, velocity = 1.0, 0.0
+    per_epoch = SOURCE.training // BATCH
+    for step in range(steps):
+        velocity = MOMENTUM * velocity + DECAY * left
+        left -= (LAST_LR if step >= per_epoch * MILESTONE else LR) * velocity
+    return left
+
+
+def floor_of(condition: str, layer: str) -> float:
+    """Return the weight angle in degrees that a rule comes to in the long run, where docs/rules.md gives a
+    formula; otherwise NaN."""
+    if condition == "WM":
+        return math.degrees(math.atan(math.sqrt(MIRROR_RATE * LAYERS[layer] / (2 * MIRROR_BATCH))))
+    if condition == "PFA":
+        return math.degrees(math.atan(math.sqrt(1 / EXPANSION)))
+    return 0.0 if condition in ("KP", "PFA-o", "symmetric-alignment") else math.nan
+
+
+class Results:
+    """What the runs say.
+
+    Args:
+        evidence: what they recorded.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self._rows: dict[str, dict[str, Any]] = {
+            row["condition"]: row for row in evidence.cells.to_dict("records")
+        }
+
+    def value(self, condition: str, what: str = "last") -> float:
+        """A column of a cell; NaN if no run of it has ended."""
+        row = self._rows.get(condition)
+        return math.nan if row is None or not row["ended"] else float(row[what])
+
+    def missing(self) -> int:
+        """How many runs have not ended."""
+        return int((self.evidence.cells["planned"] - self.evidence.cells["ended"]).sum())
+
+    def diverged(self) -> dict[str, int]:
+        """How many runs of each condition have diverged, of those with any."""
+        cells = self.evidence.cells[self.evidence.cells["diverged"] > 0]
+        return dict(zip(cells["condition"], cells["diverged"], strict=True))
+
+    def known(self, *conditions: str) -> bool:
+        """Whether all runs of these conditions have ended."""
+        rows = [self._rows.get(condition) for condition in conditions]
+        return all(row is not None and row["ended"] == row["planned"] for row in rows)
+
+    def ended(self, condition: str) -> int:
+        """How many runs of a condition have ended."""
+        row = self._rows.get(condition)
+        return 0 if row is None else int(row["ended"])
+
+    def worse(self, condition: str, than: str = "backprop") -> bool:
+        """Whether the error after the last epoch is higher: see :func:`every_rule.is_worse`."""
+        runs = min(int(self._rows[name]["ended"]) for name in (condition, than))
+        return is_worse(self.value(condition), self.value(than), SOURCE.test * runs)
+
+    def against_backprop(self, worse: bool) -> list[str]:
+        """The rules that are worse than backprop, or those that are not, of the complete ones."""
+        complete = [c for c in ORDER[1:] if self.known(c, "backprop")]
+        return [c for c in complete if self.worse(c) == worse]
+
+    def better_than(self, than: str) -> list[str]:
+        """The rules that learn than which this one is worse, of the complete ones."""
+        return [c for c in LEARNED if self.known(c, than) and self.worse(than, c)]
+
+    def angles(self, condition: str) -> list[float]:
+        """The weight angles of the layers at the end, input to output."""
+        return [self.value(condition, f"weight_angle {layer}") for layer in LAYERS]
+
+    def kp_deviation(self) -> float:
+        """The largest deviation of KP's measured W - V from the prediction, relative to that."""
+        of = self.evidence.shrinking
+        return float((of["measured"] / of["predicted"] - 1).abs().max())
+
+    def claim(self, text: str, holds: bool) -> str:
+        """Return ``text``, a sentence of the page: see :func:`every_rule.borne_out`."""
+        return borne_out(text, holds, TEMPLATE)
+
+
+def page(results: Results) -> str:
+    """Return the page as Markdown.
+
+    Raises:
+        NotBorneOut: one of its sentences claims more than the runs show.
+    """
+    return render(
+        TEMPLATE,
+        r=results,
+        source=SOURCE,
+        order=ORDER,
+        learned=LEARNED,
+        layers=list(LAYERS),
+        hidden=list(LAYERS)[:-1],
+        upper=UPPER,
+        akrout=AKROUT,
+        floor_of=floor_of,
+        remaining=remaining,
+        steps=SOURCE.training // BATCH * SOURCE.epochs,
+    )
+
+
+def draw(rows: pd.DataFrame, conditions: Sequence[str]) -> Figure:
+    """Draw the weight angle of each layer against epoch, a panel for each condition: the mean over seeds in a
+    band from the lowest to the highest.
+
+    Args:
+        rows: see :class:`Evidence`.
+        conditions: those to draw.
+    """
+    import seaborn as sns
+    from matplotlib.figure import Figure
+
+    columns = 4
+    count = math.ceil(len(conditions) / columns)
+    with theme.style():
+        figure = Figure(figsize=theme.figsize(10.0, 0.7 + 2.2 * count), layout="constrained")
+        panels = figure.subplots(count, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        colors = dict(zip(LAYERS, theme.sequence(len(LAYERS)), strict=True))
+        for axes, condition in zip(panels, conditions, strict=False):
+            part = rows[rows["condition"] == condition]
+            sns.lineplot(
+                part,
+                x="epoch",
+                y="angle",
+                hue="layer",
+                hue_order=list(LAYERS),
+                palette=colors,
+                errorbar=("pi", 100),
+                legend=False,
+                ax=axes,
+            )
+            for layer, color in colors.items():
+                if floor_of(condition, layer) > 0:
+                    axes.axhline(floor_of(condition, layer), linestyle=":", color=color)
+            if condition in AKROUT:
+                axes.axhline(AKROUT[condition][0], linestyle="--", color=colors[UPPER])
+            axes.set_title(condition, fontsize="medium")
+            axes.set(xlabel="", ylabel="", xlim=(0, SOURCE.epochs), ylim=(0, 100), yticks=(0, 30, 60, 90))
+            axes.tick_params(labelbottom=True)
+        for axes in panels[len(conditions) :]:
+            axes.remove()
+        figure.supxlabel("epoch", fontsize="medium")
+        figure.supylabel("angle between V and W [°]", fontsize="medium")
+        _legend(figure, colors)
+    return figure
+
+
+def _legend(figure: Figure, colors: dict[str, tuple[float, float, float]]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, label=layer) for layer, color in colors.items()]
+    handles.append(Line2D([], [], color=theme.ink(), linestyle=":", label="where a formula says it ends"))
+    handles.append(Line2D([], [], color=colors[UPPER], linestyle="--", label="Akrout et al., upper layer"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+
+
+def main(runs: Path = HERE / "runs/rules/learned", output: Path = HERE / "results/rules/learned") -> None:
+    """Write the page.
+
+    Args:
+        runs: folder of the sweep.
+        output: folder to write.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    evidence = read(runs)
+    evidence.cells.to_csv(output / "cells.csv", index=False, float_format="%.6g")
+    evidence.points.to_csv(output / "runs.csv", index=False, float_format="%.6g")
+    drawn = [
+        c for c in ORDER if c not in ("backprop", "frSF", "DKP") and (evidence.rows["condition"] == c).any()
+    ]
+    draw(evidence.rows, drawn).savefig(output / "weight_angle.png", dpi=110)
+    (output / "README.md").write_text(page(Results(evidence)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
