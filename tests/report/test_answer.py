@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,14 @@ def test_the_answer_is_the_best_rule_beside_the_best_backprop_over_datasets(tmp_
     shown = Parsed(page(tmp_path)).texts["answer"]
     assert "+0.75 points of test error: frSF against BN" in " ".join(shown.split())
     assert "There is one seed" in shown
+
+
+def test_a_control_counts_neither_as_a_rule_nor_as_backprop(tmp_path: Path) -> None:
+    table = sweep_table(leave(tmp_path, ERRORS))
+    for name in ("BN", "frSF"):
+        table.manifest.conditions[name] = replace(table.manifest.conditions[name], control=True)
+    found = answer(table)
+    assert (found.best, found.backprop) == ("RndF", "SGD")
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,12 @@ class Answer:
 
 
 def answer(table: SweepTable) -> Answer:
-    """Answer from the errors chosen on validation data where all cells have them, else from the best ones."""
-    rules = {name: condition.rule for name, condition in table.manifest.conditions.items()}
+    """Answer from the errors chosen on validation data where all cells have them, else from the best ones.
+
+    Controls, whose body does not learn, count neither as a rule nor as backprop.
+    """
+    conditions = table.manifest.conditions
+    rules = {name: condition.rule for name, condition in conditions.items() if not condition.control}
     exact = [name for name, rule in rules.items() if rule in _EXACT]
     others = [name for name in rules if name not in exact]
     if not exact or not others:

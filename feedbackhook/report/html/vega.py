@@ -220,7 +220,7 @@ def of_layers(
 
 
 def _epoch(last: int) -> alt.X:
-    axis = alt.Axis(tickMinStep=1, format="d")
+    axis = alt.Axis(tickMinStep=1, tickCount=max(1, min(last, 10)), format="d")
     return alt.X("epoch:Q", title="epoch", axis=axis, scale=alt.Scale(domain=[0, last], nice=False))
 
 
