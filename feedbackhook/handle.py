@@ -226,10 +226,7 @@ class Patch:
         Raises:
             KeyError: nothing that is patched has that name.
         """
-        probes = self._patched(name).probes
-        handle = RemovableHandle(probes)
-        probes[handle.id] = fn
-        return handle
+        return self._patched(name).add_probe(fn)
 
     def audit(self, output: object) -> list[Finding]:
         """Search the graph of an output, or of a loss, for weights that pass error signals on exactly.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.core.layer import Layer, Patched, Probe
+from feedbackhook.core.layer import Layer, Patched
 
 
 class Ranks:
@@ -21,9 +21,9 @@ class Ranks:
     def __init__(self) -> None:
         self._moments: dict[Patched, Tensor] = {}
 
-    def observe(self, layer: Patched, signal: Tensor) -> None:
-        """Add the error signals of one call."""
-        x = _rows(layer, signal.detach())
+    def observe(self, layer: Patched, grad_input: Tensor | None, grad_output: Tensor) -> None:
+        """Add the error signals of one call, as a probe of the layer."""
+        x = _rows(layer, grad_output.detach())
         x = x.float() if x.device.type == "mps" else x.double()
         moments = x.T @ x
         self._moments[layer] = self._moments[layer] + moments if layer in self._moments else moments
@@ -50,24 +50,11 @@ def participation_ratio(moments: Tensor) -> float:
 def collect_ranks(layers: Iterable[Patched]) -> Iterator[Ranks]:
     """Collect the error signals of the backwards within this context."""
     ranks = Ranks()
-    handles: list[RemovableHandle] = []
-
-    def probe_of(layer: Patched) -> Probe:
-        def probe(grad_input: Tensor | None, grad_output: Tensor) -> None:
-            ranks.observe(layer, grad_output)
-
-        return probe
-
-    try:
+    with ExitStack() as probes:
         for layer in layers:
             if isinstance(layer, Layer):
-                handle = RemovableHandle(layer.probes)
-                layer.probes[handle.id] = probe_of(layer)
-                handles.append(handle)
+                probes.enter_context(layer.add_probe(partial(ranks.observe, layer)))
         yield ranks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rows(layer: Patched, signal: Tensor) -> Tensor:

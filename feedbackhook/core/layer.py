@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.core.discovery import LayerInfo, Target, full_shape, weight_of
 from feedbackhook.core.feedback import Feedback
@@ -64,6 +65,12 @@ class Patched:
 
     def draw(self) -> None:
         """Draw the random parts now, if that is possible."""
+
+    def add_probe(self, probe: Probe) -> RemovableHandle:
+        """Call `probe` with each error signal from now on, until the handle is removed."""
+        handle = RemovableHandle(self.probes)
+        self.probes[handle.id] = probe
+        return handle
 
     def probe(self, grad_input: Tensor | None, grad_output: Tensor) -> None:
         """Call the probes with an error signal; `grad_input` is None if the input requires no gradient."""

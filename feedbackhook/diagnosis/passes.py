@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.core.layer import Layer, Patched
 from feedbackhook.core.state import PatchHandle, PatchState
@@ -176,17 +175,11 @@ def observe(state: PatchState) -> Iterator[Observed]:
 
         return probe
 
-    listening = state.listen_to_calls(observed.call)
-    handles = [listening]
-    try:
+    with ExitStack() as handles:
+        handles.enter_context(state.listen_to_calls(observed.call))
         for layer in state.layers:
-            handle = RemovableHandle(layer.probes)
-            layer.probes[handle.id] = probe_of(layer)
-            handles.append(handle)
+            handles.enter_context(layer.add_probe(probe_of(layer)))
         yield observed
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trainable(each: Patched) -> list[Tensor]:
