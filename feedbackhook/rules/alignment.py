@@ -105,15 +105,9 @@ class InformationAlignment(LearnedWeight):
         return {"V": from_activity + 2 * self.gamma * local.only(v)}
 
 
-@register_rule("symmetric-alignment")
 @dataclass(frozen=True)
-class SymmetricAlignment(LearnedWeight):
-    """V descends alpha decay + beta self: symmetric alignment (Kunin et al. 2020), which needs no data.
-
-    Args:
-        alpha: weight of decay.
-        beta: weight of self. V comes to be beta / (2 alpha) W.
-    """
+class TwoTerms(LearnedWeight):
+    """V descends a local loss of two terms, alpha and beta times one each."""
 
     alpha: float = 0.5
     beta: float = 1.0
@@ -124,6 +118,17 @@ class SymmetricAlignment(LearnedWeight):
         super().__post_init__()
         for name in ("alpha", "beta"):
             check_number(name, getattr(self, name), 0)
+
+
+@register_rule("symmetric-alignment")
+@dataclass(frozen=True)
+class SymmetricAlignment(TwoTerms):
+    """V descends alpha decay + beta self: symmetric alignment (Kunin et al. 2020), which needs no data.
+
+    Args:
+        alpha: weight of decay.
+        beta: weight of self. V comes to be beta / (2 alpha) W.
+    """
 
     def local_gradient(self, local: Local, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the loss with respect to V."""
@@ -132,23 +137,13 @@ class SymmetricAlignment(LearnedWeight):
 
 @register_rule("activation-alignment")
 @dataclass(frozen=True)
-class ActivationAlignment(LearnedWeight):
+class ActivationAlignment(TwoTerms):
     """V descends alpha sparse + beta amp: activation alignment (Kunin et al. 2020).
 
     Args:
         alpha: weight of sparse.
         beta: weight of amp. V x comes to be beta / (2 alpha) W x.
     """
-
-    alpha: float = 0.5
-    beta: float = 1.0
-
-    learns_from: ClassVar[LearnsFrom] = "activity"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("alpha", "beta"):
-            check_number(name, getattr(self, name), 0)
 
     def local_gradient(self, local: Local, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the loss with respect to V."""
