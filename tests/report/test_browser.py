@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import pytest
+from support.browser import chromium
 from support.pages import CONDITIONS, FOLDER
 
 from feedbackhook.report.aggregate import sweep_table
@@ -53,17 +53,7 @@ SAVED = [("cells", "svg", b"<svg"), ("test_error", "svg", b"<svg"), ("weight_ang
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Chrome]:
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in paths:
-        pytest.skip("needs chromium and chromedriver on the PATH (Debian: chromium and chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(paths[0])
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(paths[1])) as browser:
+    with chromium() as browser:
         yield browser
 
 

@@ -8,33 +8,13 @@ import pytest
 import torch
 from support import bounds
 from support.oracle import TOLERANCE, probe
-from support.problems import draw, mlp, redrawn
+from support.problems import NETWORKS, draw, mlp, redrawn
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import feedbackhook
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
-
-def conv_net() -> nn.Sequential:
-    """Convolutions with groups, strides and padding, one transposed, and a linear layer."""
-    return redrawn(
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3),
-            nn.Tanh(),
-            nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
-            nn.Tanh(),
-            nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2),
-            nn.Tanh(),
-            nn.Conv2d(4, 3, 2, padding="same", dilation=(1, 2)),
-            nn.Flatten(),
-            nn.Linear(3 * 6 * 6, 3),
-        )
-    )
-
-
-NETWORKS = {"linear": (mlp, (3, 4)), "convolutional": (conv_net, (3, 2, 7, 7))}
 
 
 class Products:

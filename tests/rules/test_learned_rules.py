@@ -9,32 +9,12 @@ import pytest
 import torch
 from support import bounds
 from support.oracle import TOLERANCE, by_saved_tensors, gradients, probe
-from support.problems import Net, draw, mlp, redrawn
+from support.problems import NETWORKS, Net, draw, mlp, redrawn
 from torch import nn
 
 import feedbackhook
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
-
-def conv_net() -> nn.Sequential:
-    """Convolutions with groups, strides and padding, one transposed, and a linear layer."""
-    return redrawn(
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3),
-            nn.Tanh(),
-            nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
-            nn.Tanh(),
-            nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2),
-            nn.Tanh(),
-            nn.Conv2d(4, 3, 2, padding="same", dilation=(1, 2)),
-            nn.Flatten(),
-            nn.Linear(3 * 6 * 6, 3),
-        )
-    )
-
-
-NETWORKS = {"linear": (mlp, (3, 4)), "convolutional": (conv_net, (3, 2, 7, 7))}
 
 
 def by_name(patch: feedbackhook.Patch) -> dict[str, torch.Tensor]:

@@ -282,6 +282,30 @@ def patched(problem_or_model, mode="tensor", **options):
     return model, feedbackhook.patch(model, mode, **options)
 
 
+def conv_net() -> nn.Sequential:
+    """Convolutions with groups, strides and padding, one transposed, and a linear layer."""
+    return redrawn(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.Tanh(),
+            nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+            nn.Tanh(),
+            nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2),
+            nn.Tanh(),
+            nn.Conv2d(4, 3, 2, padding="same", dilation=(1, 2)),
+            nn.Flatten(),
+            nn.Linear(3 * 6 * 6, 3),
+        )
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (mlp, (3, 4)),
+    "convolutional": (conv_net, (3, 2, 7, 7)),
+}
+"""Networks of several layer kinds by name, with the shape of an input."""
+
+
 # --- removal ---------------------------------------------------------------------------------------------
 
 
