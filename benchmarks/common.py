@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -94,12 +97,35 @@ def images(setting: Setting, size: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 10, (setting.batch,), device=setting.device)
 
 
-def fresh(start: nn.Module, setting: Setting, rule: str | None = None) -> tuple[nn.Module, nn.Module]:
+def fresh(
+    start: nn.Module, setting: Setting, rule: str | None = None, package: ModuleType = feedbackhook
+) -> tuple[nn.Module, nn.Module]:
     """Copy the model, patch it if a rule is given; return it, and it or its compiled form to call."""
     model = copy.deepcopy(start)
     if rule is not None:
-        feedbackhook.patch(model, **RULES[rule])
+        package.patch(model, **RULES[rule])
     return model, model if setting.compile == "no" else torch.compile(model, mode=setting.compile)
+
+
+def another_version(checkout: Path) -> ModuleType:
+    """Import the package of another checkout beside this one, which stays what `import feedbackhook` gives.
+
+    A module that the other version imports only when it is needed would be this version's; the core has none.
+    """
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "feedbackhook"}
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(checkout))
+    try:
+        other = importlib.import_module("feedbackhook")
+    finally:
+        sys.path.remove(str(checkout))
+        for name in [name for name in sys.modules if name.split(".")[0] == "feedbackhook"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    if not Path(str(other.__file__)).is_relative_to(checkout.resolve()):
+        raise SystemExit(f"{checkout} has no package feedbackhook: give the folder of a checkout")
+    return other
 
 
 def peer(start: nn.Module, setting: Setting, mode: str, y: Tensor) -> tuple[nn.Module, nn.Module]:

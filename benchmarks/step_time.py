@@ -9,6 +9,7 @@ do not affect some contestants more than others.
 
     python benchmarks/step_time.py --model timm/resnet18 --size 64 --batch 32 --threads 2
     python benchmarks/step_time.py --model timm/resnet50 --size 224 --batch 256 --device cuda --dtype bfloat16
+    python benchmarks/step_time.py --before ../checkout-of-an-earlier-commit --name before-and-after
 
 Writes benchmarks/results/step_time/NAME.json, and the tables and figure of all results in that folder.
 """
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -31,6 +33,7 @@ from common import (
     RULES,
     Setting,
     Step,
+    another_version,
     autocast,
     build_model,
     case_name,
@@ -67,6 +70,7 @@ def main(
     rules: Sequence[str] = tuple(RULES),
     peers: Sequence[str] = PEERS,
     measures: bool = True,
+    before: Path | None = None,
     name: str | None = None,
 ) -> None:
     """Measure one case, and draw the tables of all cases.
@@ -84,6 +88,7 @@ def main(
         rules: Names from `RULES` in common.py; with torch.compile those of direct rules are left out.
         peers: Modes of biotorch, only without torch.compile and if biotorch is installed.
         measures: Also time steps that are measured or watched, only without torch.compile.
+        before: A checkout of an earlier version, whose steps take their turns as "RULE before".
         name: Name of the result (default: made from the case).
     """
     torch.set_num_threads(threads)
@@ -98,6 +103,8 @@ def main(
         contestants = _contestants(setting, rules, peers)
         if measures and compile == "no":
             contestants |= _measuring(setting, Path(folder))
+        if before is not None:
+            contestants |= _earlier(setting, rules, measures and compile == "no", before, Path(folder))
         times = _take_turns(contestants, setting, warmup, steps, console)
     name = name or case_name(setting)
     write_result("step_time", name, setting, {"milliseconds": times})
@@ -123,11 +130,7 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
     """Return the step of each contestant by name."""
     start, size = build_model(setting)
     x, y = images(setting, size)
-
-    def training(model: nn.Module, called: nn.Module) -> Step:
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-        return partial(train_step, called, optimizer, x, y, setting)
-
+    training = partial(_training, x, y, setting)
     removed, called = fresh(start, setting, "sign")
     training(removed, called)()
     feedbackhook.unpatch(removed)
@@ -140,18 +143,38 @@ def _contestants(setting: Setting, rules: Sequence[str], peers: Sequence[str]) -
     return contestants
 
 
-def _measuring(setting: Setting, folder: Path) -> dict[str, Step]:
+def _training(x: Tensor, y: Tensor, setting: Setting, model: nn.Module, called: nn.Module) -> Step:
+    """Return the training step of a model."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    return partial(train_step, called, optimizer, x, y, setting)
+
+
+def _earlier(
+    setting: Setting, rules: Sequence[str], measures: bool, checkout: Path, folder: Path
+) -> dict[str, Step]:
+    """Return the same steps with the package of another checkout."""
+    package = another_version(checkout)
+    start, size = build_model(setting)
+    training = partial(_training, *images(setting, size), setting)
+    contestants = {f"{rule} before": training(*fresh(start, setting, rule, package)) for rule in rules}
+    if measures:
+        watched = _measuring(setting, folder / "before", package)
+        contestants |= {f"{label} before": step for label, step in watched.items()}
+    return contestants
+
+
+def _measuring(setting: Setting, folder: Path, package: ModuleType = feedbackhook) -> dict[str, Step]:
     """Return steps under `MEASURED`: watched, watched every 50 steps, and measured on their graph."""
     start, size = build_model(setting)
 
     def step(every: int | None) -> Step:
-        model, called = fresh(start, setting, MEASURED)
-        patch = feedbackhook.get_patch(model)
+        model, called = fresh(start, setting, MEASURED, package)
+        patch = package.get_patch(model)
         assert patch is not None
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-        look = partial(feedbackhook.measure, patch) if every is None else None
+        look = partial(package.measure, patch) if every is None else None
         if every is not None:
-            patch.watch(every, feedbackhook.Recorder(folder / str(every)))
+            patch.watch(every, package.Recorder(folder / str(every)))
         return partial(train_step, called, optimizer, *images(setting, size), setting, look)
 
     kinds = {"watched": 1, "watched each 50th": 50, "measured": None}
