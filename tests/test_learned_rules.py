@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 import sys
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -24,43 +28,63 @@ from evidence import NotBorneOut  # noqa: E402
 
 RESULTS = ROOT / "analysis/results/rules/learned"
 RUNS = ROOT / "analysis/runs/rules/learned"
-RECIPE = yaml.safe_load((ROOT / "recipes/rules/learned.yaml").read_text())
+RECIPE = ROOT / "recipes/rules/learned.yaml"
+SWEEPS = list(learned_rules.SOURCES)
+NETWORKS = {"digits": ("mnist", 1, 28), "mnist": ("mnist", 1, 28), "cifar10": ("cifar", 3, 32)}
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Return the configuration of each command in the recipe's head, by the name of its folder of runs."""
+    text = RECIPE.read_text()
+    commands = re.findall(r"feedbackhook sweep recipes/rules/learned\.yaml(.*)", re.sub(r"\\\n#", "", text))
+    found = {}
+    for command in commands:
+        config = yaml.safe_load(text)
+        words = shlex.split(command)
+        for option, value in zip(words[::2], words[1::2], strict=True):
+            *sections, key = option.removeprefix("--").split(".")
+            reduce(lambda part, section: part.setdefault(section, {}), sections, config)[key] = (
+                yaml.safe_load(value)
+            )
+        found[Path(config["output"]).name] = config
+    return found
 
 
 @pytest.fixture(scope="module")
 def evidence() -> learned_rules.Evidence:
-    return learned_rules.read(RUNS)
+    return learned_rules.read(RUNS / "digits", learned_rules.SOURCES["digits"])
 
 
 def test_the_page_and_its_tables_are_those_of_the_runs(tmp_path: Path) -> None:
     learned_rules.main(output=tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"README.md", "cells.csv", "runs.csv", "weight_angle.png"}
+    figures = {f"weight_angle_{sweep}.png" for sweep in SWEEPS}
+    assert names == {"README.md", "cells.csv", "runs.csv", *figures}
     assert names == {path.name for path in RESULTS.iterdir()}
-    for name in names - {"weight_angle.png"}:
+    for name in names - figures:
         assert (RESULTS / name).read_text() == (tmp_path / name).read_text(), name
 
 
-def test_the_runs_are_those_of_the_recipe() -> None:
-    swept = yaml.safe_load((RUNS / "sweep.yaml").read_text())
-    assert swept["conditions"] == RECIPE["conditions"]
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_runs_are_those_of_the_recipe(sweep: str) -> None:
+    swept, recipe = yaml.safe_load((RUNS / sweep / "sweep.yaml").read_text()), recipes()[sweep]
+    assert swept["conditions"] == recipe["conditions"]
     for section in ("optimizer", "protocol", "record"):
-        assert RECIPE[section].items() <= swept[section].items()
+        assert recipe[section].items() <= swept[section].items()
+    assert swept["data"]["train_images"] == recipe["data"].get("train_images")
 
 
-def test_the_numbers_of_the_page_are_those_of_the_recipe() -> None:
-    protocol, optimizer, conditions = (RECIPE[key] for key in ("protocol", "optimizer", "conditions"))
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_numbers_of_the_page_are_those_of_the_recipe(sweep: str) -> None:
+    recipe, source = recipes()[sweep], learned_rules.SOURCES[sweep]
+    protocol, optimizer, conditions = (recipe[key] for key in ("protocol", "optimizer", "conditions"))
     assert list(conditions) == list(learned_rules.ORDER)
-    assert (protocol["epochs"], protocol["batch_size"], protocol["milestones"]) == (
-        learned_rules.SOURCE.epochs,
-        learned_rules.BATCH,
-        [learned_rules.MILESTONE],
-    )
-    assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (
-        learned_rules.LR,
-        learned_rules.MOMENTUM,
-        learned_rules.DECAY,
-    )
+    of_protocol = (source.epochs, source.batch, [source.milestone])
+    assert (protocol["epochs"], protocol["batch_size"], protocol["milestones"]) == of_protocol
+    of_optimizer = (learned_rules.LR, learned_rules.MOMENTUM, source.decay)
+    assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == of_optimizer
+    assert recipe["record"]["every"] <= source.per_epoch
+    assert recipe["data"].get("train_images", source.training) == source.training
     assert conditions["PFA"]["feedback"]["options"] == {"expansion": learned_rules.EXPANSION}
 
 
@@ -69,31 +93,33 @@ def test_the_page_has_every_rule_that_learns() -> None:
     assert {name for name, rule in own.items() if learns(rule)} == set(learned_rules.LEARNED)
 
 
-def test_the_layers_have_the_inputs_that_the_formulas_take() -> None:
-    network = build(ModelConfig(name="liao2016/mnist"), 10, 1, (28, 28))
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_layers_have_the_inputs_that_the_formulas_take(sweep: str) -> None:
+    network, channels, pixels = NETWORKS[sweep]
+    model = build(ModelConfig(name=f"liao2016/{network}"), 10, channels, (pixels, pixels))
     inputs = {
         name.removesuffix(".weight"): weight[0].numel()
-        for name, weight in network.named_parameters()
+        for name, weight in model.named_parameters()
         if weight.ndim > 1
     }
-    assert {name: inputs[name] for name in learned_rules.LAYERS} == learned_rules.LAYERS
-    assert list(inputs)[1:] == list(learned_rules.LAYERS)
+    layers = learned_rules.SOURCES[sweep].layers
+    assert dict(list(inputs.items())[1:]) == layers
 
 
-def test_what_is_left_of_the_difference_is_what_sgd_leaves_of_a_weight_without_gradient() -> None:
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_what_is_left_of_the_difference_is_what_sgd_leaves_of_a_weight_without_gradient(sweep: str) -> None:
+    source = learned_rules.SOURCES[sweep]
     weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD(
-        [weight], lr=learned_rules.LR, momentum=learned_rules.MOMENTUM, weight_decay=learned_rules.DECAY
+        [weight], lr=learned_rules.LR, momentum=learned_rules.MOMENTUM, weight_decay=source.decay
     )
-    per_epoch = learned_rules.SOURCE.training // learned_rules.BATCH
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [learned_rules.MILESTONE], 0.1)
-    for _ in range(learned_rules.SOURCE.epochs):
-        for _ in range(per_epoch):
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [source.milestone], 0.1)
+    for _ in range(source.epochs):
+        for _ in range(source.per_epoch):
             weight.grad = torch.zeros_like(weight)
             optimizer.step()
         schedule.step()
-    steps = learned_rules.SOURCE.epochs * per_epoch
-    assert learned_rules.remaining(steps) == pytest.approx(weight.item(), rel=1e-9)
+    assert learned_rules.remaining(source.steps, source) == pytest.approx(weight.item(), rel=1e-9)
 
 
 def test_an_angle_and_two_norms_give_the_norm_of_the_difference() -> None:
@@ -104,16 +130,17 @@ def test_an_angle_and_two_norms_give_the_norm_of_the_difference() -> None:
         angle, ratio = math.degrees(math.atan2(other, 3)), math.hypot(3, other) / 3
         for metric, value in (("weight_angle", angle), ("norm_ratio", ratio), ("weight_norm", 3.0)):
             rows.append({"run": "a", "step": step, "layer": "fc2", "metric": metric, "value": value})
-    shrinking = learned_rules.shrinking(pd.DataFrame(rows), ["a"])
+    source = learned_rules.SOURCES["digits"]
+    shrinking = learned_rules.shrinking(pd.DataFrame(rows), ["a"], source)
     assert shrinking["measured"].tolist() == pytest.approx([1, 0.25])
-    assert shrinking["predicted"].tolist() == [1, learned_rules.remaining(19)]
+    assert shrinking["predicted"].tolist() == [1, learned_rules.remaining(19, source)]
 
 
 def test_a_sentence_that_the_runs_do_not_bear_out_stops_the_page(evidence: learned_rules.Evidence) -> None:
     cells = evidence.cells.copy()
     cells.loc[cells["condition"] == "KP", "weight_angle fc2"] = 6.0
     with pytest.raises(NotBorneOut, match="below 5 degrees"):
-        learned_rules.page(learned_rules.Results(replace(evidence, cells=cells)))
+        learned_rules.page({"digits": learned_rules.Results(replace(evidence, cells=cells))})
 
 
 def test_a_cell_with_a_missing_run_is_compared_with_nothing_and_counted(
