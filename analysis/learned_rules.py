@@ -297,6 +297,12 @@ def page(results: dict[str, Results]) -> str:
         claim=partial(borne_out, template=TEMPLATE),
         kp_is_near=all(r.value("KP", f"weight_angle {r.source.upper}") < 5 for r in with_kp),
         same_share=all(r.kp_deviation() < 0.001 for r in with_kp),
+        pfao_as_kp=all(
+            abs(a - b) < 1
+            for r in with_kp
+            for a, b in zip(r.angles("KP"), r.angles("PFA-o"), strict=True)
+            if r.ended("PFA-o")
+        ),
         pfa_floor=floor_of("PFA", 1),
         longest=max(r.source.epochs for r in results.values()),
         lr=(LR, LAST_LR),
