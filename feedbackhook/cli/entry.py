@@ -8,6 +8,8 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 
+from feedbackhook.plugins import PluginError
+
 logger = logging.getLogger(__name__)
 
 _USAGE_ERROR = 2
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         extra = "analysis" if error.name in _ANALYSIS_PACKAGES else "experiments"
         return _refuse(f"{error}: pip install 'feedbackhook[{extra}]'", error)
+    except PluginError as error:
+        return _print_error(str(error))
 
 
 def _run(arguments: list[str]) -> int:
@@ -67,5 +71,10 @@ def _refuse(message: str, error: Exception) -> int:
 
     logger.debug("refused", exc_info=error)
     if is_local_main() and not isinstance(error, ReportedByMain):
-        print(f"feedbackhook: error: {' '.join(message.split())}", file=sys.stderr)
+        return _print_error(message)
+    return _USAGE_ERROR
+
+
+def _print_error(message: str) -> int:
+    print(f"feedbackhook: error: {' '.join(message.split())}", file=sys.stderr)
     return _USAGE_ERROR

@@ -4,3 +4,6 @@
 import feedbackhook.experiments.models.cifar
 import feedbackhook.experiments.other_rules
 import feedbackhook.liao2016  # noqa: F401
+from feedbackhook import plugins
+
+plugins.load()
