@@ -122,6 +122,12 @@ def manhattan_sharded(config: RunConfig) -> None:
     config.optimizer = OptimizerConfig("batch_manhattan", lr=1e-4)
 
 
+@case
+def learned_sharded(config: RunConfig) -> None:
+    config.protocol.strategy, config.feedback = "fsdp2", FeedbackConfig("KP")
+    config.optimizer = OptimizerConfig("sgd", lr=0.01, weight_decay=0.1)
+
+
 def made(folder: Path, change: str, name: str) -> RunConfig:
     """24 steps on the digits: enough for feedback to tell, few enough for rounding not to grow."""
     config = RunConfig(
@@ -214,7 +220,7 @@ def compared(config: RunConfig, change: str, tmp: Path) -> float:
     return furthest(*begun, BF16)
 
 
-QUICK = ("plain", "sharded", "accumulated", "paper_norm", "timm_norm", "bf16")
+QUICK = ("plain", "sharded", "learned_sharded", "accumulated", "paper_norm", "timm_norm", "bf16")
 SLOW = tuple(name for name in CHANGES if name not in QUICK)
 
 
