@@ -85,9 +85,9 @@ def sums_of(a: Tensor, b: Tensor, signs: bool = True) -> Tensor:
     # All blocks use the same two buffers: allocating new ones takes longer than what is done with them.
     buffers = [torch.empty(size, dtype=dtype, device=a.device) for _ in range(2)]
     sums = []
-    for start in range(0, a.numel(), max(1, size)):
-        parts = [part[start : start + size] for part in (a, b)]
-        room = [buffer[: len(parts[0])] for buffer in buffers]
+    for parts in zip(a.split(size), b.split(size), strict=True):
+        rest = len(parts[0])
+        room = buffers if rest == size else [buffer[:rest] for buffer in buffers]
         x, y = (
             part if part.dtype == dtype else wide.copy_(part) for part, wide in zip(parts, room, strict=True)
         )
@@ -96,8 +96,6 @@ def sums_of(a: Tensor, b: Tensor, signs: bool = True) -> Tensor:
             agreed = torch.mul(x, y, out=room[0]).sign_()  # 1, -1, or 0 if one is zero: faster than comparing
             sums += [agreed.sum(), agreed.dot(agreed)]
     count = 5 if signs else 3
-    if not sums:
-        return torch.zeros(count, dtype=dtype, device=a.device)
     total = torch.stack(sums).view(-1, count).sum(0)
     if signs:
         total[3] = (total[3] + total[4]) / 2  # from agreeing minus opposed
