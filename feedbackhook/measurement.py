@@ -28,14 +28,14 @@ An undefined value, such as the angle to a tensor that is all zero, is NaN and k
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from feedbackhook.core.angles import Sums, angles_of_rows, sums_of
+from feedbackhook.core.angles import Sums, angles_of_rows, gathered, sums_of
 from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Patched
 from feedbackhook.core.state import PatchHandle, PatchState
@@ -119,7 +119,7 @@ def measure(
     _check_also(also, loss, group)
     state = patch.state
     if loss is None:
-        return list(weight_rows(state, "weight_cosine" in also))
+        return list(weight_rows(state, weight_sums(state), "weight_cosine" in also))
     check_loss(state, loss)
     layers = state.patched
     parameters = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
@@ -131,7 +131,7 @@ def measure(
     if not errors.seen and not any(delivered.values()):
         raise ValueError(_NO_LAYER)
     rows = [
-        *weight_rows(state, "weight_cosine" in also),
+        *weight_rows(state, weight_sums(state), "weight_cosine" in also),
         *errors.rows(layers, group, "error_cosine" in also),
         *_gradient_rows(delivered, exact, group, "gradient_cosine" in also),
         *_rank_rows(layers, also, {"participation_ratio": own, "exact_participation_ratio": backprops}),
@@ -140,14 +140,36 @@ def measure(
     return sorted(rows, key=lambda row: places.get(row.layer, len(places)))
 
 
-def weight_rows(state: PatchState, cosine: bool = False) -> Iterator[Row]:
-    """Yield `weight_angle`, `sign_agreement` and `norm_ratio` of each layer and of all together, NaN if there
-    is no V, and if asked for `weight_cosine`."""
-    totals: dict[Patched | None, Sums] = dict.fromkeys(state.patched, Sums())
+class WeightSums(NamedTuple):
+    """What the weights of a patch sum up to.
+
+    Args:
+        pairs: V with W, of each layer that has a V.
+        squares: the sum of squares of each parameter that is the W of such a layer.
+    """
+
+    pairs: dict[Patched, Sums]
+    squares: dict[Tensor, float]
+
+
+def weight_sums(state: PatchState) -> WeightSums:
+    """Compare the current V and W of each layer."""
+    pairs: dict[Patched, Tensor] = {}
+    plain: dict[Patched, Tensor] = {}
     for layer in state.layers:
         if isinstance(layer.feedback, Feedback):
-            w = layer.weight().detach()
-            totals[layer] = Sums.of(layer.feedback(w), w)
+            w = layer.weight()
+            if isinstance(w, torch.nn.Parameter):
+                plain[layer] = w
+            pairs[layer] = sums_of(gathered(layer.feedback(w)), gathered(w))
+    found = dict(zip(pairs, Sums.listed(list(pairs.values())), strict=True))
+    return WeightSums(found, {w: found[layer].bb for layer, w in plain.items()})
+
+
+def weight_rows(state: PatchState, sums: WeightSums, cosine: bool = False) -> Iterator[Row]:
+    """Yield `weight_angle`, `sign_agreement` and `norm_ratio` of each layer and of all together, NaN if there
+    is no V, and if asked for `weight_cosine`."""
+    totals: dict[Patched | None, Sums] = {each: sums.pairs.get(each, Sums()) for each in state.patched}
     totals[None] = Sums() if state.projections else Sums.total(totals.values())
     for of, total in totals.items():
         yield _row(of, "weight_angle", total.angle)
@@ -190,8 +212,7 @@ class ErrorAngles:
 
     def __init__(self, layers: Iterable[Patched], per_sample: bool = False) -> None:
         self.per_sample = per_sample
-        self.seen: dict[Patched, list[Tensor]] = {}
-        self._samples: dict[Patched, list[Tensor]] = {}
+        self.seen: dict[Patched, Tensor] = {}
         self._layers = list(layers)
         self._backward = -1
 
@@ -202,13 +223,14 @@ class ErrorAngles:
             trainable = [p for each in self._layers for p in each.parameters() if p.requires_grad]
             if trainable and all(p.grad is None for p in trainable):
                 self.seen.clear()
-                self._samples.clear()
-        self.seen.setdefault(layer, []).append(sums_of(by_v, by_w, signs=False))
+        sums = sums_of(by_v, by_w, signs=False)
         if self.per_sample:
             batched = by_v.dim() >= len(layer.info.shape)  # layers accept a single sample without a batch
             samples = len(by_v) if batched else 1
             a, b = (x.reshape(samples, x.numel() // max(1, samples)) for x in (by_v, by_w))
-            self._samples.setdefault(layer, []).append(angles_of_rows(a, b))
+            angles = angles_of_rows(a, b)
+            sums = torch.cat([sums, torch.stack([angles.nansum(), angles.isfinite().sum()])])
+        self.seen[layer] = self.seen[layer] + sums if layer in self.seen else sums
 
     def rows(
         self, layers: Iterable[Patched], group: ProcessGroup | None = None, cosine: bool = False
@@ -216,29 +238,31 @@ class ErrorAngles:
         """Yield the rows of each layer, NaN if nothing was collected, and if asked for also the cosines. With
         a group, all its ranks must call this, and what they have collected counts together."""
         layers = list(layers)
-        collected = [self._sums_of(layer) for layer in layers]
-        if group is not None and collected:
-            parameters = (parameter for layer in layers for parameter in layer.parameters())
-            table = torch.tensor(collected, dtype=torch.float64, device=next(parameters).device)
-            torch.distributed.all_reduce(table, group=group)
-            collected = table.tolist()
-        for layer, (ab, aa, bb, degrees, samples) in zip(layers, collected, strict=True):
-            yield _row(layer, "error_angle", Sums(ab, aa, bb).angle)
+        for layer, sums in zip(layers, self._collected(layers, group), strict=True):
+            yield _row(layer, "error_angle", Sums(*sums[:3]).angle)
             if cosine:
-                yield _row(layer, "error_cosine", Sums(ab, aa, bb).cosine)
+                yield _row(layer, "error_cosine", Sums(*sums[:3]).cosine)
             if self.per_sample:
+                degrees, samples = sums[3:]
                 mean = degrees / samples if samples else float("nan")
                 yield _row(layer, "error_angle_per_sample", mean)
                 yield _row(layer, "error_angle_samples", samples)
 
-    def _sums_of(self, layer: Patched) -> list[float]:
-        """Return a.b, a.a and b.b of a layer's error signals, the sum of its samples' angles, and the number
-        of these samples."""
-        calls = (Sums(*part.tolist()) for part in self.seen.get(layer, []))
-        parts = [part.cpu() for part in self._samples.get(layer, [])]
-        angles = torch.cat([torch.empty(0, device="cpu"), *parts])
-        samples = float(angles.isfinite().sum())
-        return [*Sums.total([Sums(), *calls])[:3], angles.nansum().item(), samples]
+    def _collected(self, layers: Sequence[Patched], group: ProcessGroup | None) -> list[list[float]]:
+        """Return a.b, a.a and b.b of each layer's error signals, and by samples the sum of these samples'
+        angles and their number."""
+        if not layers:
+            return []
+        nothing = next((torch.zeros_like(sums) for sums in self.seen.values()), None)
+        if nothing is None:
+            parameters = (parameter for layer in layers for parameter in layer.parameters())
+            device = "cpu" if group is None else next(parameters).device
+            nothing = torch.zeros(5 if self.per_sample else 3, dtype=torch.float64, device=device)
+        table = torch.stack([self.seen.get(layer, nothing).to(nothing) for layer in layers])
+        if group is not None:
+            torch.distributed.all_reduce(table, group=group)
+        rows: list[list[float]] = table.tolist()
+        return rows
 
 
 @contextmanager

@@ -17,7 +17,14 @@ from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.learners import learned_parameters
 from feedbackhook.core.state import PatchHandle
 from feedbackhook.core.torch_internals import current_backward
-from feedbackhook.measurement import ErrorAngles, Row, collect_error_angles, weight_rows
+from feedbackhook.measurement import (
+    ErrorAngles,
+    Row,
+    WeightSums,
+    collect_error_angles,
+    weight_rows,
+    weight_sums,
+)
 from feedbackhook.rules import expected_angle
 
 if TYPE_CHECKING:
@@ -116,10 +123,11 @@ class Watch:
     def _record_step(self, optimizer: Optimizer, errors: ErrorAngles) -> None:
         """Record all values of the step that is about to happen."""
         self._stop_collecting()
+        weights = weight_sums(self._state)
         rows = [
-            *weight_rows(self._state),
+            *weight_rows(self._state, weights),
             *errors.rows(self._state.patched, self._group),
-            *self._norms(optimizer),
+            *self._norms(optimizer, weights),
             *(self._expected() if self.step == 0 else ()),
             *self._learning_rates(optimizer),
         ]
@@ -168,21 +176,26 @@ class Watch:
             if degrees is not None:
                 yield Row(layer.info.name, layer.depth, "expected_weight_angle", degrees)
 
-    def _norms(self, optimizer: Optimizer) -> Iterator[Row]:
+    def _norms(self, optimizer: Optimizer, sums: WeightSums) -> Iterator[Row]:
         """Yield the Euclidean norms of weights and of their gradients: for each layer, and for all parameters
         of the model together."""
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer undoes the scaling in its step
         factor = 1.0 if scale is None else 1 / float(scale)
-        weights: dict[Tensor, float] = {p: _norm(p.detach()) for p in self._model.parameters()}
-        gradients = {p: _norm(p.grad) * factor for p in weights if p.grad is not None}
+        parameters: list[Tensor] = list(self._model.parameters())
+        others = [p for p in parameters if p not in sums.squares]
+        arrived = {p: p.grad for p in parameters if p.grad is not None}
+        found = _norms_of([*others, *arrived.values()])
+        weights = {p: math.sqrt(square) for p, square in sums.squares.items()}
+        weights |= dict(zip(others, found[: len(others)], strict=True))
+        gradients = dict(zip(arrived, (norm * factor for norm in found[len(others) :]), strict=True))
         groups: list[tuple[str | None, int | None, list[Tensor]]] = [
             (layer.info.name, layer.depth, list(layer.parameters())) for layer in self._state.patched
         ]
-        groups.append((None, None, list(weights)))
-        for name, depth, parameters in groups:
-            yield Row(name, depth, "weight_norm", math.hypot(*(weights[p] for p in parameters)))
-            arrived = [gradients[p] for p in parameters if p in gradients]
-            yield Row(name, depth, "gradient_norm", math.hypot(*arrived) if arrived else math.nan)
+        groups.append((None, None, parameters))
+        for name, depth, own in groups:
+            yield Row(name, depth, "weight_norm", math.hypot(*(weights[p] for p in own)))
+            norms = [gradients[p] for p in own if p in gradients]
+            yield Row(name, depth, "gradient_norm", math.hypot(*norms) if norms else math.nan)
 
     def _learning_rates(self, optimizer: Optimizer) -> Iterator[Row]:
         """Yield the learning rate, or that of each layer that the optimizer holds if they differ.
@@ -215,7 +228,13 @@ class Watch:
                     self._recorder.add_histogram(self.step, f"{name}/{layer.info.name}", value)
 
 
-def _norm(tensor: Tensor) -> float:
-    """Return the Euclidean norm, summed in float32 or better."""
+def _norms_of(tensors: Iterable[Tensor]) -> list[float]:
+    """Return the Euclidean norms, summed in float32 or better, with one transfer from their device."""
+    norms = [_norm(tensor.detach()) for tensor in tensors]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+
+
+def _norm(tensor: Tensor) -> Tensor:
     dense = tensor.to_dense() if tensor.is_sparse else tensor
-    return float(gathered(torch.linalg.vector_norm(dense if dense.dtype == torch.float64 else dense.float())))
+    narrow = torch.float32 if dense.dtype in (torch.float16, torch.bfloat16) else None
+    return gathered(torch.linalg.vector_norm(dense, dtype=narrow))

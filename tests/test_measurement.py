@@ -74,11 +74,14 @@ def test_norm_ratio():
     assert math.isnan(Sums.of(torch.ones(2), torch.zeros(2)).norm_ratio)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [1, (1 << 17) - 1, 1 << 17, 3 << 17, 400_001])
-def test_sums_of_blocks_are_those_of_the_whole(n):
-    a, b = torch.randn(n, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
-    want = [a @ b, a @ a, b @ b, (a * b > 0).sum(), n]
-    assert Sums.of(a, b) == pytest.approx([float(x) for x in want], rel=1e-12)
+def test_sums_of_blocks_are_those_of_the_whole(n, dtype):
+    given = [torch.randn(n, dtype=dtype) for _ in range(2)]
+    a, b = (x.double() for x in given)
+    want = [a @ b, a @ a, b @ b, (a * b > 0).sum(), (a * b != 0).sum()]
+    assert Sums.of(*given) == pytest.approx([float(x) for x in want], rel=1e-12)
+    assert all(torch.equal(x, before) for x, before in zip(given, (a, b), strict=True))
 
 
 def test_memory_layout_does_not_matter():

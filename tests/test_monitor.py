@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import bounds
 from support.oracle import gradients, probe
 from support.problems import draw, mlp
 from torch import Tensor, nn
@@ -66,15 +67,49 @@ def test_norms_and_the_learning_rate(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
     grads = gradients(model, x).parameters
     weight = model[2].weight.detach().norm().item()
+    everything = torch.cat([p.detach().flatten() for p in model.parameters()]).norm().item()
     whole = math.sqrt(sum(g.square().sum().item() for g in grads.values()))
     with Recorder(tmp_path / "run") as recorder:
         patch.watch(1, recorder)
         step(model, optimizer, x)
     got = recorded(tmp_path / "run")
     assert got[0, "2", "weight_norm"] == pytest.approx(weight)
+    assert got[0, None, "weight_norm"] == pytest.approx(everything)
     assert got[0, "2", "gradient_norm"] == pytest.approx(grads["2.weight"].norm().item())
     assert got[0, None, "gradient_norm"] == pytest.approx(whole)
     assert got[0, None, "learning_rate"] == 0.25
+
+
+@torch.no_grad()
+def write(weight: Tensor, way: str) -> None:
+    """Change a weight in a way that tensors' version counters see, or do not."""
+    new = torch.randn_like(weight)
+    if way == "in place":
+        weight.copy_(new)
+    elif way == "through data":
+        weight.data.copy_(new)
+    elif way == "new data":
+        weight.data = new
+    else:
+        weight.set_(new)
+
+
+@pytest.mark.parametrize("way", ["in place", "through data", "new data", "set_"])
+def test_what_is_recorded_is_of_the_weights_as_they_are_at_the_step(tmp_path, way):
+    model, x = mlp(), draw(3, 4)
+    patch = feedbackhook.patch(model, "RndF")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Recorder(tmp_path / "run") as recorder:
+        patch.watch(1, recorder)
+        step(model, optimizer, x)
+        probe(model(x)).backward()
+        write(model[2].weight, way)
+        optimizer.step()
+    got, w, v = recorded(tmp_path / "run"), model[2].weight.detach(), patch.feedback("2")
+    angle = math.degrees(math.acos(float((v * w).sum() / v.norm() / w.norm())))
+    assert got[1, "2", "weight_angle"] == pytest.approx(angle, abs=bounds.ANGLE)
+    assert got[1, "2", "weight_norm"] == pytest.approx(float(w.norm()), rel=bounds.HALF_OF_FLOAT64)
+    assert got[0, "2", "weight_angle"] != pytest.approx(angle, abs=1)
 
 
 def test_learning_rates_by_layer_where_groups_have_their_own(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 17  # float64 numbers compared at a time on a CPU: three buffers of 1 MiB stay in cache
+_BLOCK = 1 << 17  # float64 numbers compared at a time on a CPU: two buffers of 1 MiB stay in cache
 _GPU_BLOCK = 1 << 24  # the same on a GPU, where they take a few hundred MiB at most
 
 
@@ -33,7 +34,15 @@ class Sums(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> Sums:
         """Return the sums of two tensors of one shape."""
-        return cls(*sums_of(gathered(a.detach()), gathered(b.detach())).tolist())
+        return cls(*sums_of(gathered(a), gathered(b)).tolist())
+
+    @classmethod
+    def listed(cls, sums: Sequence[Tensor]) -> list[Sums]:
+        """Return what `sums_of` has returned for several pairs, all with one transfer from their device."""
+        if not sums:
+            return []
+        device = sums[0].device
+        return [cls(*row) for row in torch.stack([each.to(device) for each in sums]).tolist()]
 
     @classmethod
     def total(cls, parts: Iterable[Sums]) -> Sums:
@@ -43,7 +52,11 @@ class Sums(NamedTuple):
     @property
     def angle(self) -> float:
         """The angle between a and b in degrees, 0 to 180, to about 1e-6; NaN if either is all zero."""
-        return _angles(torch.tensor([self[:3]], dtype=torch.float64)).item()
+        ab, aa, bb = self[:3]
+        if not aa * bb > 0:
+            return math.nan
+        across = aa * bb - ab * ab
+        return math.degrees(math.atan2(math.sqrt(max(across, 0.0)), ab))
 
     @property
     def cosine(self) -> float:
@@ -65,18 +78,27 @@ class Sums(NamedTuple):
 def sums_of(a: Tensor, b: Tensor, signs: bool = True) -> Tensor:
     """Return the numbers of `Sums` as a tensor, shape (5,), on the device of two tensors of one shape.
 
-    Without `signs`, the last two are zero.
+    Without `signs`, only the first three, shape (3,).
     """
-    a, b = _flat(a, b)
-    total = torch.zeros(5, dtype=_wide(a), device=a.device)
-    block = _block(a)
-    for start in range(0, a.numel(), block):
-        x, y = (part[start : start + block].to(total.dtype) for part in (a, b))
-        total[:3] += torch.stack([x.dot(y), x.dot(x), y.dot(y)])
+    a, b = _flat(a.detach(), b.detach())
+    dtype, size = _wide(a), min(_block(a), a.numel())
+    # All blocks use the same two buffers: allocating new ones takes longer than what is done with them.
+    buffers = [torch.empty(size, dtype=dtype, device=a.device) for _ in range(2)]
+    sums = []
+    for parts in zip(a.split(size), b.split(size), strict=True):
+        rest = len(parts[0])
+        room = buffers if rest == size else [buffer[:rest] for buffer in buffers]
+        x, y = (
+            part if part.dtype == dtype else wide.copy_(part) for part, wide in zip(parts, room, strict=True)
+        )
+        sums += [x.dot(y), x.dot(x), y.dot(y)]
         if signs:
-            agreed = (x * y).sign_()  # 1, -1, or 0 if one is zero: faster than comparing
-            nonzero = agreed.dot(agreed)
-            total[3:] += torch.stack([(agreed.sum() + nonzero) / 2, nonzero])
+            agreed = torch.mul(x, y, out=room[0]).sign_()  # 1, -1, or 0 if one is zero: faster than comparing
+            sums += [agreed.sum(), agreed.dot(agreed)]
+    count = 5 if signs else 3
+    total = torch.stack(sums).view(-1, count).sum(0)
+    if signs:
+        total[3] = (total[3] + total[4]) / 2  # from agreeing minus opposed
     return total
 
 
