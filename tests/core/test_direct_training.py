@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -75,17 +76,20 @@ def test_batches_of_other_sizes_and_images_of_other_sizes(options):
         assert_same_gradients(got, by_hooks(plain, matrices_of(patch), x))
 
 
-@pytest.mark.parametrize(("mode", "lr"), [("DFA", 0.1), ("sDFA", 0.01), ("DRTP", 0.003)])
+@pytest.mark.parametrize(("mode", "lr"), [("DFA", 0.1), ("sDFA", 0.003), ("DRTP", 0.001)])
 def test_each_rule_learns_what_a_last_layer_alone_does_not(mode, lr):
-    """Two spirals: no line through random features separates them as well."""
+    """Two spirals: no line through random features separates them as well. B differs from draw to draw, and so
+    does what is learned: the median of five counts."""
     t = torch.linspace(0.3, 2, 100, dtype=torch.float64)
     arm = torch.stack([t * torch.cos(3 * t), t * torch.sin(3 * t)], 1)
     x, y = torch.cat([arm, -arm]), torch.arange(2).repeat_interleave(100)
 
-    def trained(model: nn.Module, parameters) -> float:
+    def trained(model: nn.Module, parameters, patch=None) -> float:
         optimizer = torch.optim.SGD(parameters, lr, momentum=0.9)
         for _ in range(400):
             optimizer.zero_grad()
+            if mode == "DRTP" and patch is not None:
+                patch.targets(y)
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
         return F.cross_entropy(model(x), y).item()
@@ -93,10 +97,14 @@ def test_each_rule_learns_what_a_last_layer_alone_does_not(mode, lr):
     start = redrawn(
         nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     )
-    shallow, model = copy.deepcopy(start), copy.deepcopy(start)
+    shallow = copy.deepcopy(start)
     last = trained(shallow, shallow[4].parameters())
-    feedbackhook.patch(model, mode)
-    assert trained(model, model.parameters()) < 0.8 * last
+    found = []
+    for seed in range(5):
+        model = copy.deepcopy(start)
+        patch = feedbackhook.patch(model, mode, seed=seed)
+        found.append(trained(model, model.parameters(), patch))
+    assert statistics.median(found) < 0.8 * last
 
 
 @pytest.fixture
