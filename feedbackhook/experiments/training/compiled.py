@@ -46,8 +46,8 @@ def compile_network(state: TrainingState) -> None:
             _gradients(state, _loss(state))
         except RuntimeError as error:
             raise ConfigError(
-                f"protocol.compile cannot make one graph of {state.config.model.name}: {_reason(error)}. Set "
-                "it to false"
+                f"protocol.compile cannot compile {state.config.model.name} as one graph: {_reason(error)}. "
+                "Set it to false"
             ) from error
 
 
