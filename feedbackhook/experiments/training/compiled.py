@@ -44,6 +44,8 @@ def compile_network(state: TrainingState) -> None:
         state.model.compile(mode=None if mode is True else mode, fullgraph=True, dynamic=False)
         try:
             _gradients(state, _loss(state))
+        except ExactGradientError as error:
+            raise ConfigError(str(error)) from error
         except RuntimeError as error:
             raise ConfigError(
                 f"protocol.compile cannot compile {state.config.model.name} as one graph: {_reason(error)}. "
