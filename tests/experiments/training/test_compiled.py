@@ -226,6 +226,7 @@ def backprop(config: RunConfig) -> None:
 @case
 def the_papers(config: RunConfig) -> None:
     config.model, config.condition = ModelConfig("liao2016/mnist"), "frSF+BN+BM"
+    config.feedback, config.optimizer = FeedbackConfig(), OptimizerConfig(lr=1e-4)
 
 
 @case
