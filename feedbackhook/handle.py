@@ -74,6 +74,11 @@ class Patch:
         Raises:
             RuntimeError: the model was compiled, which fixes what its backward does.
         """
+        if any(each.compiled for each in self.state.patched):
+            raise RuntimeError(
+                "exact() cannot change the backward of a compiled model; set patch.enabled = False before "
+                "the forward, or run the model uncompiled"
+            )
         return self.state.exact_backward()
 
     def set(self, mode: str | Mapping[str, Any] | None = None, **options: Any) -> None:

@@ -263,6 +263,20 @@ def graph_of(output: Any) -> list[Node]:
     return [node for node in made if node is not None]
 
 
+def has_compiled_code(output: Tensor) -> bool:
+    """Whether a part of a tensor's graph was built by code that `torch.compile` has made."""
+    nodes = graph_of(output)
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if _name(node).startswith("CompiledFunction"):
+            return True
+        earlier = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= earlier
+        nodes += earlier
+    return False
+
+
 def tensors_in(value: Any, objects: bool = True) -> Iterator[Tensor]:
     """Yield the tensors in a module's input or output: in tuples, lists, mappings and, if `objects`, in the
     attributes of objects such as dataclasses."""

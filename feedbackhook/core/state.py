@@ -169,16 +169,7 @@ class PatchState:
 
     @contextmanager
     def exact_backward(self) -> Iterator[None]:
-        """Within this context, backwards use W instead of V.
-
-        Raises:
-            RuntimeError: the model was compiled, which fixes what its backward does.
-        """
-        if any(each.compiled for each in self.patched):
-            raise RuntimeError(
-                "exact() cannot change the backward of a compiled model; set patch.enabled = False before "
-                "the forward, or run the model uncompiled"
-            )
+        """Within this context, backwards use W instead of V, in graphs that compiled code has not built."""
         before = self.exact
         self.exact = True
         try:

@@ -24,7 +24,7 @@ from feedbackhook.diagnosis.passes import (
     Batch,
     Loss,
     Scales,
-    check_eager,
+    check_whole,
     listed,
     loss_of,
     named_gradients,
@@ -79,9 +79,9 @@ def diagnose(
         ValueError: `batches` is empty, `draws` is less than 2, the patch is disabled, or the loss is no
             scalar or has no graph.
         TypeError: a batch is neither a pair nor a mapping.
-        RuntimeError: the model is compiled, or its parameters are sharded.
+        RuntimeError: compiled code ran, or parameters are sharded.
     """
-    check_eager(patch)
+    check_whole(patch)
     if not patch.state.enabled:
         raise ValueError("the patch is disabled, so there is nothing to diagnose; set patch.enabled = True")
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from feedbackhook.core.audit import has_compiled_code
 from feedbackhook.core.layer import Layer, Patched
 from feedbackhook.core.state import PatchHandle, PatchState
 
@@ -112,7 +113,10 @@ def named_gradients(loss: Tensor, parameters: Iterable[Tensor], keep: bool = Fal
 
     Raises:
         ValueError: the loss depends on no parameter.
+        RuntimeError: compiled code has computed it.
     """
+    if has_compiled_code(loss):
+        raise RuntimeError("compiled code shows no error signals; run the uncompiled model")
     wanted = list({id(p): p for p in parameters if p.requires_grad}.values())
     if loss.grad_fn is None or not wanted:
         raise ValueError(
@@ -187,12 +191,9 @@ def trainable(each: Patched) -> list[Tensor]:
     return [p for p in each.parameters() if p.requires_grad]
 
 
-def check_eager(patch: PatchHandle) -> None:
-    """Raise RuntimeError if the model is compiled or sharded, whose gradients these passes would not see."""
-    patched = patch.state.patched
-    if any(each.compiled for each in patched):
-        raise RuntimeError("compiled code shows no error signals; pass the uncompiled model")
-    if any(hasattr(p, "full_tensor") for each in patched for p in each.parameters()):
+def check_whole(patch: PatchHandle) -> None:
+    """Raise RuntimeError if the model is sharded, whose gradients these passes would not see."""
+    if any(hasattr(p, "full_tensor") for each in patch.state.patched for p in each.parameters()):
         raise RuntimeError("parameters are sharded, and only backward() puts their gradients together")
 
 

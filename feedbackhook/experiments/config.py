@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
+from feedbackhook.experiments.checks import ConfigError as ConfigError
+from feedbackhook.experiments.checks import FolderInUse as FolderInUse
+from feedbackhook.experiments.checks import check_at_least as check_at_least
+from feedbackhook.experiments.checks import check_choice as check_choice
 from feedbackhook.names import rule_name as rule_name
 from feedbackhook.store.errors import one_line as one_line
 
 Frozen = Literal["Top", "Bottom"]
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be run as it is; the message says what to change."""
-
-
-class FolderInUse(ConfigError):
-    """Another process is writing to the run folder."""
-
-
-def check_at_least(key: str, value: int | None, least: int) -> None:
-    """Raise a `ConfigError` if `value` is given and is less than `least`."""
-    if value is not None and value < least:
-        raise ConfigError(f"{key} must be {least} or more, not {value}")
-
-
-def check_choice(section: Any, prefix: str, name: str) -> None:
-    """Raise a `ConfigError` if the field `name` of `section` is not one of the values that its type lists."""
-    value, choices = getattr(section, name), get_args(get_type_hints(type(section))[name])
-    if value not in choices:
-        raise ConfigError(f"{prefix}.{name} must be {' or '.join(choices)}, not {value!r}")
 
 
 @dataclass
@@ -191,6 +174,9 @@ class ProtocolConfig:
             with the batch size, so next to a sum it is weaker by that factor.
         strategy: for several processes (`torchrun -m feedbackhook train`): `ddp` replicates the network,
             `fsdp2` shards weights, gradients and optimizer state. No effect on a single process.
+        compile: train with `torch.compile`: `true`, or a mode of it, `reduce-overhead` or `max-autotune`.
+            Compiling takes up to a minute or more at the start, and again for each batch size. Recorded
+            steps (`record.every`) and evaluations run uncompiled. Changes the last bits.
     """
 
     epochs: int = 15
@@ -206,6 +192,7 @@ class ProtocolConfig:
     gradient_accumulation_steps: int = 1
     reduction: Literal["mean", "sum"] = "mean"
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    compile: bool | Literal["reduce-overhead", "max-autotune"] = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "threads", "gradient_accumulation_steps"):
@@ -220,6 +207,10 @@ class ProtocolConfig:
             check_at_least("a size in protocol.batch_sizes", size, 1)
         for name in ("lr_schedule", "precision", "reduction", "strategy"):
             check_choice(self, "protocol", name)
+        if self.compile not in (False, True, "reduce-overhead", "max-autotune"):
+            raise ConfigError(
+                f"protocol.compile must be false, true, reduce-overhead or max-autotune, not {self.compile!r}"
+            )
         if self.lr_schedule == "cosine" and self.milestones is not None:
             raise ConfigError(
                 "protocol.milestones have no effect with protocol.lr_schedule cosine, only with steps"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -13,6 +15,10 @@ from feedbackhook.experiments.models.build import natural_size
 from feedbackhook.experiments.models.registry import network_name
 from feedbackhook.experiments.stored import as_mapping
 from feedbackhook.experiments.training import optimizers
+from feedbackhook.rules import RULES, is_direct
+
+_BATCH_SIZES = 8
+"""How many batch sizes torch.compile makes code for, `torch._dynamo.config.recompile_limit`."""
 
 
 def resolve(config: RunConfig, count: int = 1) -> RunConfig:
@@ -33,6 +39,7 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
     _check_mini_batches(config, count)
     _check_gradient_angle(config)
     _check_check_every(config)
+    _check_compile(config)
     optimizers.check(config.optimizer)
     model, protocol = config.model, config.protocol
     if model.name is None:
@@ -121,6 +128,41 @@ def _check_check_every(config: RunConfig) -> None:
             "record.check_every needs whole gradients, which protocol.strategy fsdp2 leaves to no process: "
             "set it to 0, or use ddp"
         )
+
+
+def _check_compile(config: RunConfig) -> None:
+    """Check that the compiled network would be trained, and could be, if that is asked for."""
+    protocol = config.protocol
+    if not protocol.compile:
+        return
+    for name in _modes(config.feedback.mode):
+        if name in RULES and is_direct(RULES[name]):
+            raise ConfigError(
+                f"protocol.compile cannot be used with {name}: direct feedback needs the output's gradient, "
+                "which compiled code does not show. Set it to false"
+            )
+    if protocol.strategy == "fsdp2":
+        raise ConfigError(
+            "protocol.compile needs the network in one graph, which protocol.strategy fsdp2 breaks where it "
+            "gathers the weights: set it to false, or use ddp"
+        )
+    if config.feedback.mode is not None and config.record.every == 1:
+        raise ConfigError(
+            "protocol.compile has no effect with record.every 1, since recorded steps run uncompiled: record "
+            "fewer steps, or set it to false"
+        )
+    if (sizes := len({protocol.batch_size, *protocol.batch_sizes.values()})) > _BATCH_SIZES:
+        raise ConfigError(
+            f"protocol.compile makes code for each batch size, at most {_BATCH_SIZES}, and there are {sizes} "
+            "in protocol.batch_sizes: set it to false, or use fewer"
+        )
+
+
+def _modes(mode: str | Mapping[str, Any] | None) -> list[str]:
+    """Return the names of the rules in `feedback.mode`; a mistake in it shows when the network is patched."""
+    entries = mode.values() if isinstance(mode, Mapping) else [mode]
+    names = (entry.get("mode") if isinstance(entry, Mapping) else entry for entry in entries)
+    return [name for name in names if isinstance(name, str)]
 
 
 def _milestones(protocol: ProtocolConfig) -> list[int] | None:

@@ -69,8 +69,8 @@ def fixed_options(rule: AnyRule) -> Sequence[str]:
     return (*(FIXED if is_direct(rule) else ()), *getattr(rule, "fixed", ()))
 
 
-def is_direct(rule: AnyRule) -> TypeGuard[DirectRule]:
-    """Whether a rule sends the error at the network's output to each site."""
+def is_direct(rule: AnyRule | type) -> TypeGuard[DirectRule]:
+    """Whether a rule, or a class of rules, sends the error at the network's output to each site."""
     return callable(getattr(rule, "signal", None))
 
 

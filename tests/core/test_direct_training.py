@@ -78,8 +78,8 @@ def test_batches_of_other_sizes_and_images_of_other_sizes(options):
 
 @pytest.mark.parametrize(("mode", "lr"), [("DFA", 0.1), ("sDFA", 0.003), ("DRTP", 0.001)])
 def test_each_rule_learns_what_a_last_layer_alone_does_not(mode, lr):
-    """Two spirals: no line through random features separates them as well. B differs from draw to draw, and so
-    does what is learned: the median of five counts."""
+    """Two spirals: no line through random features separates them as well. What is learned depends on B, so
+    the median of five draws counts."""
     t = torch.linspace(0.3, 2, 100, dtype=torch.float64)
     arm = torch.stack([t * torch.cos(3 * t), t * torch.sin(3 * t)], 1)
     x, y = torch.cat([arm, -arm]), torch.arange(2).repeat_interleave(100)

@@ -27,6 +27,29 @@ from feedbackhook.experiments.training.progress import Progress
 from feedbackhook.experiments.training.run import train
 
 
+@pytest.mark.parametrize("how", [True, "reduce-overhead"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compiled_training_is_the_eager_one_up_to_rounding(tmp_path, how, parts):
+    tables = []
+    for compile in (how, False):
+        config = RunConfig(
+            data=DataConfig("digits", train_images=200, test_images=100),
+            model=ModelConfig("liao2016/mnist"),
+            feedback=FeedbackConfig("brSF", {"concordance": 0.8}),
+            optimizer=OptimizerConfig("sgd", lr=1e-3),
+            protocol=ProtocolConfig(
+                epochs=2, batch_size=50, device=DEVICE, compile=compile, gradient_accumulation_steps=parts
+            ),
+            record=RecordConfig(every=3, figures=False),
+            output=str(tmp_path / f"compile-{compile}"),
+        )
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            assert train(config).status == "finished"
+        table = read(config.output)
+        tables.append(table[table["metric"] == "weight_norm"].set_index(["step", "layer"])["value"])
+    assert tables[0].to_numpy() == pytest.approx(tables[1].to_numpy(), rel=bounds.HALF_OF_FLOAT32)
+
+
 def test_training_runs_on_the_device_and_resumes_after_an_interruption(tmp_path):
     """Only on a CPU are resumed runs promised to be bit-equal. On a GPU, kernels may add in a different order
     each time, so metrics agree to half of float32's digits, and errors to one image."""

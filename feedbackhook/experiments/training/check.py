@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import feedbackhook
+from feedbackhook.experiments.training.compiled import uncompiled
 from feedbackhook.experiments.training.evaluate import training_batches
 from feedbackhook.experiments.training.state import TrainingState
 from feedbackhook.store.recorder import Recorder
@@ -34,6 +35,7 @@ def check_if_due(state: TrainingState, recorder: Recorder, last: bool) -> None:
         return logits.float()
 
     batches = training_batches(state, _BATCHES)
-    found = feedbackhook.diagnose(state.patch, batches, F.cross_entropy, forward=forward)
+    with uncompiled(state):
+        found = feedbackhook.diagnose(state.patch, batches, F.cross_entropy, forward=forward)
     for row in found.rows():
         recorder.add(state.step, state.epoch, row.metric, row.value, row.layer, row.depth)

@@ -105,6 +105,12 @@ class DistributedContext:
             output: Tensor = (self._network if self._model.training else self._model)(x)
         return output.float()
 
+    def forward_alone(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Return a network's output in training as `forward` does, before it is distributed."""
+        with self.autocast():
+            output: Tensor = model(x)
+        return output.float()
+
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context of the forward and backward pass of one micro-batch.
 

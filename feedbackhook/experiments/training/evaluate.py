@@ -13,6 +13,7 @@ import feedbackhook
 from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.data.split import Split
 from feedbackhook.experiments.models.batch_norm import estimate_statistics
+from feedbackhook.experiments.training.compiled import uncompiled
 from feedbackhook.experiments.training.progress import Progress, check_finite
 from feedbackhook.experiments.training.state import TrainingState
 from feedbackhook.store.recorder import Recorder
@@ -28,6 +29,14 @@ def evaluate(state: TrainingState, recorder: Recorder, progress: Callable[[Progr
         Diverged: a loss is not finite.
     """
     epochs, result = state.config.protocol.epochs, state.result
+    with uncompiled(state):
+        _record(state, recorder)
+    batches = len(state.data.train.labels) // state.batch_size()
+    progress(Progress(state.epoch, epochs, batches, batches, state.train_loss, result.last_error))
+
+
+def _record(state: TrainingState, recorder: Recorder) -> None:
+    result = state.result
     with state.context.autocast():
         estimate_statistics(state.model, _statistics_batches(state))
     if state.data.val is not None:
@@ -41,11 +50,9 @@ def evaluate(state: TrainingState, recorder: Recorder, progress: Callable[[Progr
     result.last_error = error
     if result.best_error is None or state.epoch == 1 or error < result.best_error:
         result.best_error, result.best_epoch = error, state.epoch
-    if state.patch is not None and state.epoch == epochs:
+    if state.patch is not None and state.epoch == state.config.protocol.epochs:
         for row in feedbackhook.measure(state.patch):
             recorder.add(state.step, state.epoch, row.metric, row.value, row.layer, row.depth)
-    batches = len(state.data.train.labels) // state.batch_size()
-    progress(Progress(state.epoch, epochs, batches, batches, state.train_loss, error))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from feedbackhook.experiments.stored import (
     write_config,
 )
 from feedbackhook.experiments.training.checkpoint import commit, commit_end, resume_from
+from feedbackhook.experiments.training.compiled import compile_network
 from feedbackhook.experiments.training.distributed import DistributedContext
 from feedbackhook.experiments.training.errors import config_errors
 from feedbackhook.experiments.training.evaluate import evaluate
@@ -86,6 +87,7 @@ def train(
             try:
                 if context.is_main:
                     tell(describe_run(config, state.data, state.model))
+                compile_network(state)
                 context.distribute(state.model, state.optimizer)
                 with context.raise_together(), config_errors():
                     recorder = _open_recorder(folder, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class TrainingState:
         augment: the augmentation of training images; None for none.
         order: the generator of the order of the training images.
         patch: the patch of the network; None for backprop.
+        learned: what the feedback learns.
         gives_targets: whether the patch takes the targets of each forward, as direct rules do.
         epoch: the current epoch; 0: before training.
         step: number of optimizer steps done.
@@ -61,10 +62,10 @@ class TrainingState:
         self.patch = _patched(self.model, config.feedback)
         if self.patch is not None and self.patch.awaits_forward:
             self._run_once()
-        learned = [] if self.patch is None else [p for p in self.patch.parameters() if p.requires_grad]
-        if config.feedback.lr is not None and not learned:
+        self.learned = [] if self.patch is None else [p for p in self.patch.parameters() if p.requires_grad]
+        if config.feedback.lr is not None and not self.learned:
             raise ConfigError("feedback.lr has no effect: no optimizer steps what this feedback learns")
-        self.optimizer = optimizers.build(config.optimizer, self.model, learned, config.feedback.lr)
+        self.optimizer = optimizers.build(config.optimizer, self.model, self.learned, config.feedback.lr)
         self.lr_schedule = optimizers.lr_schedule(protocol, self.optimizer)
         self.order = torch.Generator().manual_seed(protocol.seed)
         self.epoch = self.step = 0
@@ -79,6 +80,27 @@ class TrainingState:
         protocol = self.config.protocol
         changed = [epoch for epoch in protocol.batch_sizes if epoch < self.epoch]
         return protocol.batch_sizes[max(changed)] if changed else protocol.batch_size
+
+    def train_mode(self) -> None:
+        """Put the network into training mode, except for modules that are frozen."""
+        self.model.train()
+        for module in self.frozen_modules:
+            module.eval()
+
+    def micro_batches(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's images and labels of a mini-batch, for each backward pass.
+
+        Args:
+            index: of the training images of the mini-batch.
+        """
+        train_set = self.data.train
+        # Each process augments the whole mini-batch, so that the images are the same as in one process.
+        augmented = None if self.augment is None else self.augment(train_set.images[index])
+        for share in self.context.micro_batches(len(index)):
+            if augmented is None:
+                yield self.data.batch(train_set, index[share], self.device)
+            else:
+                yield augmented[share].to(self.device), train_set.labels[index[share]].to(self.device)
 
     def close(self) -> None:
         """Remove the patch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 import feedbackhook
 from feedbackhook.experiments.data import load as data
 from feedbackhook.experiments.training.check import check_if_due
+from feedbackhook.experiments.training.compiled import average_learned, uncompiled
 from feedbackhook.experiments.training.progress import Progress, check_finite
 from feedbackhook.experiments.training.state import TrainingState
 from feedbackhook.store.recorder import Recorder
@@ -28,9 +30,7 @@ def train_epoch(state: TrainingState, recorder: Recorder, progress: Callable[[Pr
     recorder.epoch = state.epoch
     learning_rate = float(state.lr_schedule.get_last_lr()[0])
     total, wrong = 0.0, 0.0
-    state.model.train()
-    for module in state.frozen_modules:
-        module.eval()
+    state.train_mode()
     state.context.seed_forwards(protocol.seed, state.epoch)
     for batch, index in enumerate(data.minibatches(count, size, state.order), 1):
         last = state.epoch == protocol.epochs and batch == batches
@@ -64,37 +64,45 @@ def train_step(state: TrainingState, index: Tensor, recorder: Recorder, last: bo
     Raises:
         Diverged: the loss is not finite.
     """
-    context, train_set = state.context, state.data.train
-    shares = context.micro_batches(len(index))
-    # Each process augments the whole mini-batch, so that the images are the same as in one process.
-    augmented = None if state.augment is None else state.augment(train_set.images[index])
+    context = state.context
     total, wrong = 0.0, 0.0
     state.optimizer.zero_grad()
     check_if_due(state, recorder, last)
-    for share in shares:
-        if augmented is None:
-            x, y = state.data.batch(train_set, index[share], state.device)
-        else:
-            x, y = augmented[share].to(state.device), train_set.labels[index[share]].to(state.device)
+    eager = _is_recorded(state, last)
+    for number, (x, y) in enumerate(state.micro_batches(index), 1):
         if state.patch is not None and state.gives_targets:
             state.patch.targets(y)
-        with context.micro_batch(last=share is shares[-1]):
-            logits = context.forward(x)
+        with context.micro_batch(last=number == context.accumulation_steps):
+            with uncompiled(state) if eager else nullcontext():
+                logits = context.forward(x)
             loss = F.cross_entropy(logits, y)
             summed, missed = context.all_reduce_sum(loss.item(), int((logits.argmax(1) != y).sum()))
             total += check_finite("train_loss", summed / context.count)
             wrong += missed
             _measure_gradient_angle(state, loss, recorder, last)
             context.backward(loss * len(index) if state.config.protocol.reduction == "sum" else loss)
+    if not eager:
+        average_learned(state)
     state.optimizer.step()
     state.step += 1
-    return total / len(shares), wrong
+    return total / context.accumulation_steps, wrong
+
+
+def _is_recorded(state: TrainingState, last: bool) -> bool:
+    """Whether this step's error signals are recorded, which compiled code would not show."""
+    if state.patch is None:
+        return False
+    return state.step % state.config.record.every == 0 or _gradient_angle_is_due(state, last)
+
+
+def _gradient_angle_is_due(state: TrainingState, last: bool) -> bool:
+    every = state.config.record.gradient_angle_every
+    return state.patch is not None and bool(every) and (state.step % every == 0 or last)
 
 
 def _measure_gradient_angle(state: TrainingState, loss: Tensor, recorder: Recorder, last: bool) -> None:
     """Record the angle between this step's gradients and backprop's, if it is due, and in the last step."""
-    every = state.config.record.gradient_angle_every
-    if state.patch is None or not every or (state.step % every and not last):
+    if state.patch is None or not _gradient_angle_is_due(state, last):
         return
     for row in feedbackhook.measure(state.patch, loss, group=state.context.group):
         if row.metric == "gradient_angle":

@@ -24,10 +24,11 @@ def describe_run(config: RunConfig, images: ImageData, model: nn.Module) -> str:
     """
     threads = config.protocol.threads
     cpu = f" ({threads} thread{'' if threads == 1 else 's'})" if config.protocol.device == "cpu" else ""
+    compiled = ", compiled" if config.protocol.compile else ""
     rule = "".join([_rule(config), *(f" {name}={value}" for name, value in config.feedback.options.items())])
     if config.condition is not None:
         rule += f" ({config.condition})"
-    return f"{_describe(config, images, model)}; {rule}; {config.protocol.device}{cpu}"
+    return f"{_describe(config, images, model)}; {rule}; {config.protocol.device}{cpu}{compiled}"
 
 
 def describe_runs(configs: Iterable[RunConfig], first: ImageData) -> list[str]:

@@ -131,6 +131,10 @@ class TorchrunContext(DistributedContext):
             self._random = self._random_states()
         return output
 
+    def forward_alone(self, model: nn.Module, x: Tensor) -> Tensor:
+        with OfAllProcesses(self.count):
+            return super().forward_alone(model, x)
+
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         if self._sharded:

@@ -18,8 +18,10 @@ from feedbackhook.cli import main
 from feedbackhook.cli.progress import sweep_progress
 from feedbackhook.experiments.config import (
     OptimizerConfig,
+    RunConfig,
     SweepProtocolConfig,
 )
+from feedbackhook.experiments.data.load import ImageData
 from feedbackhook.experiments.sweep import estimate as estimates
 from feedbackhook.experiments.sweep import progress
 from feedbackhook.experiments.sweep.estimate import estimate
@@ -107,6 +109,27 @@ def test_an_estimate_is_near_what_a_run_takes_on_disk(
     assert saved > 3 * sum(w.numel() * w.element_size() for w in weights)  # best, last and the checkpoint's
     twice = replace(config, protocol=replace(config.protocol, epochs=8))
     assert estimate(plan(twice))["digits-frSF-rate1-seed0"].size < 2 * expected.size
+
+
+def test_an_estimate_of_compiled_runs_counts_what_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 10 s, compiled 4 s, and compiling 100 s."""
+
+    def trained(config: RunConfig, images: ImageData) -> tuple[float, float, float, float]:
+        return (107.0, 4.0, 0.0, 0.0) if config.protocol.compile else (7.0, 10.0, 5.0, 3.0)
+
+    monkeypatch.setattr(estimates, "_train", trained)
+    protocol = SweepProtocolConfig(epochs=2, lr_factors=1, compile=True, batch_sizes={1: 50})
+    config = tiny(tmp_path, conditions=["SGD", "uSF"], protocol=protocol)
+    config.record.every = 10
+    found = estimate(plan(config))
+    steps, evaluated = 1293 / 100, (144 + 360) / 100 / 3
+    epoch = {"SGD": 4 * steps + 10 * evaluated, "uSF": (4 + 0.1 * 6) * steps + 10 * evaluated}
+    for name, seconds in epoch.items():
+        expected = found[f"digits-{name}-rate1-seed0"]
+        assert expected.seconds == pytest.approx(2 * seconds + 2 * 100)
+        assert expected.size == 5 + 2 * 3
 
 
 def test_a_dry_run_shows_the_runs_and_runs_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

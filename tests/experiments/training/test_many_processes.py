@@ -128,6 +128,21 @@ def learned_sharded(config: RunConfig) -> None:
     config.optimizer = OptimizerConfig("sgd", lr=0.01, weight_decay=0.1)
 
 
+@case
+def compiled(config: RunConfig) -> None:
+    config.protocol.compile, config.protocol.gradient_accumulation_steps = True, 2
+
+
+@case
+def compiled_norm(config: RunConfig) -> None:
+    config.protocol.compile, config.model.batch_norm = True, "affine"
+
+
+@case
+def compiled_learning(config: RunConfig) -> None:
+    config.protocol.compile, config.feedback = True, FeedbackConfig("KP")
+
+
 def made(folder: Path, change: str, name: str) -> RunConfig:
     """24 steps on the digits: enough for feedback to tell, few enough for rounding not to grow."""
     config = RunConfig(
