@@ -22,7 +22,7 @@ from feedbackhook.store.recorder import parts_of, schema
 
 
 def main(sweep: Path, output: Path) -> None:
-    """Copy.
+    """Copy a sweep without its weights, checkpoints and figures.
 
     Args:
         sweep: Folder of a sweep.

@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
 
     try:
         parser = build_parser(COMMANDS)
-        given = parser.instantiate(parser.parse_args(config_first(COMMANDS, arguments)))
+        given = parser.instantiate(parser.parse_args(config_first(COMMANDS, arguments or ["--help"])))
         return run_command(COMMANDS, given)
     except ArgumentError as error:
         return _refuse(plain_words(error), error)

@@ -103,6 +103,7 @@ def layers_against_epoch(table: DataFrame, metric: str) -> Figure:
             palette=palette,
             errorbar="sd",
             legend=named,
+            marker="o" if rows[clock].nunique() == 1 else None,  # a line through one point is not seen
             ax=axes,
         )
         axes.set(xlabel=clock, ylabel=label, title=f"{title} against {clock}")
@@ -303,7 +304,8 @@ def _rows(table: DataFrame, metrics: dict[str, str]) -> tuple[DataFrame, int]:
     rows = table[table["metric"].isin(list(metrics))]
     finite = rows[np.isfinite(rows["value"])]
     if finite.empty:
-        raise NothingToDraw(f"the table holds no {' and no '.join(metrics)}")
+        how = ": set record.gradient_angle_every" if "gradient_angle" in metrics and rows.empty else ""
+        raise NothingToDraw(f"the table holds no {' and no '.join(metrics)}{how}")
     return finite.assign(metric=finite["metric"].map(metrics)), len(rows) - len(finite)
 
 

@@ -99,7 +99,7 @@ def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture
     assert set(read("there")["layer"].dropna()) == set()
     capsys.readouterr()
     assert main(["train", "here/config.yaml", "--resume"]) == 0
-    assert "finished (1 epochs kept)" in capsys.readouterr().out
+    assert "finished (1 epoch kept)" in capsys.readouterr().out
 
 
 def test_plot_draws_every_figure_and_says_which_it_cannot(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +108,7 @@ def test_plot_draws_every_figure_and_says_which_it_cannot(capsys: pytest.Capture
     assert main(["plot", "run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "figure: run/figures/error_angle.svg" in lines
-    assert "no gradient_angle: the table holds no gradient_angle" in lines
+    assert "no gradient_angle: the table holds no gradient_angle: set record.gradient_angle_every" in lines
     drawn = [Path(line.partition(": ")[2]) for line in lines if line.startswith("figure: ")]
     assert all(path.stat().st_size > 5000 for path in drawn)
     assert {path.suffix for path in drawn} == {".png", ".svg"}
@@ -197,6 +197,13 @@ def test_what_cannot_run_is_one_line(
     assert err.count("\n") == 1
     assert message in err
     assert not Path("runs").exists()
+
+
+def test_without_a_command_the_help_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([])
+    assert done.value.code == 0
+    assert "train a network and leave a run folder" in capsys.readouterr().out
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,13 @@ def test_angles_are_a_line_a_layer_from_input_to_output(tmp_path: Path) -> None:
     assert axes.get_ylim()[1] > 90
 
 
+def test_a_single_step_is_drawn_as_points(tmp_path: Path) -> None:
+    rows = table(tmp_path)
+    axes = angles_against_epoch(rows[rows.step == 0]).axes[0]
+    points = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+    assert [list(point.get_ydata()) for point in points] == [[40], [41], [42]]
+
+
 def test_many_layers_have_a_scale_of_depth_in_place_of_names(tmp_path: Path) -> None:
     figure = angles_against_epoch(table(tmp_path, layers=20))
     axes, bar = figure.axes

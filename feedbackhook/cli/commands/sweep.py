@@ -75,6 +75,8 @@ def _print_plan(console: Console, config: SweepConfig, runs: Sequence[PlannedRun
     from feedbackhook.experiments.sweep.pruning import share_trained
 
     check(runs)
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    console.print(f"timing a few steps with each dataset's network: {', '.join(datasets)}")
     estimates = estimate(runs)
     left = [run for run in runs if not done(run)]
     for run in runs:

@@ -137,6 +137,7 @@ def test_a_dry_run_shows_the_runs_and_runs_none(tmp_path: Path, capsys: pytest.C
     assert main(["sweep", str(path), "--dry-run", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in names(plan(tiny(tmp_path))))
+    assert out.startswith("timing a few steps with each dataset's network: digits\n")
     assert "6 runs, 6 of them to be run: about" in out
     assert "with 2 at a time" in out
     assert "--record.weights best keeps less" in out
