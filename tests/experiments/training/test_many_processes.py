@@ -8,7 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,15 @@ from safetensors.torch import load_file
 from support import bounds
 from support.job import Job, precisely, stopped_before
 from support.paths import python_path
+from support.process_cases import CHANGES, made
 from torch import nn
 
 from feedbackhook import read
 from feedbackhook.cli import main
 from feedbackhook.experiments.config import (
     ConfigError,
-    DataConfig,
     FeedbackConfig,
-    ModelConfig,
-    OptimizerConfig,
     ProtocolConfig,
-    RecordConfig,
     RunConfig,
 )
 from feedbackhook.experiments.models.batch_norm import other_batch_statistics
@@ -56,105 +53,6 @@ HALF = torch.finfo(torch.float64).eps ** 0.5
 BF16 = (2 * 4 + 1) * 2.0**-8
 FLOAT32 = 1e3 * 2.0**-24  # what a thousand roundings in float32 come to, were they all to one side
 IMAGE = 100 / 101 + 1e-9  # a test image, in percent: whose class may turn by the last bit
-
-CHANGES: dict[str, Callable[[RunConfig], Any]] = {}
-
-
-def case(change: Callable[[RunConfig], Any]) -> Callable[[RunConfig], Any]:
-    CHANGES[change.__name__] = change
-    return change
-
-
-@case
-def plain(config: RunConfig) -> None:
-    config.record.gradient_angle_every = 6
-
-
-@case
-def sharded(config: RunConfig) -> None:
-    config.protocol.strategy = "fsdp2"
-
-
-@case
-def accumulated(config: RunConfig) -> None:
-    config.protocol.gradient_accumulation_steps = 2
-
-
-@case
-def accumulated_sharded(config: RunConfig) -> None:
-    config.protocol.gradient_accumulation_steps, config.protocol.strategy = 2, "fsdp2"
-
-
-@case
-def bf16(config: RunConfig) -> None:
-    config.protocol.precision = "bf16"
-
-
-@case
-def bf16_sharded(config: RunConfig) -> None:
-    config.protocol.precision, config.protocol.strategy = "bf16", "fsdp2"
-
-
-@case
-def paper_norm(config: RunConfig) -> None:
-    config.model.batch_norm = "affine"
-
-
-@case
-def timm_norm(config: RunConfig) -> None:
-    config.model, config.data.size = ModelConfig("timm/test_efficientnet"), 32
-
-
-@case
-def augmented(config: RunConfig) -> None:
-    config.data.augmentation = {"scale": [0.7, 1.0], "hflip": 0.5}
-
-
-@case
-def adamw_sharded(config: RunConfig) -> None:
-    config.protocol.strategy = "fsdp2"
-    config.optimizer = OptimizerConfig("timm/adamw", lr=1e-3)
-
-
-@case
-def manhattan_sharded(config: RunConfig) -> None:
-    config.protocol.strategy = "fsdp2"
-    config.optimizer = OptimizerConfig("batch_manhattan", lr=1e-4)
-
-
-@case
-def learned_sharded(config: RunConfig) -> None:
-    config.protocol.strategy, config.feedback = "fsdp2", FeedbackConfig("KP")
-    config.optimizer = OptimizerConfig("sgd", lr=0.01, weight_decay=0.1)
-
-
-@case
-def compiled(config: RunConfig) -> None:
-    config.protocol.compile, config.protocol.gradient_accumulation_steps = True, 2
-
-
-@case
-def compiled_norm(config: RunConfig) -> None:
-    config.protocol.compile, config.model.batch_norm = True, "affine"
-
-
-@case
-def compiled_learning(config: RunConfig) -> None:
-    config.protocol.compile, config.feedback = True, FeedbackConfig("KP")
-
-
-def made(folder: Path, change: str, name: str) -> RunConfig:
-    """24 steps on the digits: enough for feedback to tell, few enough for rounding not to grow."""
-    config = RunConfig(
-        data=DataConfig(train_images=240, test_images=101),
-        feedback=FeedbackConfig("sign", {"concordance": 0.8, "redraw": "update"}),
-        optimizer=OptimizerConfig("sgd", lr=0.01),
-        protocol=ProtocolConfig(epochs=2, batch_size=20, threads=1),
-        record=RecordConfig(every=4, per_sample=True, figures=False),
-        output=str(folder / name),
-    )
-    CHANGES[change](config)
-    return config
 
 
 def launched(arguments: Iterable[str]) -> subprocess.CompletedProcess[str]:
