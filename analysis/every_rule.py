@@ -93,7 +93,7 @@ def read_cells(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     seeds (`last`) and its `lowest` and `highest`, the mean of each seed's `best` epoch, `angle` (the mean
     gradient angle in degrees, see :func:`feedbackhook.report.error_and_angle.points`), `weight_angle` (of V
     and W in degrees after the last step, the mean over layers but the first, which sends no error on), and
-    the numbers of runs that were `planned`, that `ended`, and of those that `diverged`.
+    the numbers of runs that were `planned`, that `ended`, and of those that `diverged` (in no mean).
     """
     cells, points = [], []
     for sweep in SOURCES:
@@ -107,7 +107,7 @@ def read_cells(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         planned = pd.Series([run.condition for run in plan.runs]).value_counts()
         for condition in sorted(planned.index, key=ORDER.index):
             of = runs[runs["condition"] == condition]
-            angles = {"angle": of["angle"].mean(), "weight_angle": of["weight_angle"].mean()}
+            angles = of.loc[of["status"] == "finished", ["angle", "weight_angle"]].mean().to_dict()
             counts = error_cell(of, int(planned[condition]))
             cells.append({"sweep": sweep, "condition": condition, **counts, **angles})
     columns = ["sweep", "run", "condition", "seed", "status", "last_error", "best_error", "angle"]
@@ -121,11 +121,12 @@ COUNTS = ("planned", "ended", "diverged")
 
 def error_cell(of: pd.DataFrame, planned: int) -> dict[str, float]:
     """Return the `ERRORS` and `COUNTS` of the runs of one condition: see :func:`read_cells`."""
+    errors = of[of["status"] == "finished"]
     return {
-        "last": of["last_error"].mean(),
-        "lowest": of["last_error"].min(),
-        "highest": of["last_error"].max(),
-        "best": of["best_error"].mean(),
+        "last": errors["last_error"].mean(),
+        "lowest": errors["last_error"].min(),
+        "highest": errors["last_error"].max(),
+        "best": errors["best_error"].mean(),
         "planned": planned,
         "ended": len(of),
         "diverged": int((of["status"] == "diverged").sum()),
@@ -189,9 +190,9 @@ class Results:
         return int((of["planned"] - of["ended"]).sum())
 
     def known(self, sweep: str, *conditions: str) -> bool:
-        """Whether all runs of these conditions have ended."""
+        """Whether all runs of these conditions have ended, and none has diverged."""
         rows = [self._rows.get((sweep, condition)) for condition in conditions]
-        return all(row is not None and row["ended"] == row["planned"] for row in rows)
+        return all(row is not None and row["ended"] == row["planned"] and not row["diverged"] for row in rows)
 
     def worse(self, sweep: str, condition: str, than: str = BACKPROP) -> bool:
         """Whether the error after the last epoch is higher by more than two standard errors of the difference

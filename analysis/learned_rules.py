@@ -81,6 +81,7 @@ class Source:
 _MNIST = {"conv2": 20 * 25, "fc1": 50 * 16, "fc2": 500}
 SOURCES = {
     "digits": Source("digits", "the paper's MNIST network", 1_437, 360, 25, 10, 8, 0.03, 19, _MNIST),
+    "mnist": Source("MNIST", "the paper's MNIST network", 10_000, 10_000, 50, 5, 4, 0.02, 50, _MNIST),
 }
 NOT_LEARNED = ("backprop", "FA", "frSF", "sign")
 LEARNED = (
@@ -104,9 +105,9 @@ class Evidence:
     Args:
         source: the sweep.
         cells: a row for each condition: `condition`, the errors and counts of
-            :func:`every_rule.error_cell`, and for each of `ANGLES` and each layer the mean over seeds after
-            the last step, such as `weight_angle fc2`; error angles are those of the last step at which they
-            were recorded.
+            :func:`every_rule.error_cell`, and for each of `ANGLES` and each layer the mean over the seeds
+            whose runs have finished, after the last step, such as `weight_angle fc2`; error angles are those
+            of the last step at which they were recorded.
         points: a row for each run: `run`, `condition`, `seed`, `status`, `last_error`, `best_error`, and the
             same columns.
         rows: the recorded weight angles: `run`, `condition`, `layer`, `depth`, `step`, `epoch`, `angle`.
@@ -138,7 +139,8 @@ def read(folder: Path, source: Source) -> Evidence:
     cells = []
     for condition in sorted(planned.index, key=ORDER.index):
         of = points[points["condition"] == condition]
-        means = {column: of[column].mean() for column in columns}
+        finished = of[of["status"] == "finished"]
+        means = {column: finished[column].mean() for column in columns}
         cells.append({"condition": condition, **error_cell(of, int(planned[condition])), **means})
     return Evidence(
         source,
@@ -217,7 +219,7 @@ class Results:
         }
 
     def value(self, condition: str, what: str = "last") -> float:
-        """A column of a cell; NaN if no run of it has ended."""
+        """A column of a cell; NaN if no run of it has finished."""
         row = self._rows.get(condition)
         return math.nan if row is None or not row["ended"] else float(row[what])
 
@@ -241,14 +243,14 @@ class Results:
         return dict(zip(cells["condition"], cells["diverged"], strict=True))
 
     def known(self, *conditions: str) -> bool:
-        """Whether all runs of these conditions have ended."""
+        """Whether all runs of these conditions have ended, and none has diverged."""
         rows = [self._rows.get(condition) for condition in conditions]
-        return all(row is not None and row["ended"] == row["planned"] for row in rows)
+        return all(row is not None and row["ended"] == row["planned"] and not row["diverged"] for row in rows)
 
-    def ended(self, condition: str) -> int:
-        """How many runs of a condition have ended."""
+    def finished(self, condition: str) -> int:
+        """How many runs of a condition have ended without diverging."""
         row = self._rows.get(condition)
-        return 0 if row is None else int(row["ended"])
+        return 0 if row is None else int(row["ended"] - row["diverged"])
 
     def worse(self, condition: str, than: str = "backprop") -> bool:
         """Whether the error after the last epoch is higher: see :func:`every_rule.is_worse`."""
@@ -288,7 +290,7 @@ def page(results: dict[str, Results]) -> str:
     Raises:
         NotBorneOut: one of its sentences claims more than the runs show.
     """
-    with_kp = [r for r in results.values() if r.ended("KP")]
+    with_kp = [r for r in results.values() if r.finished("KP")]
     return render(
         TEMPLATE,
         sweeps=results,
@@ -301,7 +303,7 @@ def page(results: dict[str, Results]) -> str:
             abs(a - b) < 1
             for r in with_kp
             for a, b in zip(r.angles("KP"), r.angles("PFA-o"), strict=True)
-            if r.ended("PFA-o")
+            if r.finished("PFA-o")
         ),
         pfa_floor=floor_of("PFA", 1),
         longest=max(r.source.epochs for r in results.values()),
