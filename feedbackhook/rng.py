@@ -146,9 +146,9 @@ def _by_blocks(n: int, keys: tuple[_Key, _Key], bits: int, device: torch.device)
     start, middle = keys
     steps = torch.arange(min(words, block), dtype=torch.int32, device=device).mul_(_signed(_STEP))
     whole, scratch = steps if words <= block else torch.empty_like(steps), torch.empty_like(steps)
-    added = _scalar(_as_int32(middle), torch.int32, device)
+    added = torch.as_tensor(_as_int32(middle), dtype=torch.int32)
     numbers = torch.empty(words * per_word, dtype=torch.float32, device=device)
-    offset = _scalar(_offset(bits), torch.float32, device)
+    offset = torch.tensor(_offset(bits))
     for first in range(0, words, block):
         size = min(block, words - first)
         x, y = whole[:size], scratch[:size]
@@ -167,13 +167,6 @@ def _by_blocks(n: int, keys: tuple[_Key, _Key], bits: int, device: torch.device)
 def _shifted(x: Tensor, shift: int, out: Tensor | None = None) -> Tensor:
     """Shift int32 numbers to the right, filling with zeros."""
     return torch.bitwise_right_shift(x, shift, out=out).bitwise_and_((1 << (32 - shift)) - 1)
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor without dimensions, on a GPU without waiting for it."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _offset(bits: int) -> float:
