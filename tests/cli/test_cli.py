@@ -156,7 +156,6 @@ def test_a_diverged_run_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "train"),
         (["tran"], "'tran'"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "bad.yaml"], "data.nam"),
