@@ -79,9 +79,11 @@ class Source:
 
 
 _MNIST = {"conv2": 20 * 25, "fc1": 50 * 16, "fc2": 500}
+_CIFAR = {"conv2": 32 * 25, "conv3": 64 * 25, "fc1": 64 * 16, "fc2": 128}
 SOURCES = {
     "digits": Source("digits", "the paper's MNIST network", 1_437, 360, 25, 10, 8, 0.03, 19, _MNIST),
     "mnist": Source("MNIST", "the paper's MNIST network", 10_000, 10_000, 50, 5, 4, 0.02, 50, _MNIST),
+    "cifar10": Source("CIFAR-10", "the paper's CIFAR network", 5_000, 5_000, 25, 4, 3, 0.03, 50, _CIFAR),
 }
 NOT_LEARNED = ("backprop", "FA", "frSF", "sign")
 LEARNED = (

@@ -362,7 +362,11 @@ OTHER_KINDS = ("FA", "angle", "low_rank", "KP", "information")
         for backend, quick in (("aot_eager", (*PAPER_RULES, *OTHER_KINDS)), ("inductor", PAPER_RULES))
         for mode in RULES
     ]
-    + [("frSF", "inductor", True), ("RndF", "inductor", True), ("low_rank", "inductor", True)],
+    + [
+        ("frSF", "inductor", True),
+        ("RndF", "inductor", True),
+        pytest.param("low_rank", "inductor", True, marks=pytest.mark.slow),
+    ],
 )
 def test_every_rule_over_optimizer_steps(mode, backend, recompute):
     """brSF redraws after each step, and the compiled code is made once for all of them."""

@@ -74,6 +74,7 @@ def assert_equal(folder: Path, reference: Path) -> None:
     pd.testing.assert_frame_equal(rows(folder), rows(reference), check_exact=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_cluster_is_that_of_one_machine(
     tmp_path: Path, machines: Callable[..., Machines], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,6 +158,7 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_an_eager_run_up_to_rounding(tmp_path: Path, kinds: list[str]) -> None:
     """Compiled whole. The recorded steps are eager, so error angles are those of the network as it is."""
     torch._dynamo.utils.counters.clear()
@@ -251,6 +252,7 @@ def test_whatever_is_set_the_run_is_the_eager_one(name: str, tmp_path: Path, kin
     assert_near(got, train(eager), 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_quickly")
 def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
     resumes(tmp_path)
