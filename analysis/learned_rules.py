@@ -366,7 +366,7 @@ def _legend(figure: Figure, colors: dict[str, tuple[float, float, float]]) -> No
     handles = [Line2D([], [], color=color, label=layer) for layer, color in colors.items()]
     handles.append(Line2D([], [], color=theme.ink(), linestyle=":", label="where a formula says it ends"))
     upper = list(colors.values())[-1]
-    handles.append(Line2D([], [], color=upper, linestyle="--", label="Akrout et al., upper layer"))
+    handles.append(Line2D([], [], color=upper, linestyle="--", label="Akrout et al. on MNIST, upper layer"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
@@ -388,7 +388,8 @@ def main(runs: Path = HERE / "runs/rules/learned", output: Path = HERE / "result
     for name, evidence in found.items():
         rows = evidence.rows
         left_out = ("backprop", "frSF", "DKP")
-        drawn = [c for c in ORDER if c not in left_out and (rows["condition"] == c).any()]
+        trained = rows.loc[rows["step"] > 0, "condition"].unique()
+        drawn = [c for c in ORDER if c not in left_out and c in trained]
         draw(evidence, drawn).savefig(output / f"weight_angle_{name}.png", dpi=110)
     results = {name: Results(evidence) for name, evidence in found.items()}
     (output / "README.md").write_text(page(results), encoding="utf-8")
