@@ -90,8 +90,11 @@ def _audit(state: TrainingState) -> None:
             loss = _loss(state)
             found = [finding for finding in state.patch.audit(loss) if finding.patched]
             _gradients(state, loss)
+            depths = [each.depth for each in state.patch.state.patched]
     except ExactGradientError as error:
         raise ConfigError(str(error)) from error
+    for each, depth in zip(state.patch.state.patched, depths, strict=True):
+        each.depth = depth  # which compiled code does not tell
     if found:
         uses = ", ".join(f"{finding.name!r} in {finding.operation}" for finding in found)
         raise ConfigError(
