@@ -10,9 +10,10 @@ left out and said to be missing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from evidence import NotBorneOut
@@ -133,6 +134,11 @@ def error_cell(of: pd.DataFrame, planned: int) -> dict[str, float]:
     }
 
 
+def is_complete(cell: Mapping[str, Any] | None) -> bool:
+    """Whether all planned runs of a cell have ended, and none has diverged."""
+    return cell is not None and cell["ended"] == cell["planned"] and not cell["diverged"]
+
+
 def is_worse(one: float, other: float, images: int) -> bool:
     """Whether one error in percent is above another by more than two standard errors of the difference
     between two rates, as independent binomial samples of so many images each."""
@@ -192,7 +198,7 @@ class Results:
     def known(self, sweep: str, *conditions: str) -> bool:
         """Whether all runs of these conditions have ended, and none has diverged."""
         rows = [self._rows.get((sweep, condition)) for condition in conditions]
-        return all(row is not None and row["ended"] == row["planned"] and not row["diverged"] for row in rows)
+        return all(is_complete(row) for row in rows)
 
     def worse(self, sweep: str, condition: str, than: str = BACKPROP) -> bool:
         """Whether the error after the last epoch is higher by more than two standard errors of the difference

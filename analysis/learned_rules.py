@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from every_rule import COUNTS, ERRORS, borne_out, error_cell, is_worse, render
+from every_rule import COUNTS, ERRORS, borne_out, error_cell, is_complete, is_worse, render
 from jsonargparse import auto_cli
 
 from feedbackhook.report import theme
@@ -246,8 +246,7 @@ class Results:
 
     def known(self, *conditions: str) -> bool:
         """Whether all runs of these conditions have ended, and none has diverged."""
-        rows = [self._rows.get(condition) for condition in conditions]
-        return all(row is not None and row["ended"] == row["planned"] and not row["diverged"] for row in rows)
+        return all(is_complete(self._rows.get(condition)) for condition in conditions)
 
     def finished(self, condition: str) -> int:
         """How many runs of a condition have ended without diverging."""
