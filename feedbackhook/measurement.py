@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from feedbackhook.core.angles import Sums, angles_of_rows, gathered, sums_of
+from feedbackhook.core.audit import is_compiled, nodes_behind
 from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Patched
 from feedbackhook.core.state import PatchHandle, PatchState
@@ -329,14 +330,11 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
     Raises:
         RuntimeError: the graph contains something that our passes would not see, or would disturb.
     """
-    nodes, seen = [loss.grad_fn], {loss.grad_fn}
-    while nodes:
-        node: Any = nodes.pop()
-        if node is None:
-            continue
+    node: Any
+    for node in nodes_behind([loss.grad_fn] if loss.grad_fn is not None else []):
         if node.name() == "torch::autograd::AccumulateGrad":
             yield node.variable
-        if node.name().startswith("CompiledFunction"):
+        if is_compiled(node):
             raise RuntimeError(
                 "measure(patch, loss) cannot look inside compiled code; compute the loss with the uncompiled "
                 "model, or call measure(patch) for what needs only V and W"
@@ -346,10 +344,6 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
                 "DistributedDataParallel with static_graph=True records the graph in the first backward, "
                 "which must be the training's own; call measure(patch, loss) from the second step on"
             )
-        for earlier, _ in node.next_functions:
-            if earlier not in seen:
-                seen.add(earlier)
-                nodes.append(earlier)
 
 
 @contextmanager

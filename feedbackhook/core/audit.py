@@ -263,18 +263,27 @@ def graph_of(output: Any) -> list[Node]:
     return [node for node in made if node is not None]
 
 
-def has_compiled_code(output: Tensor) -> bool:
-    """Whether a part of a tensor's graph was built by code that `torch.compile` has made."""
-    nodes = graph_of(output)
+def nodes_behind(roots: Iterable[Node]) -> Iterator[Node]:
+    """Yield these nodes and all that lead to them, each once."""
+    nodes = list(roots)
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if _name(node).startswith("CompiledFunction"):
-            return True
-        earlier = {before for before, _ in node.next_functions if before is not None} - seen
-        seen |= earlier
-        nodes += earlier
-    return False
+        yield node
+        for earlier, _ in node.next_functions:
+            if earlier is not None and earlier not in seen:
+                seen.add(earlier)
+                nodes.append(earlier)
+
+
+def has_compiled_code(output: Tensor) -> bool:
+    """Whether a part of a tensor's graph was built by code that `torch.compile` has made."""
+    return any(is_compiled(node) for node in nodes_behind(graph_of(output)))
+
+
+def is_compiled(node: Node) -> bool:
+    """Whether a node stands for code that `torch.compile` has made."""
+    return _name(node).startswith("CompiledFunction")
 
 
 def tensors_in(value: Any, objects: bool = True) -> Iterator[Tensor]:
