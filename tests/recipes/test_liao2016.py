@@ -195,20 +195,35 @@ CORE = {
     *("SGD", "BN", "BN+BM", "uSF", "NuSF", "uSF+BN+BM", "RndF", "RndF+BN+BM"),
     *(f"{rule}+BN+BM concordance={share}" for rule in ("brSF", "frSF") for share in ("1", "0.5")),
 }
+AGAIN = {"brSF+BN+BM", "frSF+BN+BM", "BM1", "uSF+BN+BM1"}
+"""Conditions of the paper that another name has already: without a concordance it is 1, and BM is BM1."""
+ALL = set(published.error_rates().index) - AGAIN
+SHARES = {f"{rule}+BN+BM concordance={share}" for rule in ("brSF", "frSF") for share in ("0.75", "0.25", "0")}
+A, B, C1 = {"BM", "uSF+BM", "uSF+BN"}, SHARES, {"RndF+BN", "RndF+BM"}
+"""What the paper's experiments add to the core conditions."""
+EVIDENCE = {
+    "mnist": ALL,
+    "cifar10": CORE | {share for share in SHARES if "0.75" in share},
+    "flowers17": CORE | A | B | C1,
+    "lfw": CORE | A | C1,
+    "caltech101": CORE,
+    "scene15": CORE,
+    "phoneme": ALL,
+}
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "flowers17", "lfw", "caltech101", "scene15"])
-def test_a_sweep_of_the_evidence_has_the_core_conditions_at_five_pruned_rates(name):
+@pytest.mark.parametrize(("name", "conditions"), EVIDENCE.items(), ids=EVIDENCE.keys())
+def test_a_sweep_of_the_evidence_has_its_conditions_at_five_rates(name, conditions):
     runs = plan(sweep_of(f"evidence/{name}"))
     assert len({run.dataset for run in runs}) == 1
-    assert {run.condition for run in runs} == CORE <= set(published.error_rates().index)
-    assert len(runs) == len(CORE) * 5
+    assert {run.condition for run in runs} == conditions
+    assert conditions <= ALL
+    assert len({run.lr_factor for run in runs}) == 5
+    assert len({run.seed for run in runs}) == {"phoneme": 5, "flowers17": 3}.get(name, 1)
 
 
-def test_the_sweep_on_phonemes_has_every_condition_of_the_paper():
-    """But those that another name has already: without a concordance it is 1, and BM is BM1."""
-    runs = plan(sweep_of("evidence/phoneme"))
-    conditions = {run.condition for run in runs}
-    again = {"brSF+BN+BM", "frSF+BN+BM", "BM1", "uSF+BN+BM1"}
-    assert conditions == set(published.error_rates().index) - again
-    assert {run.seed for run in runs} == set(range(5))
+def test_a_resnet20_has_the_core_conditions_with_its_own_batch_normalization():
+    """So nothing inserts another."""
+    runs = plan(sweep_of("evidence/resnet20"))
+    assert {run.condition for run in runs} == {name.replace("BN+", "") for name in CORE - {"BN"}}
+    assert {run.config.model.batch_norm for run in runs} == {"none"}
