@@ -21,6 +21,7 @@ from feedbackhook.core.projection import Projection
 from feedbackhook.core.state import PatchState
 from feedbackhook.listing import LayerRow, table
 from feedbackhook.monitor import Watch
+from feedbackhook.rng import STREAM, check_stream
 from feedbackhook.rules import describe, rule_name
 
 if TYPE_CHECKING:
@@ -314,17 +315,19 @@ class Patch:
         user's, for mode "tensor".
 
         `torch.load(weights_only=True)` can load it. Random parts are not stored, since they follow from the
-        seed and the draw counts. As in a model's `state_dict`, the tensors share memory with the patch's.
+        seed and the draw counts; `stream` is the number of how. As in a model's `state_dict`, the tensors
+        share memory with the patch's.
         """
-        return {"enabled": self.enabled, "layers": state_of(self.state)}
+        return {"enabled": self.enabled, "stream": STREAM, "layers": state_of(self.state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, on a patch of the same layers.
 
         Raises:
-            ValueError: the layers differ, or the places that direct rules take errors from and send them to.
-                Nothing is changed.
+            ValueError: the layers differ, or the places that direct rules take errors from and send them to;
+                or the state is from a version that draws another V from the same seed. Nothing is changed.
         """
+        check_stream(state)
         load_state(self.state, state["layers"])
         self.enabled = state["enabled"]
 

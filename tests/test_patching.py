@@ -185,6 +185,22 @@ def test_state_of_other_layers_is_refused():
         patch.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("stream", [None, feedbackhook.rng.STREAM + 1], ids=["earlier", "later"])
+def test_state_of_another_stream_of_random_numbers_is_refused(stream):
+    """Its seed would give another V."""
+    patch = feedbackhook.patch(network(), "frSF")
+    state = {**patch.state_dict(), "enabled": False, "stream": stream}
+    if stream is None:
+        del state["stream"]
+    message = rf"this state of a patch is of stream {stream or 1} .*load it with the version that saved it"
+    with pytest.raises(ValueError, match=message):
+        patch.load_state_dict(state)
+    assert patch.enabled
+    content = {**patch.state.__getstate__(), "stream": stream or 1}
+    with pytest.raises(ValueError, match=message):  # a pickled model's
+        object.__new__(type(patch.state)).__setstate__(content)
+
+
 def test_tied_weights_share_one_feedback():
     model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "decoder": nn.Linear(4, 4)})
     model["decoder"].weight = model["encoder"].weight

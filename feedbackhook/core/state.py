@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from feedbackhook.core.layer import Layer, ModuleSite, Patched
 from feedbackhook.core.projection import Projection
 from feedbackhook.core.torch_internals import current_backward
+from feedbackhook.rng import STREAM, check_stream
 
 ErrorListener = Callable[[Patched, Tensor, Tensor], None]
 """Called with the layer or site, the error signal that it sends on, and the one that backprop would send on
@@ -94,10 +95,11 @@ class PatchState:
         """Copies and pickles have no listeners."""
         kinds = ("error_listeners", "call_listeners", "step_listeners")
         listeners: dict[str, Any] = {kind: OrderedDict() for kind in kinds}
-        return {**self.__dict__, **listeners, "targets": None, "parts": None}
+        return {**self.__dict__, **listeners, "targets": None, "parts": None, "stream": STREAM}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        check_stream(state)
+        self.__dict__.update({name: value for name, value in state.items() if name != "stream"})
         self.parts = WeakSet()
 
     @property

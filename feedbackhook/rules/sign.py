@@ -21,8 +21,9 @@ class Sign:
     """V = scale * (M o sign(W) o S), with the sign of the current W (after Liao, Leibo and Poggio 2016).
 
     Args:
-        concordance: probability, 0 to 1, that an entry of S is +1. The paper's p is 1 - concordance.
-        magnitude: how M is chosen: "random" from U[0, 1], "uniform" 1, "weight" abs(W).
+        concordance: probability, 0 to 1, that an entry of S is +1, met within 2**-17 (8e-6). The paper's p is
+            1 - concordance.
+        magnitude: how M is chosen: "random" from U[0, 1] in steps of 2**-16, "uniform" 1, "weight" abs(W).
         redraw: whether M and S are drawn once ("never") or again after each update of W ("update").
         scale: "norm" gives V the Frobenius norm that W has when V is used (Moskovitz et al. 2018, for
             magnitude "uniform"; an all-zero W has V = 0), "fan_in" divides by the number of weights that
@@ -46,14 +47,12 @@ class Sign:
     def draw(self, weight: Tensor, rng: CounterRNG) -> dict[str, Tensor]:
         """Draw the product of M and S, unless it is 1 or |W|, and the scale if it depends on the layer."""
         parts: dict[str, Tensor] = {}
-        if self.magnitude == "random":
-            parts["M o S"] = rng.uniform(weight, "magnitude").to(weight.dtype)
+        drawn = rng.uniform16(weight, "magnitude") if self.magnitude == "random" else None
         if self.concordance < 1:
-            opposed = rng.uniform(weight, "sign") >= self.concordance
-            magnitude = parts.get("M o S")
-            if magnitude is None:
-                magnitude = torch.ones_like(weight)
-            parts["M o S"] = torch.where(opposed, -magnitude, magnitude)
+            side = rng.uniform16(weight, "sign").sub_(1 - self.concordance)
+            drawn = torch.copysign(torch.ones_like(side) if drawn is None else drawn, side)
+        if drawn is not None:
+            parts["M o S"] = drawn.to(weight.dtype)
         if self.scale == "fan_in":
             parts["scale"] = torch.tensor(1 / rng.layer.fan_in, dtype=weight.dtype, device=weight.device)
         return parts

@@ -34,10 +34,12 @@ SIZES = [0, 1, 257, 4099, (1 << 18) + 1, 700_001]
 @pytest.mark.parametrize("fused", [False, True], ids=["by tensor operations", "fused"])
 def test_uniform_draws_are_those_of_the_cpu_in_every_bit(count, fused):
     for n in SIZES:
-        on_cpu = CounterRNG(3, LAYER, count).uniform(torch.empty(n), "sign")
+        plain = CounterRNG(3, LAYER, count)
         here = count.to(DEVICE) if isinstance(count, Tensor) and not fused else count
         rng = CounterRNG(3, LAYER, here, fused=fused)
-        assert torch.equal(rng.uniform(torch.empty(n, device=DEVICE), "sign").cpu(), on_cpu), n
+        there, at_cpu = torch.empty(n, device=DEVICE), torch.empty(n)
+        assert torch.equal(rng.uniform(there, "sign").cpu(), plain.uniform(at_cpu, "sign")), n
+        assert torch.equal(rng.uniform16(there, "sign").cpu(), plain.uniform16(at_cpu, "sign")), n
 
 
 def test_normal_draws_are_those_of_the_cpu_but_for_the_inverse_error_functions_rounding():

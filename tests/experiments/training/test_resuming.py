@@ -34,6 +34,18 @@ def test_rows_of_an_epoch_that_was_not_kept_are_not_there_twice(config: RunConfi
     assert sorted(set(table[table.metric == "error_angle"]["step"])) == list(range(12))
 
 
+def test_a_run_whose_seed_gave_another_v_is_refused(config: RunConfig) -> None:
+    """Its checkpoint is of an earlier stream of random numbers."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=at(2, 2, KeyboardInterrupt))
+    path = Path(str(config.output), "checkpoint.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["patch"]["stream"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ConfigError, match=r"cannot resume: .*stream 1 of random.*choose another output"):
+        train(config, resume=True)
+
+
 @pytest.mark.parametrize(
     ("mode", "model", "optimizer"),
     [
