@@ -123,9 +123,9 @@ def _numbers(index: Tensor, start: _Key, middle: _Key, halves: bool) -> Tensor:
 
     A word is the finalizer of index ^ start, with the key `middle` added after its first product. (An index
     times a large constant would not do: Inductor computes it in int32 of C++, whose overflow is undefined.)
-    A number is made of the 23 highest bits of the word of its index. If two share a word, its lower half gives
-    the number at an even index, and the upper half the next one. Since keys that differ in `start` alone would
-    give the same words at another index, all of a draw's keys change with each count.
+    A number is made of the 23 highest bits of the word of its index. If two share a word, its lower half is
+    that at an even index, and the upper half the next one. Since keys that differ in `start` alone would give
+    the same words at another index, all of a draw's keys change with each count.
     """
     x = (index >> 1 if halves else index) ^ start
     x = (x ^ _shifted(x, _SHIFTS[0])) * _signed(_MULTIPLIERS[0]) + middle
