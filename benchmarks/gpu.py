@@ -229,10 +229,11 @@ def _write(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def _print(rows: list[dict[str, object]], console: Console) -> None:
-    table = Table(
-        "network", "compiled", "rule", "ms", "quartiles", "times plain", "host ms", "kernels ms", "peak MiB"
-    )
-    for row in sorted(rows, key=lambda row: (str(row["network"]), bool(row["compiled"]))):
+    columns = ("ms", "quartiles", "times plain", "host ms", "kernels ms", "peak MiB")
+    table = Table("network", "batch", "compiled", "rule", *columns)
+    for row in sorted(
+        rows, key=lambda row: (str(row["network"]), int(str(row["batch"])), bool(row["compiled"]))
+    ):
         quartiles = f"{row['q25_ms']:.1f} to {row['q75_ms']:.1f}"
         cells = (
             f"{row['median_ms']:.1f}",
