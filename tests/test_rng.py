@@ -24,22 +24,20 @@ BOUND = stats.norm.isf(0.5e-6)  # in standard deviations
 METHODS = pytest.mark.parametrize("method", ["uniform", "uniform16"])
 
 
-def word(index: int, start: int, middle: int) -> int:
-    x = index ^ start
-    x = ((x ^ (x >> 17)) * 0xED5AD4BB + middle) % 2**32
-    x = ((x ^ (x >> 11)) * 0xAC4C1B51) % 2**32
+def word(index: int, first: int = 0, second: int = 0, third: int = 0) -> int:
+    x = index ^ first
+    x = ((x ^ (x >> 17)) * 0xED5AD4BB + second) % 2**32
+    x = ((x ^ (x >> 11)) * 0xAC4C1B51 + third) % 2**32
     x = ((x ^ (x >> 15)) * 0x31848BAB) % 2**32
     return x ^ (x >> 14)
 
 
 def by_definition(method: str, n: int, seed: int, layer: str, count: int, stream: str) -> list[float]:
     """The documented numbers, in Python integers, one index at a time."""
-    digest = hashlib.blake2b(f"{seed}\0{layer}\0{stream}".encode(), digest_size=8).digest()
-    start, middle = (
-        (int(key) + count * step) % 2**32
-        for key, step in zip(np.frombuffer(digest, "<u4"), (0xC13FA9A9, 0x91E10DA5), strict=True)
-    )
-    words = [word(index, start, middle) for index in range(n)]
+    digest = hashlib.blake2b(f"{seed}\0{layer}\0{stream}".encode(), digest_size=12).digest()
+    mixed, (first, second, third) = word(count % 2**32), map(int, np.frombuffer(digest, "<u4"))
+    keys = first ^ mixed, second ^ mixed, (third + mixed) % 2**32
+    words = [word(index, *keys) for index in range(n)]
     if method == "uniform":
         bits, values = 23, [w >> 9 for w in words]
     else:
@@ -170,12 +168,14 @@ def test_a_bit_of_seed_or_count_changes_half_of_all_bits():
         assert_bits_agree_by_chance(start, bits_of(rng.uniform16(torch.empty(n))))
 
 
-def test_draws_that_share_a_key_are_uncorrelated():
+def test_draws_that_share_keys_are_uncorrelated():
     """One in thousands of pairs of draws has nearly the same first key."""
     index = torch.arange(1 << 17, dtype=torch.int32)
-    first = feedbackhook.rng._numbers(index, 7, 12345, True)
-    for start, middle in [(7, 0x1D2C5680), (7, -0x61C88647), (77, 12345), (7 + (1 << 30), 12345)]:
-        assert_uncorrelated(first, feedbackhook.rng._numbers(index, start, middle, True))
+    keys = (7, 12345, 987)
+    first = feedbackhook.rng._numbers(index, keys, True)
+    for place, other in itertools.product(range(3), (0x1D2C5680, -0x61C88647, 77, 7 + (1 << 30))):
+        others = [*keys[:place], other, *keys[place + 1 :]]
+        assert_uncorrelated(first, feedbackhook.rng._numbers(index, others, True))
 
 
 def test_every_share_is_met_within_half_a_step_of_16_bits():

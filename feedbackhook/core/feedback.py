@@ -78,7 +78,7 @@ class Feedback:
         self.recompute = recompute
         self.fused = fused
         self._count = torch.tensor(draws)  # the draw count as a tensor, which compiled code can read
-        self._keys: dict[str, tuple[int, int]] = {}
+        self._keys: dict[str, tuple[int, int, int]] = {}
         self._parts: dict[str, Tensor] | None = None
         self._drawn_for: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self.learned: dict[str, nn.Parameter] = {}
