@@ -173,9 +173,13 @@ class Feedback:
 
     def parts(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Return the random parts for a weight of this shape, dtype and device, drawing them if needed."""
-        if torch.compiler.is_compiling() and (self.recompute or redrawn_by_updates(self.rule)):
-            # Part of the graph instead of a constant: each run of the compiled code reads the draw count.
-            return self._draw(self.rule, weight, self._count.to(weight.device))
+        if self.recompute or redrawn_by_updates(self.rule):
+            if torch.compiler.is_compiling():
+                # Part of the graph instead of a constant: each run of the compiled code reads the draw count.
+                return self._draw(self.rule, weight, self._count.to(weight.device))
+            if self._count.device != weight.device and not weight.is_meta:
+                # Where compiled code needs it: a copy from the CPU would keep its graph from being a CUDA graph.
+                self._count = self._count.to(weight.device)
         if self.recompute:
             return self._draw(self.rule, weight, self.draws)
         wanted = (weight.shape, weight.dtype, weight.device)

@@ -352,19 +352,20 @@ def everything_that_learns(model):
 PAPER_RULES = ("sign", "uSF", "frSF", "brSF", "random", "RndF")
 OTHER_KINDS = ("FA", "angle", "low_rank", "KP", "information")
 """A rule of each other kind: drawn like the layer, mixed, a product, learned in two ways."""
+QUICK = {"aot_eager": (*PAPER_RULES, *OTHER_KINDS), "inductor": ("sign", "brSF", "random")}
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize(
     ("mode", "backend", "recompute"),
     [
-        pytest.param(mode, backend, False, marks=() if mode in quick else pytest.mark.slow)
-        for backend, quick in (("aot_eager", (*PAPER_RULES, *OTHER_KINDS)), ("inductor", PAPER_RULES))
+        pytest.param(mode, backend, False, marks=() if mode in QUICK[backend] else pytest.mark.slow)
+        for backend in QUICK
         for mode in RULES
     ]
     + [
         ("frSF", "inductor", True),
-        ("RndF", "inductor", True),
+        pytest.param("RndF", "inductor", True, marks=pytest.mark.slow),
         pytest.param("low_rank", "inductor", True, marks=pytest.mark.slow),
     ],
 )

@@ -38,7 +38,9 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("case", JOBS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(job, marks=[pytest.mark.slow] if "direct" in job else []) for job in JOBS]
+)
 def test_two_processes_equal_one(case, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "support.distributed_worker", case.split(",")[0], str(tmp_path), *JOBS[case]]

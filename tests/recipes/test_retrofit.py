@@ -43,6 +43,7 @@ def is_a_picture(path: Path) -> bool:
     return bool(plt.imread(path).std() > 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["finetune"], indirect=True)
 def test_fine_tuning_begins_alike_and_ends_in_a_plain_model(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -122,13 +122,8 @@ def test_a_sweep_that_is_killed_three_times_goes_on_to_the_same_table(tmp_path: 
     assert table_of(folder) == table
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGTERM, id="SIGTERM"),
-        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_sweep_that_is_asked_to_stop_leaves_no_run_running(tmp_path: Path, number: int) -> None:
     """SIGTERM goes to the sweep, and Ctrl-C, as from a terminal, to its workers, too."""
     long = replace(tiny(tmp_path / "sweep").protocol, epochs=10_000)

@@ -322,6 +322,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_two_processes_and_refuses_once(folder: Path) -> None:
     options = ["--data.train_images", "100", "--data.test_images", "50", "--protocol.epochs", "1"]
     options += ["--output", str(folder / "command"), "--record.figures", "false", "--protocol.batch_size"]

@@ -62,7 +62,10 @@ def test_a_run_whose_seed_gave_another_v_is_refused(config: RunConfig) -> None:
     ],
     ids=["backprop", "brSF", "dropout", "KP", "WM", "adamw"],
 )
-@pytest.mark.parametrize("batch", [2, None], ids=["within-epoch", "after-evaluation"])
+@pytest.mark.parametrize(
+    "batch",
+    [pytest.param(2, id="within-epoch"), pytest.param(None, id="after-evaluation", marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
     config: RunConfig, mode: str | None, model: ModelConfig, optimizer: OptimizerConfig, batch: int | None
 ) -> None:

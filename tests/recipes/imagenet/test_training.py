@@ -67,6 +67,7 @@ def test_backprop_is_plain_and_the_rate_falls_in_steps(recipe, tmp_path, monkeyp
     assert rates == pytest.approx([LR, LR / 10])
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_the_rule(recipe, tmp_path, monkeypatch):
     root, output = make_tree(tmp_path / "images", train=3), tmp_path / "run"
     batches = spy_on_batches(recipe, monkeypatch)

@@ -20,6 +20,7 @@ from support.trainer_rank import STRATEGIES, WORLD
 from support.trainers import RULES, assert_told, load_trainer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_two_processes_train_as_a_plain_loop_does():
     out = torchrun("-m", "support.trainer_rank")
