@@ -178,7 +178,7 @@ class Feedback:
                 # Part of the graph instead of a constant: each run of the compiled code reads the draw count.
                 return self._draw(self.rule, weight, self._count.to(weight.device))
             if self._count.device != weight.device and not weight.is_meta:
-                # Where compiled code needs it: a copy from the CPU would keep its graph from being a CUDA graph.
+                # Compiled code that copied it from the CPU would be no CUDA graph.
                 self._count = self._count.to(weight.device)
         if self.recompute:
             return self._draw(self.rule, weight, self.draws)
