@@ -61,7 +61,7 @@ def _compact(run: Path, output: Path) -> None:
 
 
 def _with_relative_root(data: dict[str, object]) -> dict[str, object]:
-    return {**data, "root": "data"}
+    return {**data, "root": "data", "cache": None}
 
 
 def _write(path: Path, content: dict[str, object]) -> None:

@@ -2,8 +2,9 @@
 
     python analysis/evidence.py
 
-Reads analysis/runs/evidence and writes analysis/results/liao2016. The page's numbers and verdicts are
-computed here; its sentences are in evidence.md.jinja.
+Reads the runs in analysis/runs (evidence, flowers17_validation, cifar10_epochs and resnet20) and writes
+analysis/results/liao2016. The page's numbers and verdicts are computed here; its sentences are in
+evidence.md.jinja.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jsonargparse import auto_cli
 
 from feedbackhook.liao2016.published import error_rates
 from feedbackhook.report import error_and_angle
-from feedbackhook.report.aggregate import sweep_table
+from feedbackhook.report.aggregate import SweepTable, sweep_table
 from feedbackhook.report.runs import collect
 from feedbackhook.report.tables import write
 
@@ -27,6 +28,10 @@ HERE = Path(__file__).parent
 HOLDS, IN_PART, DOES_NOT, CANNOT_TELL = "holds", "holds in part", "does not hold", "cannot be told"
 FULL = ("uSF+BN+BM", "brSF+BN+BM concordance=1", "frSF+BN+BM concordance=1")
 HALF = ("brSF+BN+BM concordance=0.5", "frSF+BN+BM concordance=0.5")
+CORE = ("SGD", "BN", "BN+BM", "uSF", "NuSF", "uSF+BN+BM", *FULL[1:], *HALF, "RndF", "RndF+BN+BM")
+"""The conditions of every sweep."""
+NATURAL = ("cifar10", "flowers17", "lfw", "caltech101", "scene15")
+"""The sweeps on images of things."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ SOURCES = {
     "cifar10": Source("CIFAR-10 (JPEG)", 10_000, "CIFAR-10", 2.0),
     "flowers17": Source("Flowers17", 340, "Flowers17"),
     "lfw": Source("LFW-ID", 400, "LFW-ID"),
-    "caltech101": Source("Caltech101", 1_020, "Caltech101"),
+    "caltech101": Source("Caltech101", 949, "Caltech101"),
     "scene15": Source("15 scenes", 2_985, None),
     "phoneme": Source("phonemes", 1_169, None),
 }
@@ -61,9 +66,9 @@ def read_cells(folder: Path) -> pd.DataFrame:
     """Return a row for each sweep and condition in ``folder``.
 
     Columns: `sweep`, `condition`, the errors `best` and `chosen` in percent (see
-    :class:`feedbackhook.report.aggregate.SweepTable`), `paper` (missing if it has none), `difference`, the
-    `epoch` of the best error and the number of `epochs`, and the numbers of `seeds`, `runs`, `ended`,
-    `pruned`, `diverged` and `missing` runs.
+    :class:`feedbackhook.report.aggregate.SweepTable`), which are missing if any run is, `paper` (missing if
+    it has none), `difference`, the `epoch` of the best error and the number of `epochs`, and the numbers of
+    `seeds`, `runs`, `ended`, `pruned`, `diverged` and `missing` runs.
     """
     published = error_rates()
     parts = []
@@ -71,7 +76,7 @@ def read_cells(folder: Path) -> pd.DataFrame:
         if not (folder / name).is_dir():
             continue
         table = sweep_table(folder / name)
-        cells = table.cells.assign(epochs=table.manifest.epochs).rename(columns={"best_epoch": "epoch"})
+        cells = complete(table).assign(epochs=table.manifest.epochs).rename(columns={"best_epoch": "epoch"})
         column = published[source.paper] if source.paper else pd.Series(dtype=float)
         paper = cells["condition"].map(column)
         counts = ["epoch", "epochs", "seeds", "runs", "ended", "pruned", "diverged", "missing"]
@@ -80,6 +85,44 @@ def read_cells(folder: Path) -> pd.DataFrame:
     cells = pd.concat(parts, ignore_index=True)
     cells["difference"] = cells["best"] - cells["paper"]
     return cells[["sweep", "condition", "best", "chosen", "paper", "difference", *counts]]
+
+
+def complete(table: SweepTable) -> pd.DataFrame:
+    """Return the cells of a table, without the errors of those that lack a run."""
+    cells = table.cells.copy()
+    cells.loc[cells["missing"] > 0, ["best_error", "chosen_error", "best_epoch"]] = math.nan
+    return cells
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What was tried beside the sweeps: best test errors in percent.
+
+    Args:
+        flowers17: of BN+BM on Flowers17 without a held-out tenth, by the number of training images: 680, or
+            1,020 with the validation images.
+        cifar10: on CIFAR-10 after 65 epochs, by condition.
+        resnet20: of a ResNet-20 on CIFAR-10, by condition; NaN if a run is missing.
+    """
+
+    flowers17: Mapping[int, float]
+    cifar10: Mapping[str, float]
+    resnet20: Mapping[str, float]
+
+
+def read_trials(folder: Path) -> Trials:
+    """Read the sweeps `flowers17_validation`, `cifar10_epochs` and `resnet20` in ``folder``."""
+
+    def errors(name: str, by: str) -> dict[str, float]:
+        cells = complete(sweep_table(folder / name))
+        return dict(cells.set_index(by)["best_error"].astype(float))
+
+    flowers17 = errors("flowers17_validation", "dataset")
+    return Trials(
+        {int(dataset.rpartition("-")[2]): error for dataset, error in flowers17.items()},
+        errors("cifar10_epochs", "condition"),
+        errors("resnet20", "condition"),
+    )
 
 
 class NotBorneOut(ValueError):
@@ -93,14 +136,11 @@ class Evidence:
         cells: what :func:`read_cells` returns.
         points: what :func:`feedbackhook.report.error_and_angle.points` returns for the same runs, with the
             column `sweep`.
-        with_validation: best error of BN+BM on Flowers17 without a held-out tenth, by the number of training
-            images: 680, or 1,020 with the validation images.
+        trials: what was tried beside them.
     """
 
-    def __init__(
-        self, cells: pd.DataFrame, points: pd.DataFrame, with_validation: Mapping[int, float]
-    ) -> None:
-        self.cells, self.points, self.with_validation = cells, points, with_validation
+    def __init__(self, cells: pd.DataFrame, points: pd.DataFrame, trials: Trials) -> None:
+        self.cells, self.points, self.trials = cells, points, trials
         self.sweeps = list(dict.fromkeys(cells["sweep"]))
         by_cell = cells.set_index(["sweep", "condition"])
         self._best, self._paper = by_cell["best"].to_dict(), by_cell["paper"].to_dict()
@@ -163,7 +203,7 @@ class Evidence:
         return all(self.alike(s, one, other) for s in self.known(one, other))
 
     def random_feedback_needs_help(self) -> bool:
-        natural = [s for s in self.known("RndF", "RndF+BN+BM") if s in ("cifar10", "flowers17", "lfw")]
+        natural = [s for s in self.known("RndF", "RndF+BN+BM") if s in NATURAL]
         far_worse = all(self.best(s, "RndF") > 20 * self.best("mnist", "RndF") for s in natural)
         return far_worse and all(self.worse(s, "RndF", "RndF+BN+BM") for s in natural)
 
@@ -171,8 +211,40 @@ class Evidence:
         """Whether BN+BM comes within the margin of the paper's Flowers17 with the validation images, and only
         with them."""
         paper, margin = self.paper("flowers17", "BN+BM"), SOURCES["flowers17"].margin
-        without, images = self.with_validation[680], self.with_validation[1020]
+        without, images = self.trials.flowers17[680], self.trials.flowers17[1020]
         return abs(images - paper) <= margin < abs(without - paper)
+
+    def epochs_explain(self, condition: str) -> bool:
+        """Whether 65 epochs bring a condition on CIFAR-10 more than half of the way to the paper's error."""
+        paper, ours = self.paper("cifar10", condition), self.best("cifar10", condition)
+        return ours - self.trials.cifar10[condition] > (ours - paper) / 2
+
+    def by_share(self, sweep: str, rule: str) -> list[float]:
+        """The best errors of a rule with BN and BM at concordance 1, 0.75, 0.5, 0.25 and 0."""
+        return [self.best(sweep, f"{rule}+BN+BM concordance={c}") for c in ("1", "0.75", "0.5", "0.25", "0")]
+
+    def steep_in_the_middle(self, sweep: str) -> bool:
+        """Whether a quarter of opposed signs costs less than a point, half of them more than five if V is
+        redrawn, and more than half at least two points if V is fixed."""
+        redrawn, fixed = self.by_share(sweep, "brSF"), self.by_share(sweep, "frSF")
+        near = all(errors[1] - errors[0] < 1 for errors in (redrawn, fixed))
+        return near and redrawn[2] - redrawn[0] > 5 and min(fixed[3:]) - fixed[2] > 2
+
+    def resnet_needs_signs(self) -> bool:
+        """Whether half of the signs cost a ResNet-20 at least ten points more than the paper's network."""
+        ours, full, half = self.trials.resnet20, "frSF{} concordance=1", "frSF{} concordance=0.5"
+        cost = ours[half.format("+BM")] - ours[full.format("+BM")]
+        papers = self.best("cifar10", half.format("+BN+BM")) - self.best("cifar10", full.format("+BN+BM"))
+        return cost > papers + 10
+
+    def resnet_costs(self) -> bool:
+        """Whether with BM, frSF and uSF end behind BM by 4 and 8 points in a ResNet-20, and by less than one
+        in the paper's network."""
+        ours = self.trials.resnet20
+        behind = [ours[name] - ours["BM"] for name in ("frSF+BM concordance=1", "uSF+BM")]
+        bm = self.best("cifar10", "BN+BM")
+        papers = [self.best("cifar10", name) - bm for name in ("frSF+BN+BM concordance=1", "uSF+BN+BM")]
+        return [round(points) for points in behind] == [4, 8] and max(papers) < 1
 
     def still_learning(self, sweep: str) -> bool:
         """Whether the best epoch is the last one of every cell with an error of less than 85%."""
@@ -247,7 +319,11 @@ def page(evidence: Evidence) -> str:
         e=evidence,
         sources=SOURCES,
         verdict=verdict,
-        conditions=list(dict.fromkeys(evidence.cells["condition"])),
+        conditions=CORE,
+        more={
+            sweep: part["condition"][~part["condition"].isin(CORE)].tolist()
+            for sweep, part in evidence.cells.groupby("sweep", sort=False)
+        },
         off=off(evidence.cells),
         ranks=rank_correlations(evidence.cells),
         isnan=math.isnan,
@@ -288,12 +364,8 @@ def main(runs: Path = HERE / "runs/evidence", output: Path = HERE / "results/lia
     error_and_angle.write(found, output)
     for name in dict.fromkeys(cells["sweep"]):
         write(sweep_table(runs / name), output / name)
-    more = sweep_table(runs.parent / "flowers17_validation").cells
-    with_validation = {
-        int(dataset.rpartition("-")[2]): float(error)
-        for dataset, error in more[["dataset", "best_error"]].to_numpy()
-    }
-    evidence = Evidence(cells, points, with_validation)
+    write(sweep_table(runs.parent / "resnet20"), output / "resnet20")
+    evidence = Evidence(cells, points, read_trials(runs.parent))
     (output / "README.md").write_text(page(evidence), encoding="utf-8")
 
 

@@ -99,7 +99,8 @@ def draw(made: pd.DataFrame) -> Figure:
             if (part["error"] > 0).all():  # a logarithmic axis has no 0
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                narrow = part["error"].max() < 4 * part["error"].min()
+                axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if narrow else (1, 2, 5)))
                 axes.yaxis.set_minor_locator(NullLocator())
             axes.axvline(90, linestyle=":", color=theme.ink())
         order = [*theme.RULES, *handles]
