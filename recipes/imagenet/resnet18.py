@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -234,4 +235,8 @@ def _shown(metrics: Mapping[str, float]) -> str:
 if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True  # all inputs have the same size
     config = str(Path(__file__).with_suffix(".yaml"))
-    main(auto_cli(Settings, as_positional=False, default_config_files=[config]))
+    settings = auto_cli(Settings, as_positional=False, default_config_files=[config])
+    try:
+        main(settings)
+    except FileNotFoundError as missing:  # the folder of the images, or one in it
+        sys.exit(f"resnet18.py: error: {missing}")

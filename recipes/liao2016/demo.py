@@ -12,6 +12,7 @@ repeated and interrupted ones resume; remove the output folder to start over.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -264,4 +265,8 @@ def main(epochs: int = 5, seeds: int = 2, jobs: int | None = None, output: Path 
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    try:
+        auto_cli(main, as_positional=False)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
