@@ -45,9 +45,9 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
 @pytest.mark.parametrize(
     ("condition", "sweep", "error", "sentence"),
     [
-        ("uSF", "cifar10", 30.0, "uSF alone learns nowhere"),
+        ("uSF", "cifar10", 30.0, "uSF alone learns on no images"),
         ("frSF+BN+BM concordance=0.5", "lfw", 99.0, "fixed feedback is better than redrawn"),
-        ("brSF+BN+BM concordance=1", "mnist", 1.6, "Redrawn magnitudes cost nothing"),
+        ("brSF+BN+BM concordance=1", "mnist", 1.6, "redrawn magnitudes cost nothing"),
         ("frSF+BN+BM concordance=0.75", "mnist", 3.0, "Three quarters of the signs"),
         ("RndF Bottom", "mnist", 3.0, "Random feedback leaves the last layer"),
         ("RndF+BN+BM", "flowers17", 80.0, "Random feedback alone is far worse"),

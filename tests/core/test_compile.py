@@ -63,7 +63,12 @@ COMPILED = {
     "cnn": (small_cnn, (2, 2, 5, 5), ["0.weight", "2.weight"]),
 }
 COMPILED_ON_EVERY_BACKEND = [
-    pytest.param(*COMPILED[name], backend, id=f"{name}-{backend}")
+    pytest.param(
+        *COMPILED[name],
+        backend,
+        id=f"{name}-{backend}",
+        marks=[pytest.mark.slow] if (name, backend) == ("cnn", "inductor") else [],
+    )
     for name in COMPILED
     for backend in BACKENDS
     if (name, backend) != ("cnn", "eager")

@@ -313,6 +313,7 @@ def test_a_gradient_of_the_wrong_shape_is_named():
 # --- several processes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one_does():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
