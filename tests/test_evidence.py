@@ -89,3 +89,24 @@ def test_a_difference_is_two_standard_errors() -> None:
     assert made.alike("mnist", "a", "b")
     assert made.worse("mnist", "c", than="a")
     assert not made.worse("mnist", "a", than="c")
+
+
+def test_the_pages_that_tell_of_it_count_as_it_does() -> None:
+    """The README and docs/evidence.md say how many conclusions hold on how many datasets."""
+    made = made_of(*(pd.read_csv(RESULTS / name) for name in ("cells.csv", "error_and_angle.csv")))
+    conclusions = (
+        made.magnitudes_do_not_matter,
+        made.signs_matter,
+        made.random_magnitudes_equal_sgd,
+        made.normalization_is_indispensable,
+    )
+    verdicts = [evidence.verdict(*conclusion()) for conclusion in conclusions]
+    words = ("none", "one", "two", "three", "four", "five", "six", "seven")
+    whole, part = (words[verdicts.count(verdict)] for verdict in (evidence.HOLDS, evidence.IN_PART))
+    datasets = words[len(made.sweeps)]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"The paper's conditions on {datasets} datasets" in readme
+    assert f"{whole} of its four conclusions hold on all {datasets}, {part} in part" in readme
+    page = (ROOT / "docs/evidence.md").read_text()
+    assert f"{whole} of four conclusions hold on all {datasets} datasets, {part} in part" in page
+    assert f"gradient angle on {datasets} datasets" in page
