@@ -218,6 +218,12 @@ class Evidence:
         without, images = self.trials.flowers17[680], self.trials.flowers17[1020]
         return abs(images - paper) <= margin < abs(without - paper)
 
+    def phonemes_alike(self) -> bool:
+        """Whether all conditions but one are within a point of SGD on the phonemes."""
+        cells = self.cells[self.cells["sweep"] == "phoneme"]
+        far = cells[(cells["best"] - self.best("phoneme", "SGD")).abs() >= 1]
+        return far["condition"].tolist() == ["brSF+BN+BM concordance=0.5"]
+
     def epochs_explain(self, condition: str) -> bool:
         """Whether 65 epochs bring a condition on CIFAR-10 more than half of the way to the paper's error."""
         paper, ours = self.paper("cifar10", condition), self.best("cifar10", condition)

@@ -49,6 +49,7 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
         ("frSF+BN+BM concordance=0.5", "lfw", 99.0, "fixed feedback is better than redrawn"),
         ("brSF+BN+BM concordance=1", "mnist", 1.6, "redrawn magnitudes cost nothing"),
         ("frSF+BN+BM concordance=0.75", "mnist", 3.0, "Three quarters of the signs"),
+        ("uSF", "phoneme", 30.0, "The phonemes hardly tell rules apart"),
         ("RndF Bottom", "mnist", 3.0, "Random feedback leaves the last layer"),
         ("RndF+BN+BM", "flowers17", 80.0, "Random feedback alone is far worse"),
         ("NuSF", "mnist", 30.0, "On MNIST, NuSF and random feedback do without"),
