@@ -79,14 +79,14 @@ def test_batches_of_other_sizes_and_images_of_other_sizes(options):
 @pytest.mark.parametrize(("mode", "lr"), [("DFA", 0.1), ("sDFA", 0.003), ("DRTP", 0.001)])
 def test_each_rule_learns_what_a_last_layer_alone_does_not(mode, lr):
     """Two spirals: no line through random features separates them as well. What is learned depends on B, so
-    the median of three draws counts, and no margin is asked for."""
+    the median of five draws counts."""
     t = torch.linspace(0.3, 2, 100, dtype=torch.float64)
     arm = torch.stack([t * torch.cos(3 * t), t * torch.sin(3 * t)], 1)
     x, y = torch.cat([arm, -arm]), torch.arange(2).repeat_interleave(100)
 
     def trained(model: nn.Module, parameters, patch=None) -> float:
         optimizer = torch.optim.SGD(parameters, lr, momentum=0.9)
-        for _ in range(400):
+        for _ in range(600):
             optimizer.zero_grad()
             if mode == "DRTP" and patch is not None:
                 patch.targets(y)
@@ -100,11 +100,11 @@ def test_each_rule_learns_what_a_last_layer_alone_does_not(mode, lr):
     shallow = copy.deepcopy(start)
     last = trained(shallow, shallow[4].parameters())
     found = []
-    for seed in range(3):
+    for seed in range(5):
         model = copy.deepcopy(start)
         patch = feedbackhook.patch(model, mode, seed=seed)
         found.append(trained(model, model.parameters(), patch))
-    assert statistics.median(found) < last
+    assert statistics.median(found) < 0.8 * last
 
 
 @pytest.fixture

@@ -210,8 +210,10 @@ def test_a_sweep_of_the_evidence_has_its_conditions_at_five_rates(name, conditio
     assert len({run.dataset for run in runs}) == 1
     assert {run.condition for run in runs} == conditions
     assert conditions <= ALL
+    seeds = 2 if name == "phoneme" else 1
+    assert len({run.seed for run in runs}) == seeds
     assert len({run.lr_factor for run in runs}) == 5
-    assert len({run.seed for run in runs}) == (2 if name == "phoneme" else 1)
+    assert len(runs) == 5 * seeds * len({(run.condition, run.procedure.name) for run in runs})
 
 
 def test_a_resnet20_has_the_core_conditions_with_its_own_batch_normalization():
