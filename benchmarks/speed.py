@@ -62,7 +62,7 @@ class Figures:
         for (title, start), goal in zip(MODELS.items(), goals, strict=True):
             for contestant in contestants:
                 points = round(100 * (self.ratio(start + suffix, contestant) - goal), 1)
-                if not points <= 0:
+                if math.isnan(points) or points > 0:
                     by = "not measured" if math.isnan(points) else points
                     found.append(f"{contestant} on {title.split(',')[0]} ({by})")
         return ", ".join(found) or "none"
