@@ -61,8 +61,8 @@ class CounterRNG:
         return self._drawn(weight, stream, halves=False)
 
     def uniform16(self, weight: Tensor, stream: str = "") -> Tensor:
-        """Return numbers like those of `uniform`, but with 16 random bits, by tensor operations in about half the
-        time.
+        """Return numbers like those of `uniform`, but with 16 random bits, in about half the time unless
+        compiled.
 
         They are the 65536 values (k + 0.5) / 65536, so a share that is chosen by comparing them is off by up
         to 2**-17.
