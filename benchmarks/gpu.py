@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rules", nargs="*", default=list(EAGER), help="of eager networks, by importance")
     parser.add_argument("--compiled", nargs="*", default=list(COMPILED), help="of compiled ones, the same")
+    parser.add_argument(
+        "--modes", nargs="*", default=["default"], help="of torch.compile, by importance: default, ..."
+    )
     parser.add_argument("--budget", type=float, default=150, help="seconds after which no case is begun")
     parser.add_argument("--before", type=Path, help="a checkout whose eager steps take turns as RULE before")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.csv")
@@ -80,27 +83,26 @@ def main() -> None:
     earlier = None if given.before is None else another_version(given.before)
 
     began, console = time.monotonic(), Console(width=120)
-    longest = {False: 0.0, True: 20.0}  # seconds a contestant; compiling takes that at least on a GPU
+    longest = {"no": 0.0}  # seconds a contestant; compiling takes 20 at least on a GPU
     rows: list[dict[str, object]] = []
     plain: dict[Setting, Contestant] = {}
     # All that is eager first: it is cheap, and a case that is compiled may take the rest of the budget.
-    for compiled, rules in ((False, given.rules), (True, given.compiled)):
+    for how, rules in (("no", given.rules), *((mode, given.compiled) for mode in given.modes)):
         for rule, case in itertools.product(rules, given.cases):
             network, _, batch = case.rpartition(":")
-            how = "default" if compiled else "no"
             setting = Setting(network, int(batch), given.size, given.device, "bfloat16", how)
             packages = {rule: feedbackhook}
-            if earlier is not None and not compiled and rule != "plain again":
+            if earlier is not None and how == "no" and rule != "plain again":
                 packages[f"{rule} before"] = earlier
             started, new = time.monotonic(), len(packages) + (setting not in plain)
-            label = f"{case}, {rule}{', compiled' if compiled else ''}"
-            if started - began + new * longest[compiled] > given.budget:
+            label = f"{case}, {rule}, compiled: {how}"
+            if started - began + new * longest.get(how, 20.0) > given.budget:
                 console.print(f"{started - began:5.0f} s  {label}: left out, for the budget")
                 continue
             rows += _measure(setting, packages, plain, given.warmup, given.rounds)
             _write(rows, given.output)
             ended = time.monotonic()
-            longest[compiled] = max(longest[compiled], (ended - started) / new)
+            longest[how] = max(longest.get(how, 20.0), (ended - started) / new)
             console.print(f"{ended - began:5.0f} s  {label}")
     _print(rows, console)
 
@@ -208,7 +210,7 @@ def _row(
         "network": setting.model,
         "size": setting.size,
         "batch": setting.batch,
-        "compiled": setting.compile != "no",
+        "compiled": setting.compile,
         "rule": rule,
         "median_ms": round(median, 3),
         "q25_ms": round(low, 3),
@@ -232,7 +234,7 @@ def _print(rows: list[dict[str, object]], console: Console) -> None:
     columns = ("ms", "quartiles", "times plain", "host ms", "kernels ms", "peak MiB")
     table = Table("network", "batch", "compiled", "rule", *columns)
     for row in sorted(
-        rows, key=lambda row: (str(row["network"]), int(str(row["batch"])), bool(row["compiled"]))
+        rows, key=lambda row: (str(row["network"]), int(str(row["batch"])), str(row["compiled"]))
     ):
         quartiles = f"{row['q25_ms']:.1f} to {row['q75_ms']:.1f}"
         cells = (
@@ -246,7 +248,7 @@ def _print(rows: list[dict[str, object]], console: Console) -> None:
         table.add_row(
             str(row["network"]).removeprefix("timm/"),
             str(row["batch"]),
-            "yes" if row["compiled"] else "no",
+            str(row["compiled"]),
             str(row["rule"]),
             *cells,
         )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,26 @@ STREAM = 2
 _SHIFTS, _MULTIPLIERS = (17, 11, 15, 14), (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB)
 _MASK = 0xFFFFFFFF
 _BLOCK = 1 << 17  # words hashed at a time, a power of 2: three int32 buffers of 512 KiB stay in cache
-_TILE = 1 << 10  # numbers in a row of the fused kernel
+_TILE = 1 << 10  # numbers in a row, of one layer
+_AT_ONCE = 1 << 26  # numbers drawn at once, which bounds the memory that this takes to 1 GiB
 # With half a step added, each value is exact in float32 and strictly inside (0, 1).
 _WHOLE, _HALF = 23, 16  # random bits of a number, if it has a word of its own and if two share one
+
+
+@dataclass
+class Streams:
+    """What one layer's draws have in common.
+
+    Attributes:
+        keys: by stream, before the draw count is mixed in. `torch.compile` can trace their lookup, but not
+            their computation.
+        asked: how many numbers the last draw asked for, by stream and whether two share a word.
+        ready: those that `draw_together` has drawn for the next one.
+    """
+
+    keys: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    asked: dict[tuple[str, bool], int] = field(default_factory=dict)
+    ready: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,14 +61,14 @@ class CounterRNG:
         layer: the layer to draw for; its name is part of the key.
         count: how often this layer has been redrawn; an int, or an int64 tensor without dimensions.
         fused: whether to compute the same numbers with one kernel made by `torch.compile`.
+        streams: what the layer's draws have in common.
     """
 
     seed: int
     layer: LayerInfo
     count: int | Tensor = 0
     fused: bool = False
-    # Keys by stream. `torch.compile` can trace their lookup, but not their computation.
-    _made: dict[str, tuple[int, int, int]] = field(default_factory=dict, compare=False, repr=False)
+    streams: Streams = field(default_factory=Streams, compare=False, repr=False)
 
     def uniform(self, weight: Tensor, stream: str = "") -> Tensor:
         """Return numbers from U(0, 1), float32, in the shape and on the device of `weight`.
@@ -79,27 +96,102 @@ class CounterRNG:
         return uniform.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
 
     def _drawn(self, weight: Tensor, stream: str, halves: bool) -> Tensor:
-        n, device, keys = weight.numel(), weight.device, self._keys(stream)
+        n, device = weight.numel(), weight.device
         if torch.compiler.is_compiling():
             index = torch.arange(n, dtype=torch.int32, device=device)
-            return _numbers(index, _as_int32(keys), halves).view(weight.shape)
+            return _numbers(index, _as_int32(self.keys(stream)), halves).view(weight.shape)
+        self.streams.asked[stream, halves] = n
+        ready = self.streams.ready.pop((stream, halves), None)
+        if ready is not None and ready.numel() == n and ready.device == device:
+            return ready.view(weight.shape)
         if not self.fused:
-            return _by_blocks(n, keys, halves, device)[:n].view(weight.shape)
+            return _by_blocks(n, self.keys(stream), halves, device)[:n].view(weight.shape)
         # Tensors, since numbers would be constants of the kernel, and each would need another kernel.
-        key_tensors = [_scalar(key, torch.int32, device) for key in _as_int32(keys)]
-        tiles = _fused_tiles()(-(-n // _TILE), key_tensors, halves)
-        return tiles.view(-1)[:n].view(weight.shape)
+        keys = [_scalar(key, torch.int32, device) for key in _as_int32(self.keys(stream))]
+        rows = torch.arange(_rows(n), dtype=torch.int32, device=device).unsqueeze(1)
+        return _fused(rows, keys, halves).view(-1)[:n].view(weight.shape)
 
-    def _keys(self, stream: str) -> _Keys:
-        """Return the keys of `_numbers`, in [0, 2**32)."""
-        if stream not in self._made:
+    def keys(self, stream: str) -> _Keys:
+        """Return the keys of a stream's numbers in this draw, in [0, 2**32)."""
+        return _with_count(self.base_keys(stream), self.count)
+
+    def base_keys(self, stream: str) -> tuple[int, int, int]:
+        """Return the keys of a stream, without the draw count."""
+        if stream not in self.streams.keys:
             text = f"{self.seed}\0{self.layer.name}\0{stream}".encode()
             digest = hashlib.blake2b(text, digest_size=12).digest()
             first, second, third = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8))
-            self._made[stream] = first, second, third
-        count = _mix(cast(int, self.count) & _MASK)  # a tensor takes the same arithmetic
-        first, second, third = self._made[stream]
-        return first ^ count, second ^ count, (third + count) & _MASK
+            self.streams.keys[stream] = first, second, third
+        return self.streams.keys[stream]
+
+
+# --- many layers at once -----------------------------------------------------------------------------------
+
+
+class Together:
+    """Draws the numbers of many layers at once.
+
+    On a GPU, and with the fused kernel everywhere, starting a kernel for each layer costs more than drawing
+    its numbers. A row of `_TILE` numbers belongs to one layer and has its keys.
+    """
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[object, ...], _Plan] = {}
+
+    @torch.no_grad()
+    def draw(self, rngs: Iterable[CounterRNG], device: torch.device) -> None:
+        """Make ready, for each layer, the numbers that its last draw asked for.
+
+        Args:
+            rngs: the layers' next draws; their counts are ints.
+            device: where the weights are.
+        """
+        groups: dict[tuple[bool, bool, int], list[list[_Wanted]]] = {}
+        for rng in rngs:
+            for (stream, halves), n in rng.streams.asked.items():
+                parts = groups.setdefault((halves, rng.fused, cast(int, rng.count)), [[]])
+                if parts[-1] and sum(wanted.n for wanted in parts[-1]) + n > _AT_ONCE:
+                    parts.append([])
+                parts[-1].append(_Wanted(rng, stream, n))
+        before, self._plans = self._plans, {}
+        for (halves, fused, count), parts in groups.items():
+            for part in parts:
+                if len(part) > 1:
+                    named = tuple((w.rng.seed, w.rng.layer.name, w.stream, w.n) for w in part)
+                    key = (halves, fused, device, *named)
+                    plan = self._plans[key] = before.get(key) or _Plan(part, device)
+                    for wanted, numbers in zip(part, plan.draw(count, halves, fused), strict=True):
+                        wanted.rng.streams.ready[wanted.stream, halves] = numbers
+
+
+class _Wanted(NamedTuple):
+    """The numbers of one stream of one layer."""
+
+    rng: CounterRNG
+    stream: str
+    n: int
+
+
+class _Plan:
+    """Where the numbers of each stream are in one draw, and the keys of each row before the count."""
+
+    def __init__(self, wanted: Sequence[_Wanted], device: torch.device) -> None:
+        self._lengths = [each.n for each in wanted]
+        rows = torch.tensor([_rows(n) for n in self._lengths])
+        owners = torch.repeat_interleave(rows)
+        self._starts = (_TILE * (rows.cumsum(0) - rows)).tolist()
+        places = torch.arange(len(owners)) - (rows.cumsum(0) - rows)[owners]
+        keys = torch.tensor([_as_int32(each.rng.base_keys(each.stream)) for each in wanted])
+        self._rows = places.to(device, torch.int32).unsqueeze(1)
+        self._keys = tuple(keys[owners].to(device, torch.int32).split(1, dim=1))
+
+    def draw(self, count: int, halves: bool, fused: bool) -> list[Tensor]:
+        """Return the numbers of each stream."""
+        first, second, third = self._keys
+        mixed = _signed(_mix(count & _MASK))
+        keys = [first ^ mixed, second ^ mixed, third + mixed]
+        numbers = (_fused if fused else _eager_tiles)(self._rows, keys, halves).view(-1)
+        return [numbers[i : i + n] for i, n in zip(self._starts, self._lengths, strict=True)]
 
 
 def check_stream(state: Mapping[str, Any]) -> None:
@@ -121,6 +213,12 @@ def _mix(x: _IntOrTensor) -> _IntOrTensor:
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         x = ((x ^ (x >> shift)) * _signed(multiplier)) & _MASK
     return x
+
+
+def _with_count(keys: tuple[int, int, int], count: int | Tensor) -> _Keys:
+    mixed = _mix(cast(int, count) & _MASK)  # a tensor takes the same arithmetic
+    first, second, third = keys
+    return first ^ mixed, second ^ mixed, (third + mixed) & _MASK
 
 
 def _numbers(index: Tensor, keys: Sequence[_Key], halves: bool) -> Tensor:
@@ -146,28 +244,45 @@ def _numbers(index: Tensor, keys: Sequence[_Key], halves: bool) -> Tensor:
 
 def _by_blocks(n: int, keys: _Keys, halves: bool, device: torch.device) -> Tensor:
     """Return the same n numbers, or one more. On the CPU each block stays in cache until they are made."""
-    per_word, bits = (2, _HALF) if halves else (1, _WHOLE)
+    per_word = 2 if halves else 1
     words = -(-n // per_word)
     block = max(1, min(words, _BLOCK) if device.type == "cpu" else words)
     index = torch.arange(min(words, block), dtype=torch.int32, device=device)
     whole, scratch = index if words <= block else torch.empty_like(index), torch.empty_like(index)
     _, second, third = (_scalar(key, torch.int32, device) for key in _as_int32(keys))
     numbers = torch.empty(words * per_word, dtype=torch.float32, device=device)
-    offset = _scalar(_offset(bits), torch.float32, device)
     for begin in range(0, words, block):
         size = min(block, words - begin)
-        x, y = whole[:size], scratch[:size]
+        x = whole[:size]
         (first,) = _as_int32([keys[0] ^ begin])
         torch.bitwise_xor(index[:size], _scalar(first, torch.int32, device), out=x)
-        for added, shift, multiplier in zip((second, third), _SHIFTS, _MULTIPLIERS, strict=False):
-            x.bitwise_xor_(_shifted(x, shift, y))
-            torch.add(added, x, alpha=_signed(multiplier), out=x)
-        x.bitwise_xor_(_shifted(x, _SHIFTS[2], y)).mul_(_signed(_MULTIPLIERS[2]))
-        x.bitwise_xor_(_shifted(x, _SHIFTS[3], y))
         made = numbers[begin * per_word : (begin + size) * per_word]
-        made.copy_(x.view(torch.int16) if halves else x.bitwise_right_shift_(32 - bits))
-        torch.add(offset, made, alpha=2.0**-bits, out=made)
+        _hash_into(made, x, scratch[:size], second, third, halves)
     return numbers
+
+
+def _eager_tiles(rows: Tensor, keys: Sequence[Tensor], halves: bool) -> Tensor:
+    """Return the same numbers as `_tiles`."""
+    words, device = _TILE // 2 if halves else _TILE, rows.device
+    x = rows * words + torch.arange(words, dtype=torch.int32, device=device)
+    x.bitwise_xor_(keys[0])
+    numbers = torch.empty(len(rows), _TILE, dtype=torch.float32, device=device)
+    _hash_into(numbers, x, torch.empty_like(x), keys[1], keys[2], halves)
+    return numbers
+
+
+def _hash_into(
+    numbers: Tensor, x: Tensor, scratch: Tensor, second: Tensor, third: Tensor, halves: bool
+) -> None:
+    """Make numbers of `x`, the index XOR the first key, which is overwritten."""
+    for added, shift, multiplier in zip((second, third), _SHIFTS, _MULTIPLIERS, strict=False):
+        x.bitwise_xor_(_shifted(x, shift, scratch))
+        torch.add(added, x, alpha=_signed(multiplier), out=x)
+    x.bitwise_xor_(_shifted(x, _SHIFTS[2], scratch)).mul_(_signed(_MULTIPLIERS[2]))
+    x.bitwise_xor_(_shifted(x, _SHIFTS[3], scratch))
+    bits = _HALF if halves else _WHOLE
+    numbers.copy_(x.view(torch.int16) if halves else x.bitwise_right_shift_(32 - bits))
+    torch.add(_scalar(_offset(bits), torch.float32, x.device), numbers, alpha=2.0**-bits, out=numbers)
 
 
 def _shifted(x: Tensor, shift: int, out: Tensor | None = None) -> Tensor:
@@ -187,13 +302,29 @@ def _offset(bits: int) -> float:
     return 0.5 + 2.0 ** -(bits + 1)
 
 
-def _tiles(rows: int, keys: Sequence[Tensor], halves: bool) -> Tensor:
-    """Return the first rows * _TILE numbers as a matrix. A kernel for a length known only at run time would
-    spend half its time dividing by it."""
-    device = keys[0].device
-    row = torch.arange(rows, dtype=torch.int32, device=device).mul_(_TILE)
-    index = row.unsqueeze(1) + torch.arange(_TILE, dtype=torch.int32, device=device)
+def _tiles(rows: Tensor, keys: Sequence[Tensor], halves: bool) -> Tensor:
+    """Return numbers, `_TILE` in a row.
+
+    A kernel for a length known only at run time would spend half its time dividing by it.
+
+    Args:
+        rows: the number of each row among its stream's, shape (n, 1).
+        keys: one for all rows, or one for each.
+        halves: whether two numbers share a word.
+    """
+    index = rows * _TILE + torch.arange(_TILE, dtype=torch.int32, device=rows.device)
     return _numbers(index, keys, halves)
+
+
+def _rows(n: int) -> int:
+    """Return the number of rows for n numbers: two at least, since one or none would need a kernel of its
+    own."""
+    return max(2, -(-n // _TILE))
+
+
+@torch.no_grad()
+def _fused(rows: Tensor, keys: list[Tensor], halves: bool) -> Tensor:
+    return _fused_tiles()(rows, keys, halves)
 
 
 @cache

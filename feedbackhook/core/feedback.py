@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from feedbackhook.core.discovery import LayerInfo
 from feedbackhook.core.learning import LearningRule, Local, MirrorRule, learns, reads_calls
-from feedbackhook.core.torch_internals import is_wrapped, transformed
-from feedbackhook.rng import CounterRNG
+from feedbackhook.core.torch_internals import is_wrapped, run_while_compiling, transformed
+from feedbackhook.rng import CounterRNG, Streams
 
 
 class Rule(Protocol):
@@ -78,7 +78,7 @@ class Feedback:
         self.recompute = recompute
         self.fused = fused
         self._count = torch.tensor(draws)  # the draw count as a tensor, which compiled code can read
-        self._keys: dict[str, tuple[int, int, int]] = {}
+        self._streams = Streams()
         self._parts: dict[str, Tensor] | None = None
         self._drawn_for: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self.learned: dict[str, nn.Parameter] = {}
@@ -174,12 +174,10 @@ class Feedback:
     def parts(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Return the random parts for a weight of this shape, dtype and device, drawing them if needed."""
         if self.recompute or redrawn_by_updates(self.rule):
+            self._move_draw_count(weight.device)
             if torch.compiler.is_compiling():
                 # Part of the graph instead of a constant: each run of the compiled code reads the draw count.
-                return self._draw(self.rule, weight, self._count.to(weight.device))
-            if self._count.device != weight.device and not weight.is_meta:
-                # Compiled code that copied it from the CPU would be no CUDA graph.
-                self._count = self._count.to(weight.device)
+                return self._draw(self.rule, weight, self._count)
         if self.recompute:
             return self._draw(self.rule, weight, self.draws)
         wanted = (weight.shape, weight.dtype, weight.device)
@@ -187,6 +185,16 @@ class Feedback:
             self._parts = self._draw(self.rule, weight, self.draws)
             self._drawn_for = wanted
         return self._parts
+
+    @run_while_compiling
+    def _move_draw_count(self, device: torch.device) -> bool:
+        """Move the draw count to the weight's device.
+
+        A graph that reads it from the CPU is no CUDA graph, and crashes on a GPU in PyTorch 2.11.
+        """
+        if device.type != "meta":
+            self._count = self._count.to(device)
+        return True
 
     @torch.no_grad()
     def _draw(self, rule: Rule, weight: Tensor, count: int | Tensor) -> dict[str, Tensor]:
@@ -196,13 +204,31 @@ class Feedback:
             weight = torch.full(weight.shape, torch.nan, dtype=weight.dtype, device=weight.device)
         if not callable(getattr(rule, "draw", None)):
             return {}  # a rule that learns may have no random parts
-        return rule.draw(weight, CounterRNG(self.seed, self.layer, count, self.fused, self._keys))
+        if torch.compiler.is_compiling():
+            return rule.draw(weight, self._rng(count))
+        self._streams.asked.clear()
+        parts = rule.draw(weight, self._rng(count))
+        self._streams.ready.clear()
+        return parts
+
+    def _rng(self, count: int | Tensor) -> CounterRNG:
+        return CounterRNG(self.seed, self.layer, count, self.fused, self._streams)
+
+    def next_draw(self) -> tuple[CounterRNG, torch.device] | None:
+        """Return the random numbers of the draw that is due, and their device; None if none is due, or if
+        the numbers that it takes are not known, since the draw before was not needed."""
+        if self._parts is not None or self._drawn_for is None or self.recompute:
+            return None
+        return self._rng(self.draws), self._drawn_for[2]
 
     def redraw(self) -> None:
         """Advance to the next draw, which happens when V is next needed."""
         self.draws += 1
         self._count.fill_(self.draws)
+        if self._parts is None:
+            self._streams.asked.clear()  # the last draw was not needed, so the next may not be either
         self._parts = None
+        self._streams.ready.clear()
 
     def like(self, rule: Rule, seed: int, draws: int, drawn_as: str | None = None) -> Feedback:
         """Return a feedback of the same layer that keeps and draws its random parts in the same way.

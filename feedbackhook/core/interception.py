@@ -32,7 +32,7 @@ from feedbackhook.core.mode import Mode, Running
 from feedbackhook.core.signals import Forward
 from feedbackhook.core.sites import reroute_inputs
 from feedbackhook.core.state import PatchState
-from feedbackhook.core.steps import Clock, Redraw
+from feedbackhook.core.steps import Clock, Redraw, Together
 from feedbackhook.core.weights import Weights
 
 
@@ -76,6 +76,7 @@ class Interceptor:
     def _set_up(self) -> None:
         """Set what a copy cannot take along."""
         self._traced_mode = Mode(self._calls, traced=True)
+        self._together = Together()
         self._clock: Clock | None = None  # a copy starts its clock in its first intercepted forward
         self.state.listen_to_steps(Redraw(self.state))
         self.learners = Learners(self.state)
@@ -85,7 +86,7 @@ class Interceptor:
         return {
             key: value
             for key, value in self.__dict__.items()
-            if key not in ("_traced_mode", "_clock", "learners")
+            if key not in ("_traced_mode", "_clock", "_together", "learners")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -159,7 +160,9 @@ class Interceptor:
             if torch_internals.is_replica(module):
                 raise RuntimeError(_NO_REPLICAS)
             self.coverage.check_tree()
-            self._update(self.state.inside.get(mark.path, []))
+            inside = self.state.inside.get(mark.path, [])
+            self._update(inside)
+            self._together.before_forward(inside)
             self.learners.begin_forward()
             mode = Mode(self._calls)
             if self.state.output is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.core.feedback import redrawn_by_updates
+from feedbackhook import rng
+from feedbackhook.core.feedback import Feedback, redrawn_by_updates
+from feedbackhook.core.layer import Layer
 from feedbackhook.core.state import PatchState
 
 
@@ -76,6 +79,25 @@ class Redraw:
         for layer in state.held_by(optimizer):
             if redrawn_by_updates(layer.feedback.rule):
                 layer.feedback.redraw()
+
+
+class Together:
+    """Draws what is due for many layers at once, before a forward."""
+
+    def __init__(self) -> None:
+        self._together = rng.Together()
+
+    def before_forward(self, layers: Iterable[Layer]) -> None:
+        """Draw the random numbers of the layers whose random parts are due, where that is faster than one
+        layer after the other: on all devices but the CPU, and there with the fused kernel."""
+        due: dict[torch.device, list[rng.CounterRNG]] = {}
+        for layer in layers:
+            if isinstance(layer.feedback, Feedback) and (draw := layer.feedback.next_draw()) is not None:
+                numbers, device = draw
+                if device.type != "cpu" or numbers.fused:
+                    due.setdefault(device, []).append(numbers)
+        for device, draws in due.items():
+            self._together.draw(draws, device)
 
 
 _RETIRED: list[RemovableHandle] = []

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import FrameType, FunctionType
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
+P = ParamSpec("P")
 Node: TypeAlias = Any
 """A node of the autograd graph. (`torch.autograd.graph.Node` is not typed well enough for a type checker.)"""
 
@@ -156,6 +157,29 @@ def forget_compiled_code() -> bool:
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch.compiler.reset()
     return blind
+
+
+def compile_in_place(module: nn.Module, **options: Any) -> None:
+    """Make calls of a module run code that `torch.compile` has made, as `module.compile(**options)` does.
+
+    Up to PyTorch 2.11 that begins with a function of PyTorch's own, which the compiler skips: of a module
+    such as `nn.Sequential` nothing is compiled, and of hooks only pieces. Here it begins with another one.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call, **options)
+
+
+def run_while_compiling(method: Callable[P, bool]) -> Callable[P, bool]:
+    """Make `torch.compile` run a method when it traces a call of it, and leave the call out of the graph.
+
+    `torch.compiler.assume_constant_result` does the same, but loads the compiler. The result is kept as a
+    global of the compiled function's module, so no module may have the method's name as another global.
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 def compiler_is_loaded() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Sign:
     magnitude: Magnitude = "random"
     redraw: Redraw = "never"
     scale: Scale | float | None = "norm"
+    _disagreeing: ClassVar[float]
 
     def __post_init__(self) -> None:
         check_number("concordance", self.concordance, 0, 1)
@@ -43,13 +45,15 @@ class Sign:
             check_choice("scale", self.scale, Scale)
         elif self.scale is not None:
             check_number("scale", self.scale, 0)
+        # Not in `draw`: until PyTorch 2.11, what computes with a float attribute is compiled for each value.
+        object.__setattr__(self, "_disagreeing", 1 - self.concordance)
 
     def draw(self, weight: Tensor, rng: CounterRNG) -> dict[str, Tensor]:
         """Draw the product of M and S, unless it is 1 or |W|, and the scale if it depends on the layer."""
         parts: dict[str, Tensor] = {}
         drawn = rng.uniform16(weight, "magnitude") if self.magnitude == "random" else None
-        if self.concordance < 1:
-            side = rng.uniform16(weight, "sign").sub_(1 - self.concordance)
+        if self._disagreeing > 0:
+            side = rng.uniform16(weight, "sign").sub_(self._disagreeing)
             drawn = torch.copysign(torch.ones_like(side) if drawn is None else drawn, side)
         if drawn is not None:
             parts["M o S"] = drawn.to(weight.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,9 +54,38 @@ class Spectrum:
         with full_precision(weight.device):
             w = blocks(wide(weight), parts["kept"].shape[0])
             finite = w.isfinite().all()  # the decomposition of anything else would raise
-            a, s, b = torch.linalg.svd(torch.where(finite, w, 0), full_matrices=False)
+            decompose = _decompose_compiled if torch.compiler.is_compiling() else _decompose
+            a, s, b = decompose(torch.where(finite, w, 0))
             smallest = s.amax(-1, keepdim=True) * max(w.shape[1:]) * torch.finfo(w.dtype).eps
             values = torch.where((s > smallest) & parts["kept"], s.pow(parts["power"]), 0)
             v = torch.where(finite, (a * values.unsqueeze(-2)) @ b, torch.nan)
             v = v if self.scale is None else with_norm_of(w, v)
         return v.reshape(weight.shape).to(weight.dtype)
+
+
+def _decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, s, b = torch.linalg.svd(w, full_matrices=False)
+    return a.contiguous(), s, b.contiguous()
+
+
+# An operator of its own, so that the compiler leaves it out of CUDA graphs: PyTorch's copies to the CPU on a
+# GPU, which a graph cannot record, and does not say so.
+_decompose_compiled = torch.library.custom_op(
+    "feedbackhook::svd", _decompose, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+
+
+@_decompose_compiled.register_fake
+def _(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    *groups, m, n = w.shape
+    least = min(m, n)
+    return w.new_empty(*groups, m, least), w.new_empty(*groups, least), w.new_empty(*groups, least, n)
+
+
+@_decompose_compiled.register_vmap
+def _(
+    info: Any, dims: tuple[int | None, ...], w: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+    (dim,) = dims
+    batch = w.expand(info.batch_size, *w.shape) if dim is None else w.movedim(dim, 0)
+    return _decompose_compiled(batch), (0, 0, 0)

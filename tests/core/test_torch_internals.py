@@ -5,6 +5,7 @@ A release of PyTorch that changes one fails here, by the name of the function th
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -230,6 +231,50 @@ def test_forget_compiled_code_lets_the_compiler_see_hooks():
     torch.testing.assert_close(compiled(x), layer(x))
     with layer.register_forward_hook(lambda module, args, output: output + 1):
         torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias) + 1)
+    torch.compiler.reset()
+
+
+def test_run_while_compiling_runs_once_and_is_not_in_the_graph():
+    class Thing:
+        runs, factor = 0, torch.ones(())
+
+        @torch_internals.run_while_compiling
+        def set_factor_of_thing(self, value: float) -> bool:
+            self.runs += 1
+            self.factor = torch.tensor(value)
+            return True
+
+    thing = Thing()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def double(x: Tensor) -> Tensor:
+        thing.set_factor_of_thing(2.0)
+        return x * thing.factor
+
+    for value in (2, 5):
+        torch.testing.assert_close(double(torch.ones(3)), torch.full((3,), float(value)))
+        thing.factor.fill_(5)  # which the graph reads
+    assert thing.runs == 1
+    torch.compiler.reset()
+
+
+def test_compile_in_place_makes_one_graph_of_a_module_and_its_hooks():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.ones(1, 3)
+    want, names = model(x) * 2, list(model.state_dict())
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch_internals.compile_in_place(model, backend=backend, fullgraph=True)
+    assert not graphs
+    for _ in range(2):
+        torch.testing.assert_close(model(x), want)
+    assert len(graphs) == 1
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(copy.deepcopy(model)(x), want)  # a copy runs uncompiled
     torch.compiler.reset()
 
 

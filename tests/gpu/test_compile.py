@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -21,6 +22,8 @@ from support.gpu import (
 from support.oracle import Step, assert_same_gradients, by_backprop, gradients
 from support.problems import MLP_UPSTREAM, draw, mlp
 from torch import Tensor, nn
+
+import feedbackhook
 
 COMPILED = {
     "mlp": (mlp, draw(3, 4), MLP_UPSTREAM),
@@ -55,8 +58,11 @@ def test_compiled_steps_follow_v(mode, network, how):
     comes from an eager twin, independent of the compiled code."""
     build, x, unlike = COMPILED[network]
     plain = build()
-    (model, _), (twin, patch) = (moved(plain, mode, **RULES[mode]) for _ in range(2))
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (model, twin)]
+    (model, compiled_patch), (twin, patch) = (moved(plain, mode, **RULES[mode]) for _ in range(2))
+    optimizers = [
+        torch.optim.SGD([*net.parameters(), *of_net.parameters()], lr=0.01)
+        for net, of_net in ((model, compiled_patch), (twin, patch))
+    ]
     step = compiled_step(model, how)
     # Compiled and eager code have different inverse error functions in float32.
     tolerance = bounds.HALF_OF_FLOAT32 if mode == "random" else bounds.HALF_OF_FLOAT64
@@ -83,6 +89,21 @@ def test_a_patch_keeps_no_graph_from_being_a_cuda_graph(mode):
     for _ in range(4):
         gradients(model, draw(3, 4).to(DEVICE), step)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@MODES_OF_COMPILING
+def test_a_model_is_patched_then_moved_then_compiled(how):
+    """Nothing has run on the GPU when the code is made."""
+    plain, x = mlp(), draw(3, 4)
+    model = copy.deepcopy(plain)
+    patch = feedbackhook.patch(model, "brSF")
+    model.to(DEVICE)
+    step = compiled_step(model, how)
+    for _ in range(4):
+        got = gradients(model, x.to(DEVICE), step)
+        assert_follows(got, plain, feedback_of(patch), x, unlike=MLP_UPSTREAM)
+        patch.redraw()
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import feedbackhook
 from feedbackhook import CounterRNG, LayerInfo
+from feedbackhook.rng import Streams, Together
 
 BY_HASH_ALONE = ["uSF", "NuSF", "frSF", "brSF", "FA", "sign-symmetry"]
 """Rules whose V has only the hash's uniform numbers, products and signs, but no sum and no inverse error
@@ -40,6 +41,38 @@ def test_uniform_draws_are_those_of_the_cpu_in_every_bit(count, fused):
         there, at_cpu = torch.empty(n, device=DEVICE), torch.empty(n)
         assert torch.equal(rng.uniform(there, "sign").cpu(), plain.uniform(at_cpu, "sign")), n
         assert torch.equal(rng.uniform16(there, "sign").cpu(), plain.uniform16(at_cpu, "sign")), n
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["by tensor operations", "fused"])
+def test_layers_drawn_together_have_the_numbers_of_the_cpu_in_every_bit(fused):
+    layers = [LayerInfo(f"layers.{n}", "Linear", (n, 1), n) for n in SIZES]
+    together, streams = Together(), [Streams() for _ in layers]
+    for count in (0, 5, 2**32 - 1):
+        here = [CounterRNG(3, each, count, fused, of) for each, of in zip(layers, streams, strict=True)]
+        together.draw(here, torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE))
+        for n, layer, rng, of in zip(SIZES, layers, here, streams, strict=True):
+            there, alone = torch.empty(n, device=DEVICE), CounterRNG(3, layer, count)
+            assert len(of.ready) == (2 if count else 0)
+            assert torch.equal(rng.uniform(there).cpu(), alone.uniform(torch.empty(n))), n
+            assert torch.equal(rng.uniform16(there, "sign").cpu(), alone.uniform16(torch.empty(n), "sign")), n
+            assert not of.ready
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["by tensor operations", "fused"])
+def test_redrawn_parts_are_those_of_the_cpu_in_every_bit(fused):
+    plain, drawn = mlp(), []
+    for device in ("cpu", DEVICE):
+        model = copy.deepcopy(plain).to(device)
+        patch = feedbackhook.patch(model, "brSF", concordance=0.75, fused=fused)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        parts = []
+        for _ in range(3):
+            model(draw(3, 4).to(device)).sum().backward()
+            parts += [layer.feedback.parts(layer.weight())["M o S"].cpu() for layer in patch.state.layers]
+            optimizer.step()
+        drawn.append(parts)
+    assert len(drawn[0]) == 3 * len(patch.layers)
+    assert all(map(torch.equal, *drawn))
 
 
 def test_normal_draws_are_those_of_the_cpu_but_for_the_inverse_error_functions_rounding():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feedbackhook import ExactGradientError
+from feedbackhook.core.torch_internals import compile_in_place
 from feedbackhook.diagnosis.passes import preserved
 from feedbackhook.experiments.config import ConfigError
 from feedbackhook.experiments.training.state import TrainingState
@@ -41,7 +42,7 @@ def compile_network(state: TrainingState) -> None:
         _check_compiler(state.device)
     with state.context.raise_together(), _as_it_was(state):
         _audit(state)
-        state.model.compile(mode=None if mode is True else mode, fullgraph=True, dynamic=False)
+        compile_in_place(state.model, mode=None if mode is True else mode, fullgraph=True, dynamic=False)
         try:
             _gradients(state, _loss(state))
         except ExactGradientError as error:
