@@ -32,6 +32,8 @@ CORE = ("SGD", "BN", "BN+BM", "uSF", "NuSF", "uSF+BN+BM", *FULL[1:], *HALF, "Rnd
 """The conditions of every sweep."""
 NATURAL = ("cifar10", "flowers17", "lfw", "caltech101", "scene15")
 """The sweeps on images of things."""
+SLOW = ("uSF+BN", "RndF+BN", "brSF+BN+BM concordance=0.75")
+"""Conditions with errors far above the paper's on CIFAR-10."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,9 @@ class Evidence:
         return abs(images - paper) <= margin < abs(without - paper)
 
     def phonemes_alike(self) -> bool:
-        """Whether all conditions but one are within a point of SGD on the phonemes."""
+        """Whether all core conditions but one are within a point of SGD on the phonemes."""
         cells = self.cells[self.cells["sweep"] == "phoneme"]
+        cells = cells[cells["condition"].isin(CORE)]
         far = cells[(cells["best"] - self.best("phoneme", "SGD")).abs() >= 1]
         return far["condition"].tolist() == ["brSF+BN+BM concordance=0.5"]
 
@@ -233,12 +236,53 @@ class Evidence:
         """The best errors of a rule with BN and BM at concordance 1, 0.75, 0.5, 0.25 and 0."""
         return [self.best(sweep, f"{rule}+BN+BM concordance={c}") for c in ("1", "0.75", "0.5", "0.25", "0")]
 
+    def with_shares(self) -> list[str]:
+        """The sweeps with all concordances."""
+        return [s for s in self.sweeps if not any(map(math.isnan, self.by_share(s, "brSF")))]
+
+    def complete_sweeps(self) -> list[str]:
+        """The sweeps with all conditions of MNIST's, which are the paper's."""
+        conditions = self.cells[self.cells["sweep"] == "mnist"]["condition"]
+        return self.known(*conditions)
+
     def steep_in_the_middle(self, sweep: str) -> bool:
-        """Whether a quarter of opposed signs costs less than a point, half of them more than five if V is
-        redrawn, and more than half at least two points if V is fixed."""
+        """Whether a quarter of opposed signs costs less than a point, and half of them more than five if V is
+        redrawn."""
         redrawn, fixed = self.by_share(sweep, "brSF"), self.by_share(sweep, "frSF")
-        near = all(errors[1] - errors[0] < 1 for errors in (redrawn, fixed))
-        return near and redrawn[2] - redrawn[0] > 5 and min(fixed[3:]) - fixed[2] > 2
+        return all(errors[1] - errors[0] < 1 for errors in (redrawn, fixed)) and redrawn[2] - redrawn[0] > 5
+
+    def opposed_are_like_half(self) -> bool:
+        """Whether redrawn feedback with no agreeing signs is not worse than with half of them."""
+        none, half = (f"brSF+BN+BM concordance={c}" for c in ("0", "0.5"))
+        return not any(self.worse(s, none, half) for s in self.with_shares())
+
+    def fixed_quarter_is_worse(self) -> bool:
+        """Whether fixed feedback with a quarter of agreeing signs is worse than with half on images."""
+        return self.everywhere_worse("frSF+BN+BM concordance=0.25", "frSF+BN+BM concordance=0.5")
+
+    def last_layer_does_the_work(self) -> bool:
+        """Whether random feedback does not learn images with a frozen last layer."""
+        frozen = ("RndF Bottom", "RndF+BN+BM Bottom")
+        return all(self.best(s, name) > 80 for s in self.images(*frozen) for name in frozen)
+
+    def signs_need_no_last_layer(self) -> bool:
+        """Whether uSF+BN+BM is not worse on images with a frozen last layer."""
+        frozen, trained = "uSF+BN+BM Bottom", "uSF+BN+BM"
+        return not any(self.worse(s, frozen, trained) for s in self.images(frozen, trained))
+
+    def difference(self, sweep: str, condition: str) -> float:
+        """Our error less the paper's, in points."""
+        return self.best(sweep, condition) - self.paper(sweep, condition)
+
+    def slow_on_cifar10(self) -> bool:
+        """Whether these conditions are more than ten points above the paper's errors on CIFAR-10."""
+        return all(self.difference("cifar10", condition) > 10 for condition in SLOW)
+
+    def smallest_rates_go_on(self) -> bool:
+        """Whether of these conditions only the two smallest learning rates were trained to the end."""
+        points = self.points[self.points["sweep"] == "cifar10"].groupby("condition")["learning_rate"]
+        two = sorted(self.points["learning_rate"].unique())[:2]
+        return all(sorted(points.get_group(condition)) == two for condition in SLOW)
 
     def resnet_needs_signs(self) -> bool:
         """Whether half of the signs cost a ResNet-20 at least ten points more than the paper's network."""
@@ -246,6 +290,13 @@ class Evidence:
         cost = ours[half.format("+BM")] - ours[full.format("+BM")]
         papers = self.best("cifar10", half.format("+BN+BM")) - self.best("cifar10", full.format("+BN+BM"))
         return cost > papers + 10
+
+    def random_beats_half(self) -> bool:
+        """Whether random feedback with BM is ten points better than frSF at concordance 0.5, in a ResNet-20
+        and in the paper's network."""
+        names, half = ("RndF+BM", "frSF+BM concordance=0.5"), "frSF+BN+BM concordance=0.5"
+        ours = self.trials.resnet20[names[0]] < self.trials.resnet20[names[1]] - 10
+        return ours and self.best("cifar10", "RndF+BN+BM") < self.best("cifar10", half) - 10
 
     def resnet_costs(self) -> bool:
         """Whether with BM, frSF and uSF end behind BM by 4 and 8 points in a ResNet-20, and by less than one
@@ -257,8 +308,9 @@ class Evidence:
         return [round(points) for points in behind] == [4, 8] and max(papers) < 1
 
     def still_learning(self, sweep: str) -> bool:
-        """Whether the best epoch is the last one of every cell with an error of less than 85%."""
+        """Whether the best epoch is the last one of every core cell with an error of less than 85%."""
         cells = self.cells[(self.cells["sweep"] == sweep) & (self.cells["best"] < 85)]
+        cells = cells[cells["condition"].isin(CORE)]
         return bool((cells["epoch"] == cells["epochs"]).all())
 
     def angle_ranks(self, least: float) -> bool:

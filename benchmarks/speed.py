@@ -73,6 +73,7 @@ def page() -> str:
     figures = Figures(step_time())
     gpu = pd.read_csv(RESULTS / "gpu.csv")
     earlier = gpu[gpu["rule"].str.endswith(" before")]
+    draws = pd.read_csv(RESULTS / "rng_time.csv").set_index(["version", "method", "fused"])["median_ms"]
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -82,6 +83,7 @@ def page() -> str:
         noise=[figures.spread(start + "_cpu", "plain again") for start in MODELS.values()],
         memory={(row["case"], row["contestant"]): row for row in memory().to_dict("records")},
         gpu=gpu,
+        draw=lambda *which: f"{draws[which]:.1f}",
         before={
             (row.network, row.batch, row.rule.removesuffix(" before")): f"{row.ratio:.2f}"
             for row in earlier.itertuples()

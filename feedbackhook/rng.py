@@ -31,6 +31,7 @@ _SHIFTS, _MULTIPLIERS = (17, 11, 15, 14), (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB)
 _MASK = 0xFFFFFFFF
 _BLOCK = 1 << 17  # words hashed at a time, a power of 2: three int32 buffers of 512 KiB stay in cache
 _TILE = 1 << 10  # numbers in a row, of one layer
+_PLANS = 16  # plans kept: one or two for each part of a model that is called on its own
 _AT_ONCE = 1 << 26  # numbers drawn at once, which bounds the memory that this takes to 1 GiB
 # With half a step added, each value is exact in float32 and strictly inside (0, 1).
 _WHOLE, _HALF = 23, 16  # random bits of a number, if it has a word of its own and if two share one
@@ -44,7 +45,7 @@ class Streams:
         keys: by stream, before the draw count is mixed in. `torch.compile` can trace their lookup, but not
             their computation.
         asked: how many numbers the last draw asked for, by stream and whether two share a word.
-        ready: those that `draw_together` has drawn for the next one.
+        ready: those that `Together` has drawn for the next one.
     """
 
     keys: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -125,6 +126,20 @@ class CounterRNG:
         return self.streams.keys[stream]
 
 
+def check_stream(state: Mapping[str, Any]) -> None:
+    """Check that a state's seeds and draw counts stand for the numbers that this version draws.
+
+    Raises:
+        ValueError: they stand for others.
+    """
+    if (found := state.get("stream", 1)) != STREAM:
+        raise ValueError(
+            f"this state of a patch is of stream {found} of random numbers, and this version of feedbackhook "
+            f"draws by stream {STREAM}, which gives another V for the same seed: load it with the version "
+            "that saved it (config.yaml names that of a run), or start anew"
+        )
+
+
 # --- many layers at once -----------------------------------------------------------------------------------
 
 
@@ -153,15 +168,20 @@ class Together:
                 if parts[-1] and sum(wanted.n for wanted in parts[-1]) + n > _AT_ONCE:
                     parts.append([])
                 parts[-1].append(_Wanted(rng, stream, n))
-        before, self._plans = self._plans, {}
         for (halves, fused, count), parts in groups.items():
             for part in parts:
                 if len(part) > 1:
-                    named = tuple((w.rng.seed, w.rng.layer.name, w.stream, w.n) for w in part)
-                    key = (halves, fused, device, *named)
-                    plan = self._plans[key] = before.get(key) or _Plan(part, device)
-                    for wanted, numbers in zip(part, plan.draw(count, halves, fused), strict=True):
-                        wanted.rng.streams.ready[wanted.stream, halves] = numbers
+                    numbers = self._plan(part, device).draw(count, halves, fused)
+                    for wanted, drawn in zip(part, numbers, strict=True):
+                        wanted.rng.streams.ready[wanted.stream, halves] = drawn
+
+    def _plan(self, part: Sequence[_Wanted], device: torch.device) -> _Plan:
+        key = (device, *((w.rng.seed, w.rng.layer.name, w.stream, w.n) for w in part))
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()  # the model changes all the time
+            self._plans[key] = _Plan(part, device)
+        return self._plans[key]
 
 
 class _Wanted(NamedTuple):
@@ -194,18 +214,7 @@ class _Plan:
         return [numbers[i : i + n] for i, n in zip(self._starts, self._lengths, strict=True)]
 
 
-def check_stream(state: Mapping[str, Any]) -> None:
-    """Check that a state's seeds and draw counts stand for the numbers that this version draws.
-
-    Raises:
-        ValueError: they stand for others.
-    """
-    if (found := state.get("stream", 1)) != STREAM:
-        raise ValueError(
-            f"this state of a patch is of stream {found} of random numbers, and this version of feedbackhook "
-            f"draws by stream {STREAM}, which gives another V for the same seed: load it with the version "
-            "that saved it (config.yaml names that of a run), or start anew"
-        )
+# --- words and numbers -----------------------------------------------------------------------------------
 
 
 def _mix(x: _IntOrTensor) -> _IntOrTensor:
