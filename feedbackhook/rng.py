@@ -163,7 +163,7 @@ class Together:
         """
         groups: dict[tuple[bool, bool, int], list[list[_Wanted]]] = {}
         for rng in rngs:
-            for (stream, halves), n in rng.streams.asked.items():
+            for (stream, halves), n in list(rng.streams.asked.items()):  # another thread may draw
                 parts = groups.setdefault((halves, rng.fused, cast(int, rng.count)), [[]])
                 if parts[-1] and sum(wanted.n for wanted in parts[-1]) + n > _AT_ONCE:
                     parts.append([])

@@ -29,10 +29,11 @@ from feedbackhook.core.layer import Layer, ModuleSite
 from feedbackhook.core.learners import Learners
 from feedbackhook.core.marks import Link, Mark, mark_of
 from feedbackhook.core.mode import Mode, Running
+from feedbackhook.core.redraws import DrawAhead, Redraw
 from feedbackhook.core.signals import Forward
 from feedbackhook.core.sites import reroute_inputs
 from feedbackhook.core.state import PatchState
-from feedbackhook.core.steps import Clock, Redraw, Together
+from feedbackhook.core.steps import Clock
 from feedbackhook.core.weights import Weights
 
 
@@ -76,9 +77,9 @@ class Interceptor:
     def _set_up(self) -> None:
         """Set what a copy cannot take along."""
         self._traced_mode = Mode(self._calls, traced=True)
-        self._together = Together()
+        self._draw_ahead = DrawAhead()
         self._clock: Clock | None = None  # a copy starts its clock in its first intercepted forward
-        self.state.listen_to_steps(Redraw(self.state))
+        self.state.listen_to_steps(Redraw(self.state))  # before all others
         self.learners = Learners(self.state)
         self.state.listen_to_steps(self.learners)
 
@@ -86,7 +87,7 @@ class Interceptor:
         return {
             key: value
             for key, value in self.__dict__.items()
-            if key not in ("_traced_mode", "_clock", "_together", "learners")
+            if key not in ("_traced_mode", "_clock", "_draw_ahead", "learners")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,7 +163,7 @@ class Interceptor:
             self.coverage.check_tree()
             inside = self.state.inside.get(mark.path, [])
             self._update(inside)
-            self._together.before_forward(inside)
+            self._draw_ahead.before_forward(inside)
             self.learners.begin_forward()
             mode = Mode(self._calls)
             if self.state.output is not None:

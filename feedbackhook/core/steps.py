@@ -1,18 +1,14 @@
-"""The optimizer clock: it tells a patch's listeners about optimizer steps. Rules that redraw listen first."""
+"""The optimizer clock: it tells a patch's listeners about optimizer steps."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook import rng
-from feedbackhook.core.feedback import Feedback, redrawn_by_updates
-from feedbackhook.core.layer import Layer
 from feedbackhook.core.state import PatchState
 
 
@@ -60,44 +56,6 @@ class Clock:
             self._steps += 1
         for listener in list(state.step_listeners.values()):
             listener.after_step(optimizer)
-
-
-class Redraw:
-    """The step listener that redraws the layers whose rule asks for it after each update of their weight."""
-
-    def __init__(self, state: PatchState) -> None:
-        self._state = weakref.ref(state)
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Do nothing: V changes after the step."""
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Redraw the layers whose weight the optimizer has updated, if their rule asks for it."""
-        state = self._state()
-        if state is None or not any(redrawn_by_updates(layer.feedback.rule) for layer in state.layers):
-            return
-        for layer in state.held_by(optimizer):
-            if redrawn_by_updates(layer.feedback.rule):
-                layer.feedback.redraw()
-
-
-class Together:
-    """Draws what is due for many layers at once, before a forward."""
-
-    def __init__(self) -> None:
-        self._together = rng.Together()
-
-    def before_forward(self, layers: Iterable[Layer]) -> None:
-        """Draw the random numbers of the layers whose random parts are due, where that is faster than one
-        layer after the other: on all devices but the CPU, and there with the fused kernel."""
-        due: dict[torch.device, list[rng.CounterRNG]] = {}
-        for layer in layers:
-            if isinstance(layer.feedback, Feedback) and (draw := layer.feedback.next_draw()) is not None:
-                numbers, device = draw
-                if device.type != "cpu" or numbers.fused:
-                    due.setdefault(device, []).append(numbers)
-        for device, draws in due.items():
-            self._together.draw(draws, device)
 
 
 _RETIRED: list[RemovableHandle] = []
