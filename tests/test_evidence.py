@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -33,8 +34,13 @@ def test_the_page_and_its_tables_are_those_of_the_runs(rebuilt: Path) -> None:
     assert pictures == {path.relative_to(RESULTS) for path in RESULTS.rglob("*.png")}
 
 
+@cache
+def trials() -> evidence.Trials:
+    return evidence.read_trials(ROOT / "analysis/runs")
+
+
 def made_of(cells: pd.DataFrame, points: pd.DataFrame) -> evidence.Evidence:
-    return evidence.Evidence(cells, points, evidence.read_trials(ROOT / "analysis/runs"))
+    return evidence.Evidence(cells, points, trials())
 
 
 @pytest.fixture
