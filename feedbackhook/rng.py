@@ -100,30 +100,21 @@ class CounterRNG:
         n, device = weight.numel(), weight.device
         if torch.compiler.is_compiling():
             index = torch.arange(n, dtype=torch.int32, device=device)
-            return _numbers(index, _as_int32(self.keys(stream)), halves).view(weight.shape)
+            return _numbers(index, _as_int32(self._keys(stream)), halves).view(weight.shape)
         self.streams.asked[stream, halves] = n
         ready = self.streams.ready.pop((stream, halves), None)
         if ready is not None and ready.numel() == n and ready.device == device:
             return ready.view(weight.shape)
         if not self.fused:
-            return _by_blocks(n, self.keys(stream), halves, device)[:n].view(weight.shape)
+            return _by_blocks(n, self._keys(stream), halves, device)[:n].view(weight.shape)
         # Tensors, since numbers would be constants of the kernel, and each would need another kernel.
-        keys = [_scalar(key, torch.int32, device) for key in _as_int32(self.keys(stream))]
+        keys = [_scalar(key, torch.int32, device) for key in _as_int32(self._keys(stream))]
         rows = torch.arange(_rows(n), dtype=torch.int32, device=device).unsqueeze(1)
         return _fused(rows, keys, halves).view(-1)[:n].view(weight.shape)
 
-    def keys(self, stream: str) -> _Keys:
+    def _keys(self, stream: str) -> _Keys:
         """Return the keys of a stream's numbers in this draw, in [0, 2**32)."""
-        return _with_count(self.base_keys(stream), self.count)
-
-    def base_keys(self, stream: str) -> tuple[int, int, int]:
-        """Return the keys of a stream, without the draw count."""
-        if stream not in self.streams.keys:
-            text = f"{self.seed}\0{self.layer.name}\0{stream}".encode()
-            digest = hashlib.blake2b(text, digest_size=12).digest()
-            first, second, third = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8))
-            self.streams.keys[stream] = first, second, third
-        return self.streams.keys[stream]
+        return _with_count(_base_keys(self, stream), self.count)
 
 
 def check_stream(state: Mapping[str, Any]) -> None:
@@ -201,7 +192,7 @@ class _Plan:
         owners = torch.repeat_interleave(rows)
         self._starts = (_TILE * (rows.cumsum(0) - rows)).tolist()
         places = torch.arange(len(owners)) - (rows.cumsum(0) - rows)[owners]
-        keys = torch.tensor([_as_int32(each.rng.base_keys(each.stream)) for each in wanted])
+        keys = torch.tensor([_as_int32(_base_keys(each.rng, each.stream)) for each in wanted])
         self._rows = places.to(device, torch.int32).unsqueeze(1)
         self._keys = tuple(keys[owners].to(device, torch.int32).split(1, dim=1))
 
@@ -222,6 +213,17 @@ def _mix(x: _IntOrTensor) -> _IntOrTensor:
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         x = ((x ^ (x >> shift)) * _signed(multiplier)) & _MASK
     return x
+
+
+def _base_keys(rng: CounterRNG, stream: str) -> tuple[int, int, int]:
+    """Return the keys of a stream, without the draw count."""
+    made = rng.streams.keys
+    if stream not in made:
+        text = f"{rng.seed}\0{rng.layer.name}\0{stream}".encode()
+        digest = hashlib.blake2b(text, digest_size=12).digest()
+        first, second, third = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8))
+        made[stream] = first, second, third
+    return made[stream]
 
 
 def _with_count(keys: tuple[int, int, int], count: int | Tensor) -> _Keys:
