@@ -54,7 +54,7 @@ class Spectrum:
         with full_precision(weight.device):
             w = blocks(wide(weight), parts["kept"].shape[0])
             finite = w.isfinite().all()  # the decomposition of anything else would raise
-            decompose = _decompose_compiled if torch.compiler.is_compiling() else _decompose
+            decompose = _in_no_cuda_graph if torch.compiler.is_compiling() else _decompose
             a, s, b = decompose(torch.where(finite, w, 0))
             smallest = s.amax(-1, keepdim=True) * max(w.shape[1:]) * torch.finfo(w.dtype).eps
             values = torch.where((s > smallest) & parts["kept"], s.pow(parts["power"]), 0)
@@ -65,27 +65,33 @@ class Spectrum:
 
 def _decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a, s, b = torch.linalg.svd(w, full_matrices=False)
+    return a, s, b
+
+
+def _decompose_contiguous(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same in the layout that is promised to the compiler."""
+    a, s, b = _decompose(w)
     return a.contiguous(), s, b.contiguous()
 
 
 # An operator of its own, so that the compiler leaves it out of CUDA graphs: PyTorch's copies to the CPU on a
 # GPU, which a graph cannot record, and does not say so.
-_decompose_compiled = torch.library.custom_op(
-    "feedbackhook::svd", _decompose, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+_in_no_cuda_graph = torch.library.custom_op(
+    "feedbackhook::svd", _decompose_contiguous, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
 )
 
 
-@_decompose_compiled.register_fake
+@_in_no_cuda_graph.register_fake
 def _(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     *groups, m, n = w.shape
     least = min(m, n)
     return w.new_empty(*groups, m, least), w.new_empty(*groups, least), w.new_empty(*groups, least, n)
 
 
-@_decompose_compiled.register_vmap
+@_in_no_cuda_graph.register_vmap
 def _(
     info: Any, dims: tuple[int | None, ...], w: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
     (dim,) = dims
     batch = w.expand(info.batch_size, *w.shape) if dim is None else w.movedim(dim, 0)
-    return _decompose_compiled(batch), (0, 0, 0)
+    return _in_no_cuda_graph(batch), (0, 0, 0)
