@@ -46,12 +46,14 @@ def test_means_and_deviations_are_those_worked_out_by_hand():
             for name, g, backprop in zip(LAYERS, delivered, exact, strict=True):
                 angles[name].append(angle(g, backprop))
                 ratios[name].append(float(g.norm() / backprop.norm()))
-    tolerance = {"abs": 1e-6, "rel": 1e-6}  # the arc cosine keeps half of float64's digits near 0
-    for metric, by_hand in (("gradient_angle", angles), ("gradient_norm_ratio", ratios)):
+    for metric, by_hand, bound in (
+        ("gradient_angle", angles, bounds.ANGLE),
+        ("gradient_norm_ratio", ratios, bounds.HALF_OF_FLOAT64),
+    ):
         rows = {row.layer: row for row in found.rows if row.metric == metric}
         for name in LAYERS:
-            assert rows[name].mean == pytest.approx(statistics.fmean(by_hand[name]), **tolerance)
-            assert rows[name].std == pytest.approx(statistics.stdev(by_hand[name]), **tolerance)
+            assert rows[name].mean == pytest.approx(statistics.fmean(by_hand[name]), rel=bounds.HALF_OF_FLOAT64, abs=bound)
+            assert rows[name].std == pytest.approx(statistics.stdev(by_hand[name]), rel=bounds.HALF_OF_FLOAT64, abs=bound)
             assert rows[name].defined == seeds * len(given)
     assert min(angles["0"]) > 5  # far from backprop
 

@@ -134,17 +134,18 @@ def test_each_condition_and_seed_is_compared_by_itself(tmp_path: Path) -> None:
 
 def test_the_runs_that_go_on_are_those_of_the_full_grid_to_the_last_bit(tmp_path: Path) -> None:
     data = DataConfig(size=16, val_fraction=0.2, train_images=400, test_images=100)
-    full = replace(FIVE, epochs=3, batch_size=20, lr_factors=[10.0, 1.0, 0.01], lr_pruning=[])
+    two_learn = [1.0, 0.3, 1e-6]
+    full = replace(FIVE, epochs=3, batch_size=20, lr_factors=two_learn, lr_pruning=[])
     config = tiny(tmp_path / "full", conditions=["frSF+BM"], data=data, protocol=full, workers=2)
-    pruned = replace(config, protocol=replace(full, lr_pruning=[1]), output=str(tmp_path / "pruned"))
+    pruned = replace(config, protocol=replace(full, lr_pruning=[2]), output=str(tmp_path / "pruned"))
     sweep(config)
     results = sweep(pruned)
     assert sorted(result.status for result in results.values()) == ["finished", "finished", "pruned"]
     for name, result in results.items():
         rows, of_full = read(result.folder), read(tmp_path / "full" / name)
         if result.status == "pruned":
-            of_full = of_full[of_full["epoch"] <= 1]
-            assert (result.epoch, (result.folder / "checkpoint.pt").exists()) == (1, True)
+            of_full = of_full[of_full["epoch"] <= 2]
+            assert (result.epoch, (result.folder / "checkpoint.pt").exists()) == (2, True)
         order = ["step", "epoch", "metric", "layer"]
         pd.testing.assert_frame_equal(
             rows.sort_values(order, ignore_index=True),
