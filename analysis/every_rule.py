@@ -166,10 +166,11 @@ def render(template: str, **values: object) -> str:
 
 
 def _weight_angles(runs: Runs) -> pd.Series:
+    """The mean over layers after the last step; missing if a layer has none then."""
     rows = runs.rows(of_layers=["weight_angle"])
-    rows = rows[rows["value"].notna() & (rows["depth"] > 0)]
-    rows = rows[rows["step"] == rows.groupby("run")["step"].transform("max")]
-    return rows.groupby("run")["value"].mean().rename("weight_angle")
+    rows = rows[(rows["depth"] > 0) & (rows["step"] == rows.groupby("run")["step"].transform("max"))]
+    mean = rows.groupby("run")["value"].agg(lambda values: values.mean(skipna=False))
+    return mean.rename("weight_angle")
 
 
 class Results:

@@ -23,13 +23,15 @@ def points(runs: Runs) -> pd.DataFrame:
     """Return a row for each finished run that recorded gradient angles.
 
     Columns: `run`, `dataset`, `condition`, `rule`, `learning_rate`, `error` (the last test error, percent)
-    and `angle` (degrees), the mean gradient angle over the recorded steps and over all layers but the last,
-    whose gradient involves no feedback weights.
+    and `angle` (degrees): the mean over all layers but the last, whose gradient involves no feedback weights,
+    of the mean gradient angle over the recorded steps. It is missing if a layer has no angle in more than
+    half of these steps, since its gradient is zero or the layer is frozen.
     """
-    rows = runs.rows(of_layers=["gradient_angle"], categories=True)
-    rows = rows[rows["value"].notna()].astype({"run": object})
-    last = rows.groupby("run")["depth"].transform("max")
-    angle = rows[rows["depth"] < last].groupby("run")["value"].mean()
+    rows = runs.rows(of_layers=["gradient_angle"], categories=True).astype({"run": object})
+    hidden = rows[rows["depth"] < rows.groupby("run")["depth"].transform("max")]
+    of_layer = hidden.groupby(["run", "depth"])["value"]
+    angles = of_layer.mean().where(2 * of_layer.count() >= of_layer.size())
+    angle = angles.groupby("run").agg(lambda of_run: of_run.mean(skipna=False))
     finished = runs.runs[runs.runs["status"] == "finished"].set_index("run")
     made = finished.rename(columns={"last_error": "error"}).join(angle.rename("angle"), how="inner")
     columns = ["run", "dataset", "condition", "rule", "learning_rate", "error", "angle"]
@@ -43,23 +45,19 @@ def rank_correlations(made: pd.DataFrame) -> pd.DataFrame:
         made: what :func:`points` returns.
 
     Returns:
-        A row for each dataset: `dataset`, `runs` and `correlation`, which is missing for fewer than three
-        runs.
+        A row for each dataset: `dataset`, `runs`, those of them `with_angle`, and `correlation`, which is
+        missing for fewer than three runs with an angle.
     """
-    return pd.DataFrame(
-        {
-            "dataset": dataset,
-            "runs": len(part),
-            "correlation": part["angle"].corr(part["error"], method="spearman")
-            if len(part) > 2
-            else math.nan,
-        }
-        for dataset, part in made.groupby("dataset", sort=False)
-    )
+    found = []
+    for dataset, part in made.groupby("dataset", sort=False):
+        drawn = part.dropna(subset="angle")
+        value = drawn["angle"].corr(drawn["error"], method="spearman") if len(drawn) > 2 else math.nan
+        found.append({"dataset": dataset, "runs": len(part), "with_angle": len(drawn), "correlation": value})
+    return pd.DataFrame(found)
 
 
 def draw(made: pd.DataFrame) -> Figure:
-    """Draw error against angle: a point for each run, colored by rule, and a panel for each dataset.
+    """Draw error against angle: a point for each run with an angle, colored by rule; a panel by dataset.
 
     Args:
         made: what :func:`points` returns.
@@ -70,10 +68,12 @@ def draw(made: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+    counts = rank_correlations(made)
+    made = made.dropna(subset="angle")
     if made.empty:
         raise NothingToDraw("no finished run has a gradient angle: set record.gradient_angle_every")
-    correlations = rank_correlations(made).set_index("dataset")
-    count = len(correlations)
+    counts = counts[counts["with_angle"] > 0].set_index("dataset")
+    count = len(counts)
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = math.ceil(count / columns)
     with theme.style():
@@ -90,9 +90,12 @@ def draw(made: pd.DataFrame) -> Figure:
                 handles[rule] = axes.scatter(
                     of_rule["angle"], of_rule["error"], color=look.color, marker=look.marker, label=rule, s=30
                 )
-            value = correlations.loc[dataset, "correlation"]
-            rank = "" if math.isnan(value) else f"\nrank correlation {value:.2f}, {len(part)} runs"
-            axes.set_title(f"{_short(str(dataset))}{rank}", fontsize="medium")
+            of_dataset = counts.loc[dataset]
+            drawn, runs = int(of_dataset["with_angle"]), int(of_dataset["runs"])
+            number = f"{runs} runs" if drawn == runs else f"{drawn} of {runs} runs"
+            value = of_dataset["correlation"]
+            rank = [] if math.isnan(value) else [f"rank correlation {value:.2f}"]
+            axes.set_title("\n".join([_short(str(dataset)), *rank, number]), fontsize="medium")
             axes.set(xlabel="mean gradient angle [°]", ylabel="last test error [%]")
             axes.set_xlim(0, max(95.0, 1.05 * part["angle"].max()))
             axes.set_xticks(range(0, 91, 30))

@@ -44,9 +44,42 @@ def test_each_finished_run_is_a_point(folder: Path) -> None:
     assert set(made["rule"]) == {"uSF", "brSF"}
     first = made.loc["digits-uSF-rate1-seed0"]
     assert (first["error"], first["dataset"], first["condition"]) == (22.0, "digits", "uSF")
-    assert (
-        first["angle"] == (42.0 + 62.0 + 30.0) / 3
-    )  # without the last layer, and without what is not a number
+    # without the last layer, and without what is not a number
+    assert first["angle"] == ((42.0 + 62.0) / 2 + 30.0) / 2
+
+
+def with_angles(folder: Path, *angles: tuple[float, float, float]) -> pd.DataFrame:
+    """The points of a finished run of three layers, by their angles at each step."""
+    (run, *_) = left(tiny(folder, conditions=["uSF"]))
+    leave_run(run.config, [(90.0, 90.0), (20.0, 20.0)], 1)
+    with Recorder(run.folder.path) as recorder:
+        for step, of_layers in enumerate(angles):
+            for depth, angle in enumerate(of_layers):
+                recorder.add(step, 0, "gradient_angle", angle, f"layer{depth}", depth)
+    return points(collect(folder))
+
+
+def test_a_frozen_last_layer_is_the_last(tmp_path: Path) -> None:
+    (angle,) = with_angles(tmp_path, (40.0, 50.0, math.nan), (50.0, 60.0, math.nan))["angle"]
+    assert angle == 50.0
+
+
+def test_a_run_whose_gradients_vanish_has_no_angle_and_stays_in_the_table(tmp_path: Path) -> None:
+    """As after step 0 of a network that sign-symmetric feedback without normalization has killed."""
+    dead = (math.nan, math.nan, 0.0)
+    made = with_angles(tmp_path, (40.0, 50.0, 0.0), dead, dead)
+    assert made["angle"].isna().tolist() == [True]
+    found = rank_correlations(made)
+    assert found[["runs", "with_angle"]].to_numpy().tolist() == [[1, 0]]
+    with pytest.raises(NothingToDraw):
+        draw(made)
+
+
+def test_a_panel_says_how_many_of_its_runs_are_drawn(folder: Path) -> None:
+    made = points(collect(folder))
+    made.loc[0, "angle"] = math.nan
+    (axes,) = draw(made).axes
+    assert axes.get_title() == "digits\n2 of 3 runs"
 
 
 def test_the_rank_correlation_of_each_dataset() -> None:
@@ -55,7 +88,7 @@ def test_the_rank_correlation_of_each_dataset() -> None:
     )
     found = rank_correlations(made).set_index("dataset")
     assert found.loc["a", "correlation"] == pytest.approx(0.8)
-    assert found.loc["a", "runs"] == 4
+    assert found.loc["a", ["runs", "with_angle"]].tolist() == [4, 4]
     assert math.isnan(found.loc["b", "correlation"])
 
 
