@@ -39,6 +39,8 @@ class Recorder:
     Args:
         folder: the run folder; created if it is missing.
         run: the name of the run; default: the name of the folder.
+        append: add to the table that the folder already holds, as a training does that resumes from a
+            checkpoint; drop the rows after the checkpoint with :meth:`drop_after`.
         interval: seconds between writes to disk.
         tensorboard: also write each row as a scalar to `tensorboard/` in the run folder, and histograms of V,
             W and gradients at each step that :meth:`feedbackhook.Patch.watch` records.
@@ -53,6 +55,7 @@ class Recorder:
 
     Raises:
         BlockingIOError: another recorder is open in this folder.
+        FileExistsError: the folder already holds a table, and `append` is False.
         ImportError: pyarrow is not installed, or TensorBoard or the tracker, if it is asked for.
         ValueError: there is no such tracker.
     """
@@ -62,6 +65,7 @@ class Recorder:
         folder: str | os.PathLike[str],
         *,
         run: str | None = None,
+        append: bool = False,
         interval: float = 30.0,
         tensorboard: bool = False,
         tracking: TrackerName | None = None,
@@ -87,6 +91,12 @@ class Recorder:
         board = _summary_writer() if tensorboard else None
         self._parts.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(folder)
+        if not append and any(self._parts.glob("part-*.parquet")):
+            self.close()
+            raise FileExistsError(
+                f"{folder} already holds the table of a run: choose another folder, or pass append=True to "
+                "add to it"
+            )
         for unfinished in self._parts.glob(".part-*"):
             unfinished.unlink()
         if board is not None:

@@ -121,7 +121,7 @@ def run(accelerator: Accelerator, settings: Settings) -> None:
         return
     parts = _build(accelerator, settings, train, test, checkpoint)
     patch, steps = parts.patch, len(parts.train_batches)
-    with feedbackhook.Recorder(output) as recorder:
+    with feedbackhook.Recorder(output, append=True) as recorder:
         recorder.drop_after(done * steps if checkpoint else -1, done)
         if accelerator.is_main_process:
             (output / "settings.yaml").write_text(yaml.safe_dump(saved_options(settings), sort_keys=False))

@@ -107,7 +107,7 @@ def _train(texts: Texts, settings: dict[str, Any], folder: Path) -> loop_recipes
     patch = None
     if settings["patch"] is not None:
         patch = feedbackhook.patch(model, **settings["patch"], seed=settings["seed"])
-    with feedbackhook.Recorder(folder) as recorder:
+    with feedbackhook.Recorder(folder, append=True) as recorder:
         recorder.drop_after(-1)  # rows of an interrupted run
         if patch is not None:
             patch.watch(settings["every"], recorder)

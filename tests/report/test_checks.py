@@ -27,7 +27,7 @@ ERRORS = {"SGD": 5.0, "RndF": 40.0, BOTH: 30.0}
 
 def record(folder: Path, step: int, floor: float) -> None:
     """Checks of two layers, the first of them with this floor, and its angle accordingly."""
-    with Recorder(folder) as recorder:
+    with Recorder(folder, append=True) as recorder:
         for depth, layer in enumerate(LAYERS):
             values = {"floor": (floor if depth == 0 else 50.0, 1.0), "growth": (3.0, 1 / 2**-23)}
             values["angle"] = (math.nan if depth == 0 and floor < 1 else 70.0, 89.0)

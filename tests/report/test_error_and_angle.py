@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
         )
         if run.condition == "SGD":
             continue
-        with Recorder(run.folder.path) as recorder:
+        with Recorder(run.folder.path, append=True) as recorder:
             for step, angle in ((10, 40.0), (20, 60.0)):
                 recorder.add(step, step // 10, "gradient_angle", angle + number, "conv1", 0)
                 recorder.add(step, step // 10, "gradient_angle", math.nan if step == 10 else 30.0, "fc1", 1)

@@ -352,7 +352,7 @@ def test_500_runs_of_65_epochs_stay_below_5_megabytes(tmp_path: Path) -> None:
     first, *others = runs
     leave_run(first.config, [(90.1, 90.0), *((1234 / (e + 17), 5.0) for e in range(65))], 65)
     rng = np.random.default_rng(0)
-    with Recorder(first.folder.path) as recorder:
+    with Recorder(first.folder.path, append=True) as recorder:
         for epoch, depth in np.ndindex(65, 5):
             for metric in ("weight_angle", "error_angle"):
                 recorder.add(epoch, epoch, metric, rng.uniform(10, 99), f"stages.{depth}.conv", depth)

@@ -17,7 +17,7 @@ from feedbackhook.store.recorder import Recorder, read
 def test_two_recorders_on_one_folder_are_refused(tmp_path: Path) -> None:
     with Recorder(tmp_path), pytest.raises(BlockingIOError, match="being written by another run"):
         Recorder(tmp_path)
-    Recorder(tmp_path).close()
+    Recorder(tmp_path).close()  # it holds no table
 
 
 def test_the_process_at_work_in_a_folder_is_named(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_process_that_was_forked_off_does_not_keep_the_folder(tmp_path: Path) 
             signal.pause()
             os._exit(0)
     try:
-        with Recorder(tmp_path) as again:
+        with Recorder(tmp_path, append=True) as again:
             again.add(1, 0, "loss", 0.5)
         assert read(tmp_path)["value"].tolist() == [1.0, 0.5]
     finally:

@@ -19,7 +19,7 @@ from feedbackhook.store.recorder import COLUMNS, Recorder, read
 
 def fill(folder: Path, epochs: range) -> None:
     """Two rows an epoch of ten steps, one part an epoch."""
-    with Recorder(folder) as recorder:
+    with Recorder(folder, append=epochs.start > 0) as recorder:
         for epoch in epochs:
             recorder.add(10 * epoch, epoch, "test_error", 50.0 / (epoch + 1))
             recorder.add(10 * epoch, epoch, "weight_angle", 45.0 + epoch, layer="conv1", depth=0)
@@ -82,9 +82,18 @@ def test_a_second_recorder_goes_on_where_the_first_stopped(tmp_path: Path) -> No
     assert read(tmp_path)["epoch"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_a_table_is_not_added_to_unasked(tmp_path: Path) -> None:
+    """As by a cell of a notebook that runs twice."""
+    fill(tmp_path, range(2))
+    for _ in range(2):  # the folder is not left in use
+        with pytest.raises(FileExistsError, match=rf"{tmp_path} already holds the table .* append=True"):
+            Recorder(tmp_path)
+    assert read(tmp_path)["epoch"].tolist() == [0, 0, 1, 1]
+
+
 def test_rows_after_a_step_are_dropped_and_made_anew(tmp_path: Path) -> None:
     fill(tmp_path, range(4))
-    with Recorder(tmp_path) as recorder:
+    with Recorder(tmp_path, append=True) as recorder:
         recorder.add(30, 3, "not yet written", 1.0)
         recorder.drop_after(10)
     assert read(tmp_path)["epoch"].tolist() == [0, 0, 1, 1]
@@ -172,7 +181,7 @@ def test_a_part_emptied_in_the_middle_leaves_no_gap(tmp_path: Path) -> None:
 
 def test_dropping_everything_leaves_no_table(tmp_path: Path) -> None:
     fill(tmp_path, range(2))
-    with Recorder(tmp_path) as recorder:
+    with Recorder(tmp_path, append=True) as recorder:
         recorder.drop_after(-1)
     with pytest.raises(FileNotFoundError, match="no table in"):
         read(tmp_path)
@@ -258,7 +267,7 @@ def test_a_killed_process_loses_at_most_its_last_interval_and_its_lock(tmp_path:
     assert table["value"].tolist() == [step / 2 for step in steps]
 
     (tmp_path / "metrics" / ".part-00099.parquet.1").write_bytes(b"PAR1 unfinished")
-    Recorder(tmp_path).close()
+    Recorder(tmp_path, append=True).close()
     assert parts(tmp_path) == [".lock", *(f"part-{i:05d}.parquet" for i in range(len(steps) // 10))]
 
 

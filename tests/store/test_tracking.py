@@ -29,7 +29,8 @@ EXPECTED = {
 
 
 def record(folder: Path, package: Any) -> None:
-    with Recorder(folder, tracking=package, settings={"model": {"name": "liao2016/mnist"}}) as recorder:
+    settings = {"model": {"name": "liao2016/mnist"}}
+    with Recorder(folder, append=True, tracking=package, settings=settings) as recorder:
         for step, epoch, metric, value, layer, depth in ROWS:
             recorder.add(step, epoch, metric, value, layer, depth)
 

@@ -46,7 +46,7 @@ def make(folder: Path, conditions: list[str], datasets: list[str], **protocol: A
 
 def add_angles(run: PlannedRun, epochs: int) -> None:
     """What a run records of layers beside what `leave_run` does."""
-    with Recorder(run.folder.path) as recorder:
+    with Recorder(run.folder.path, append=True) as recorder:
         for epoch in range(1, epochs + 1):
             for depth, layer in enumerate(("conv1", "fc2")):
                 value = 80.0 - epoch if depth else float("nan")  # the first layer has none

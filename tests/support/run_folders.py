@@ -17,7 +17,7 @@ def leave_run(
 ) -> Path:
     """A run with (test error, error on what is held out) after each epoch, the untrained network's first."""
     folder = RunFolder(str(config.output))
-    with Recorder(folder.path) as recorder:
+    with Recorder(folder.path, append=True) as recorder:
         for epoch, (test, held_out) in enumerate(curve):
             recorder.add(10 * epoch, epoch, "test_error", test)
             recorder.add(10 * epoch, epoch, "val_error", held_out)

@@ -196,6 +196,7 @@ def _open_recorder(folder: RunFolder, config: RunConfig) -> Recorder:
         try:
             return Recorder(
                 folder.path,
+                append=True,  # resuming cuts the table to the checkpoint
                 tensorboard=config.record.tensorboard,
                 tracking=config.record.tracking,
                 settings=as_mapping(config),
