@@ -100,7 +100,7 @@ def profile(
     for setting in [Setting(s.mode, s.concordance, {**chosen, **s.arguments}) for s in grid]:
         for seed in range(seeds):
             _profile_draw(model, zip(given, exact, strict=True), loss, setting, seed, values, undefined)
-    return Profile(summarized(values, order), undefined, len(given), seeds)
+    return Profile(summarized(values, order), undefined, len(given), seeds, _zero_scales(model))
 
 
 def _profile_draw(
@@ -136,6 +136,16 @@ def _exact(
             found.append(_Exact(gradients, {each.info.name: s for each, s in observed.of.items()}))
         called = [each for each in state.patched if each.depth is not None]
     return found, {each.info.name: each.depth for each in called if each.depth is not None}
+
+
+def _zero_scales(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the normalizations whose scale is zero, as of the last one of a residual branch."""
+    scales = {
+        name: dict(module.named_parameters(recurse=False)).get("weight")
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+    }
+    return tuple(name for name, scale in scales.items() if scale is not None and not scale.any())
 
 
 def _delivered(

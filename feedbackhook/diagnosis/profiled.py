@@ -78,12 +78,15 @@ class Profile:
         undefined: the layers whose gradient angle is undefined in some batch, and why.
         batches: number of batches.
         seeds: number of draws of each rule.
+        zero_scales: the normalizations whose scale is zero, so that layers which lead to these alone get no
+            gradient.
     """
 
     rows: list[ProfileRow]
     undefined: dict[str, str]
     batches: int
     seeds: int
+    zero_scales: tuple[str, ...] = ()
 
     @property
     def conditions(self) -> list[str]:
@@ -128,18 +131,22 @@ class Profile:
         half, tenth = (self.reach(best, at) for at in (HALF, TENTH))
         if not half.of:
             return "No layer has a gradient angle, so nothing can be said."
-        said = (
-            f"At best ({best}), gradients point within {HALF:g}° of backprop's in {_last(half)} and within "
-            f"{TENTH:g}° in {_last(tenth)}"
+        layers = len({row.layer for row in self.rows})
+        some = half.of < layers
+        said = f"{half.of} of {layers} layers have an exact gradient to compare with. " if some else ""
+        said += (
+            f"At best ({best}), gradients point within {HALF:g}° of backprop's in {_last(half, some)} and "
+            f"within {TENTH:g}° in {_last(tenth, some)}"
         )
+        first = f"the first {'of them' if some else 'layer'}"
         modes = dict.fromkeys(row.mode for row in self.rows if row.concordance is not None)
         parts = []
         for mode in modes:
             least = self.smallest_concordance(mode)
             parts.append(
-                f"no profiled concordance of {mode} reaches the first layer"
+                f"no profiled concordance of {mode} reaches {first}"
                 if least is None
-                else f"{mode} reaches the first layer (below {TENTH:g}°) from concordance {least:g} on"
+                else f"{mode} reaches {first} (below {TENTH:g}°) from concordance {least:g} on"
             )
         return "; ".join([said, *parts]) + "."
 
@@ -171,6 +178,8 @@ class Profile:
         lines = aligned([head, *(self._line(name) for name in self.conditions)])
         if self.undefined:
             lines += ["", *_explained(self.undefined)]
+            if self.zero_scales:
+                lines += ["", _about_zero_scales(self.zero_scales)]
         draws = f"{self.batches} batch{'es' * (self.batches > 1)}, {self.seeds} draw{'s' * (self.seeds > 1)}"
         return "\n".join(
             [*lines, "", f"Gradient angles to exact backprop, means over {draws}.", self.sentence]
@@ -210,17 +219,31 @@ def summarized(values: Values, order: Mapping[str, int]) -> list[ProfileRow]:
     return rows
 
 
-def _last(reach: Reach) -> str:
+def _last(reach: Reach, some: bool) -> str:
+    """Return the layers that are reached, of all or of `some`, which were named before."""
+    of = f"{'these ' * some}{reach.of} layers"
     if not reach.layers:
-        return f"none of the {reach.of} layers"
+        return f"none of {of}" if some else f"none of the {of}"
     if reach.layers == reach.of:
-        return f"all {reach.of} layers"
-    return f"the last {reach.layers} of {reach.of} layers (down to {reach.layer})"
+        return f"all {of}"
+    return f"the last {reach.layers} of {of} (down to {reach.layer})"
 
 
 def _explained(undefined: Mapping[str, str], most: int = 3) -> Iterator[str]:
-    """Yield a line for each of the first layers without an angle, and how many more there are."""
-    for layer, reason in list(undefined.items())[:most]:
-        yield f"no gradient angle at {layer}: {reason}"
-    if (more := len(undefined) - most) > 0:
-        yield f"nor at {more} more layers: see `undefined`"
+    """Yield a line for each of the first reasons, with all its layers, and one with all other layers."""
+    layers: dict[str, list[str]] = {}
+    for layer, reason in undefined.items():
+        layers.setdefault(reason, []).append(layer)
+    for reason, names in list(layers.items())[:most]:
+        yield f"no gradient angle at {', '.join(names)}: {reason}"
+    if more := [name for names in list(layers.values())[most:] for name in names]:
+        yield f"nor, for reasons of this kind, at {', '.join(more)}"
+
+
+def _about_zero_scales(names: tuple[str, ...]) -> str:
+    normalizations = f"{len(names)} normalizations" if len(names) > 1 else "a normalization"
+    return (
+        f"The scale of {normalizations} is zero ({', '.join(names)}), so layers that lead there alone get no "
+        "gradient before the first update. To profile them too, build the network without that: timm's "
+        "ResNets with zero_init_last=False, on the command line --options '{zero_init_last: false}'."
+    )

@@ -120,10 +120,43 @@ def test_reach_counts_from_the_output_to_the_first_layer_beyond_the_angle():
     assert found.smallest_concordance("sign") == 1.0
     assert found.smallest_concordance("random") is None
     assert found.sentence == (
-        "At best (sign, concordance 1), gradients point within 60° of backprop's in the last 2 of 5 layers "
-        "(down to l4) and within 85° in all 5 layers; sign reaches the first layer (below 85°) from "
-        "concordance 1 on."
+        "5 of 6 layers have an exact gradient to compare with. At best (sign, concordance 1), gradients "
+        "point within 60° of backprop's in the last 2 of these 5 layers (down to l4) and within 85° in all "
+        "these 5 layers; sign reaches the first of them (below 85°) from concordance 1 on."
     )
+
+
+def test_layers_before_a_normalization_whose_scale_is_zero_are_named_with_what_to_do():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+            nn.init.zeros_(self.norm.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).tanh()
+            return self.head(x + self.norm(self.two(self.one(x).tanh())))
+
+    model = Residual().double()
+    said = str(feedbackhook.profile(model, batches(2), loss, modes=["random"], seeds=1))
+    assert "no gradient angle at one, two: the exact gradient is zero\n" in said
+    assert "The scale of a normalization is zero (norm)" in said
+    assert "--options '{zero_init_last: false}'" in said
+    assert "2 of 4 layers have an exact gradient to compare with." in said
+    nn.init.ones_(model.norm.weight)
+    said = str(feedbackhook.profile(model, batches(2), loss, modes=["random"], seeds=1))
+    assert not any(words in said for words in ("scale", "compare with", "no gradient angle"))
+
+
+def test_every_layer_without_an_angle_is_named():
+    from feedbackhook.diagnosis.profiled import Profile, ProfileRow
+
+    reasons = {f"l{n}": f"the exact gradient's norm is below {n}" for n in range(5)}
+    rows = [ProfileRow("random", None, name, 0, "gradient_angle", math.nan, math.nan, 0) for name in reasons]
+    said = str(Profile(rows, reasons, 1, 1))
+    assert "no gradient angle at l2: the exact gradient's norm is below 2\n" in said
+    assert "nor, for reasons of this kind, at l3, l4\n" in said
 
 
 def test_a_planted_floor_is_named_and_its_angle_is_not_a_number():
