@@ -96,7 +96,7 @@ class FeedbackConfig:
             `{mode: RULE, OPTION: VALUE}`; null leaves the network unpatched (backprop).
         options: the rule's options, such as `concordance`.
         schedule: options that change during training: `{3: {concordance: 0.75}}` takes effect when the third
-            epoch ends.
+            epoch ends. A run must have as many epochs.
         include: layers to patch: a regular expression for the full name, or a list of names or suffixes.
         exclude: layers that keep exact backprop, in the same form.
         seed: seed of the feedback weights; null: the protocol's.
@@ -159,7 +159,7 @@ class ProtocolConfig:
         lr_schedule: learning rate from epoch to epoch: `steps` (see `milestones`), or `cosine`, half a period
             that ends at zero.
         milestones: epochs after which the learning rate is multiplied by `lr_factor`; null: 50 and 60
-            of 65, scaled to `epochs`.
+            of 65, scaled to `epochs`. None may be more than `epochs`.
         lr_factor: see `milestones`.
         seed: seed of the initial weights, of the order of the data, and of the feedback weights unless they
             have their own.

@@ -36,6 +36,7 @@ def resolve(config: RunConfig, count: int = 1) -> RunConfig:
     config = _checked_again(config)
     if config.condition is not None:
         config = Condition.parse(config.condition).configure(config)
+    check_epochs(config)
     _check_mini_batches(config, count)
     _check_gradient_angle(config)
     _check_check_every(config)
@@ -92,6 +93,23 @@ def check_device(config: RunConfig) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"protocol.device {device!r} cannot be used on this machine: {error}") from error
+
+
+def check_epochs(config: RunConfig) -> None:
+    """Check that the run is long enough for what is to change when an epoch ends.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    epochs = config.protocol.epochs
+    for name, changes in (
+        ("feedback.schedule", config.feedback.schedule),
+        ("protocol.milestones", config.protocol.milestones or ()),
+    ):
+        if changes and (last := max(changes)) > epochs:
+            raise ConfigError(
+                f"{name}: epoch {last} never comes, since protocol.epochs is {epochs}: change one of them"
+            )
 
 
 def _check_mini_batches(config: RunConfig, count: int) -> None:

@@ -37,6 +37,8 @@ CONCORDANCES = (1.0, 0.75, 0.5)
 ALONE, BUT = "only {} at {:g}", "all but {} at {:g}"
 SMOKE = {
     **sweep_recipes.SMOKE,
+    "data.train_images": "20",
+    "protocol.epochs": "7",  # as in the schedules of layers.yaml
     "protocol.seeds": "1",
 }
 

@@ -22,6 +22,7 @@ from feedbackhook.cli import main
 from feedbackhook.cli.commands import COMMANDS
 from feedbackhook.cli.parsers import build_parser, config_first, config_from
 from feedbackhook.experiments.config import SweepConfig
+from feedbackhook.experiments.sweep.grid import plan
 from feedbackhook.store.recorder import Recorder
 
 if sys.version_info >= (3, 11):
@@ -57,6 +58,7 @@ PROFILED = ["--batch_size", "1"]
 GIVEN = {
     "runs/concordance": "analysis/runs/concordance",
     "runs/experiment_a-digits": "analysis/runs/evidence/mnist",
+    "runs/signs": "analysis/runs/concordance",
 }
 """Runs that earlier commands of a page take minutes to make, and runs in the repository like them."""
 
@@ -69,6 +71,15 @@ RUN = [line for line in OURS if LINES[line][0].startswith(("README", "docs")) an
 RUN.sort(key=lambda line: OURS[line][1] != "train")  # others use the runs that it leaves
 
 
+SAVED = {
+    name: text
+    for page in PAGES
+    for name, text in re.findall(
+        r"Save\s+this as `([\w.]+)`:\n\n```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+}
+"""Files that a page says to save."""
+
 PARSER = cache(build_parser)
 
 
@@ -79,10 +90,21 @@ def parsed(words: list[str]) -> Namespace:
 
 
 @pytest.mark.parametrize("line", sorted(OURS.keys() - set(RUN)))
-def test_options_and_files_exist(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_and_files_exist(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands that take minutes or data."""
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(SAVED.get(OURS[line][2], ""))
     monkeypatch.chdir(ROOT)
-    parsed(OURS[line])
+    parsed([str(saved) if word in SAVED else word for word in OURS[line]])
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("more", [[], ["--small", "digits"]], ids=" ".join)
+def test_a_sweep_that_a_page_says_to_save_can_run(name: str, more: list[str], tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(SAVED[name])
+    config = config_from(SweepConfig, parsed(["feedbackhook", "sweep", str(path), *more])["sweep"])
+    assert all(run.resolved.output for run in plan(config))
 
 
 def test_an_option_that_does_not_exist_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,14 @@ def test_a_setting_without_effect_and_a_seed_out_of_range_are_refused(section, o
             ("feedback", partial(FeedbackConfig, "sign", schedule={0: {}})),
             "an epoch in feedback.schedule must be 1",
         ),
+        (
+            ("feedback", partial(FeedbackConfig, "sign", schedule={1: {}, 30: {"concordance": 0.5}})),
+            r"feedback.schedule: epoch 30 never comes, since protocol.epochs is \d+: change one of them",
+        ),
+        (
+            ("protocol", partial(ProtocolConfig, 3, milestones=[3, 4])),
+            "protocol.milestones: epoch 4 never comes, since protocol.epochs is 3",
+        ),
         (("feedback", partial(FeedbackConfig, "sign", schedule={1: {"std": 1}})), "std"),
         (("feedback", partial(FeedbackConfig, {"conv9": "sign"})), "conv9"),
         (("data", partial(DataConfig, train_images=0)), "data.train_images must be 1 or more"),

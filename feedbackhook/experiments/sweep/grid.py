@@ -25,7 +25,7 @@ from feedbackhook.experiments.config import (
 )
 from feedbackhook.experiments.data.registry import network_for
 from feedbackhook.experiments.parser_messages import plain_words
-from feedbackhook.experiments.resolve import resolve
+from feedbackhook.experiments.resolve import check_epochs, resolve
 from feedbackhook.experiments.stored import check_same, store_errors, with_stored_machine
 from feedbackhook.experiments.sweep.controls import REFERENCE, controls
 from feedbackhook.names import nearest
@@ -293,6 +293,10 @@ def _conditioned(config: SweepConfig, dataset: str) -> Iterator[tuple[str, RunCo
             configured = replace(configured, model=replace(configured.model, name=network))
         if configured.condition is not None:
             Condition.parse(configured.condition).configure(configured)
+        try:
+            check_epochs(configured)
+        except ConfigError as error:
+            raise ConfigError(f"condition {name!r}: {error}") from error
         named = not isinstance(config.conditions, dict)
         first = first or (replace(configured, condition=REFERENCE) if named else configured)
         yield name, configured

@@ -117,6 +117,10 @@ def test_a_sweep_of_ones_own_conditions_has_its_table_and_report(tmp_path: Path)
         ({"data": {"name": "MNIST"}}, "sets data.name, which only the sweep may set"),
         ({"protocol": {"seed": 3}}, "sets protocol.seed, which only the sweep may set"),
         ({"condition": "uSF", "feedback": {"mode": "random"}}, "sets feedback.mode to 'uSF'"),
+        (
+            {"feedback": {"schedule": {9: {"concordance": 0.5}}}},
+            "condition 'own': feedback.schedule: epoch 9 never comes, since protocol.epochs is",
+        ),
         ("sign", "must map settings of a run to values"),
     ],
 )
