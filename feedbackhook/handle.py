@@ -323,10 +323,19 @@ class Patch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, on a patch of the same layers.
 
+        The state brings its rules: that of a patch with "frSF" makes one with "uSF" a patch with "frSF".
+
         Raises:
-            ValueError: the layers differ, or the places that direct rules take errors from and send them to;
-                or the state is from a version that draws another V from the same seed. Nothing is changed.
+            ValueError: this is no state of a patch; the layers differ, or the places that direct rules take
+                errors from and send them to; or the state is from a version that draws another V from the
+                same seed. Nothing is changed.
         """
+        if not {"enabled", "layers"} <= state.keys():
+            keys = ", ".join([*map(repr, list(state)[:3]), *["..."] * (len(state) > 3)])
+            raise ValueError(
+                f"this is no state of a patch: it has {f'the keys {keys}' if keys else 'no keys'}; pass what "
+                "Patch.state_dict returned, such as saved['patch']"
+            )
         check_stream(state)
         load_state(self.state, state["layers"])
         self.enabled = state["enabled"]

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import re
 from collections import OrderedDict
 
 import pytest
@@ -183,6 +184,26 @@ def test_state_of_other_layers_is_refused():
         ValueError, match=r"the state lacks the layers \['0'\] and has the unknown layers \['4'\]"
     ):
         patch.load_state_dict(other.state_dict())
+
+
+def test_what_is_no_state_of_a_patch_is_refused_as_such():
+    model = network()
+    patch = feedbackhook.patch(model, "frSF")
+    checkpoint = {"model": model.state_dict(), "patch": patch.state_dict()}
+    for state, keys in (
+        (checkpoint, "the keys 'model', 'patch'"),
+        (model.state_dict(), "the keys '0.weight', '0.bias', '2.weight', ..."),
+        ({}, "no keys"),
+    ):
+        message = f"this is no state of a patch: it has {keys}; pass what Patch.state_dict returned"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            patch.load_state_dict(state)
+
+
+def test_a_state_brings_its_rules():
+    patch = feedbackhook.patch(network(), "uSF")
+    patch.load_state_dict(feedbackhook.patch(network(), "frSF", concordance=0.75).state_dict())
+    assert {row.rule for row in patch.layers} == {"frSF(concordance=0.75)"}
 
 
 @pytest.mark.parametrize("stream", [None, feedbackhook.rng.STREAM + 1], ids=["earlier", "later"])
