@@ -69,7 +69,8 @@ class Diagnosis:
         ]
         count = len(self.failed)
         ending = f"{count} of {len(self.checks)} checks failed" if count else "no check failed"
-        return "\n".join([*aligned(rows), "", *notes, f"{ending}, over {self.batches} batches."])
+        batches = f"{self.batches} batch{'es' * (self.batches > 1)}"
+        return "\n".join([*aligned(rows), "", *notes, f"{ending}, over {batches}."])
 
 
 def _cell(check: Check | None) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import bounds
 from support.diagnosis import Busy, Stream, assert_same, batches, loss, net, trace
+from support.paths import ROOT
 from support.problems import draw
 from torch import nn
 
@@ -32,7 +34,17 @@ def test_under_symmetric_feedback_every_credit_is_1_and_no_rule_fails():
         exact = {row.layer: row.value for row in found.moments if row.metric == "check_exact_stability"}
         assert stability.value == exact[name]
     assert found.failed == []
-    assert "no check failed" in str(found)
+    assert str(found).endswith("no check failed, over 4 batches.")
+
+
+def test_one_batch_is_one_batch():
+    assert str(diagnosed(net(), "symmetric", batches(1))).endswith(", over 1 batch.")
+
+
+def test_the_page_has_every_check():
+    page = (ROOT / "docs/guide/trust.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*) \| [^|]* \| [^|]* \|$", page, flags=re.MULTILINE)
+    assert rows == ["check", *(kind.title for kind in KINDS.values())]
 
 
 def test_floor_angle_and_credit_are_those_worked_out_by_hand():
