@@ -44,7 +44,7 @@ def _run(arguments: list[str]) -> int:
     # imported here, since plain `pip install feedbackhook` does not install the commands' dependencies
     from feedbackhook import ExactGradientError
     from feedbackhook.cli.commands import COMMANDS
-    from feedbackhook.cli.parsers import build_parser, config_first, run_command
+    from feedbackhook.cli.parsers import build_parser, config_first, run_command, suggestion
     from feedbackhook.experiments.config import ConfigError
     from feedbackhook.experiments.parser_messages import plain_words
     from feedbackhook.experiments.training.stopping import exit_status
@@ -56,7 +56,8 @@ def _run(arguments: list[str]) -> int:
         given = parser.instantiate(parser.parse_args(config_first(COMMANDS, arguments or ["--help"])))
         return run_command(COMMANDS, given)
     except ArgumentError as error:
-        return _refuse(plain_words(error), error)
+        message = plain_words(error)
+        return _refuse(message + suggestion(COMMANDS, arguments, message), error)
     except (ConfigError, StoreError, ReportError, ExactGradientError) as error:
         return _refuse(str(error), error)
     except UnicodeDecodeError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
+
+from feedbackhook.names import nearest
 
 Config = TypeVar("Config")
 
@@ -59,6 +62,19 @@ def run_command(commands: Iterable[Command], given: Namespace, dest: str = "comm
     if command.run is None:
         return run_command(command.subcommands, given[name], "action")
     return command.run(given[name])
+
+
+def suggestion(commands: Iterable[Command], arguments: Sequence[str], message: str) -> str:
+    """Return options like the one that a parser's message calls unknown, to append to it; "" if none is."""
+    match = re.search(r"(?:unrecognized arguments: |does not accept option ')(-*)([\w.-]+)", message)
+    command = next((command for command in commands if command.name == arguments[0]), None)
+    if match is None or command is None or command.arguments is None:
+        return ""
+    parser = _parser(command.description)
+    command.arguments(parser)
+    dashes, name = match.groups()
+    known = re.findall(r"(?<![\w-])--([\w.-]+)", parser.format_help())
+    return nearest(f"{dashes}{name}", [f"{dashes}{option}" for option in known])
 
 
 def config_from(config: type[Config], given: Namespace) -> Config:

@@ -28,6 +28,8 @@ def plain_words(error: Exception) -> str:
         words = [_TYPES.get(kind, kind.removeprefix("typing.Literal").strip("[]")) for kind in kinds]
         if words:
             words = list(dict.fromkeys(word.replace(", '", " or '") for word in words))
+            if re.fullmatch(r"[\w.:/+-]+", given):
+                words = [word.replace("([A, B])", f"(such as [{given}])") for word in words]
             return f"{before}{key} must be {' or '.join(words)}, not {given}"
     match = re.search(r'Parser key "([^"]*)": Unable to load config \'(.*?)\'', message)
     if match is not None:

@@ -176,6 +176,11 @@ def sweep_file(folder: str | os.PathLike[str], name: str) -> Path:
         raise StoreError(f"{folder} has a sweep.yaml but no {name}: {_rerun(folder)}")
     if (path.parent.parent / "sweep.yaml").is_file():
         raise StoreError(f"{folder} holds no sweep, but is a run of the one in {path.parent.parent}")
+    if (path.parent / "config.yaml").is_file():
+        raise StoreError(
+            f"{folder} is a single run, not a sweep: `feedbackhook plot {folder}` draws it, and "
+            "`feedbackhook compare` compares it with others"
+        )
     raise StoreError(f"{folder} holds no sweep: there is no {path}")
 
 

@@ -44,7 +44,7 @@ def test_train_says_how_it_went_and_where_all_lies(capsys: pytest.CaptureFixture
         f"10 classes; sign; cpu ({threads} thread{'' if threads == 1 else 's'})"
     )
     assert [line.partition(":")[0] for line in lines] == [
-        "finished (2 epochs kept)",
+        "finished after 2 epochs",
         "test error",
         "run folder",
         "figures",
@@ -99,7 +99,7 @@ def test_a_config_file_holds_and_options_change_it(capsys: pytest.CaptureFixture
     assert set(read("there")["layer"].dropna()) == set()
     capsys.readouterr()
     assert main(["train", "here/config.yaml", "--resume"]) == 0
-    assert "finished (1 epoch kept)" in capsys.readouterr().out
+    assert "finished after 1 epoch\n" in capsys.readouterr().out
 
 
 def test_plot_draws_every_figure_and_says_which_it_cannot(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_an_interruption_says_how_to_go_on(
     assert json.loads(Path("run/status.json").read_text())["status"] == "interrupted"
     assert main([*command, "--resume"]) == 0
     out = capsys.readouterr().out
-    assert "finished (2 epochs kept)" in out
+    assert "finished after 2 epochs" in out
 
 
 def test_a_diverged_run_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,9 +158,16 @@ def test_a_diverged_run_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["tran"], "'tran'"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
-        (["train", "bad.yaml"], "data.nam"),
+        (["train", "bad.yaml"], "'data.nam'; did you mean 'data.name'"),
         (["train", "broken.yaml"], "parsing config: while parsing a flow mapping"),
-        (["train", "--data.nam", "digits"], "--data.nam"),
+        (["train", "--data.nam", "digits"], "--data.nam digits; did you mean '--data.name'"),
+        (["train", "--protocol.epoch=3"], "did you mean '--protocol.epochs', "),
+        (["table", "runs", "--outputs", "x"], "did you mean '--output'?"),
+        (["sweep", "--datasets", "digits"], "datasets must be a list (such as [digits]), not digits"),
+        (
+            ["plot", "runs", "--figures", "error"],
+            "figures must be a list (such as [error]) or null, not error",
+        ),
         (["train", "--protocol.epochs", "many"], "protocol.epochs must be a whole number, not many"),
         (["train", "--optimizer.name", "adam"], "batch_manhattan"),
         (["train", "--data.size", "big"], "data.size must be a whole number or null, not big"),

@@ -81,6 +81,10 @@ def test_a_folder_without_one_is_told_by_what_it_holds(tmp_path: Path) -> None:
         manifest.read(tmp_path)
     with pytest.raises(StoreError, match="there is no folder"):
         manifest.read(tmp_path / "nowhere")
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(StoreError, match="is a single run, not a sweep: `feedbackhook plot"):
+        manifest.read(tmp_path)
+    (tmp_path / "config.yaml").unlink()
     (tmp_path / "sweep.yaml").touch()
     (tmp_path / "run").mkdir()
     with pytest.raises(StoreError, match=r"has a sweep\.yaml but no manifest\.json: run `feedbackhook sweep"):

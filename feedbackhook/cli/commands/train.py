@@ -40,9 +40,11 @@ def _train(given: Namespace) -> int:
 
 
 def _print_result(console: Console, result: RunResult) -> None:
-    ended = result.status if result.reason is None else f"{result.status}: {result.reason}"
     epochs = "1 epoch" if result.epoch == 1 else f"{result.epoch} epochs"
-    console.print(f"{ended} ({epochs} kept)")
+    if result.reason is None:
+        console.print(f"{result.status} after {epochs}")
+    else:
+        console.print(f"{result.status}: {result.reason} ({epochs} kept)")
     if result.last_error is not None and result.best_error is not None:
         best = f"best {result.best_error:.2f}% (epoch {result.best_epoch})"
         console.print(f"test error: last {result.last_error:.2f}%, {best}")

@@ -329,7 +329,7 @@ def test_the_command_trains_on_two_processes_and_refuses_once(folder: Path) -> N
     command = ["-m", "feedbackhook", "train", *options]
     done = launched([*command, "20"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished (1 epoch kept)") == 1
+    assert done.stdout.count("finished after 1 epoch\n") == 1
     script = folder / "threads_after_main.py"
     script.write_text(THREADS_AFTER_MAIN)
     done = launched([str(script), "train", *options, "20"])
