@@ -15,7 +15,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 
 LAYERS = [
-    ["torch_internals", "operations", "parts", "angles"],
+    ["torch_internals", "memory", "operations", "parts", "angles"],
     ["discovery", "rng", "learning", "feedback", "projection", "layer"],
     ["state"],
     ["errors", "audit", "weights", "steps", "redraws", "learners", "signals", "edge", "guard"],

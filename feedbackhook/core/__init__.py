@@ -3,7 +3,7 @@
 Who may import whom, from the bottom up. A file imports only from lines above its own, or from earlier in its
 line:
 
-    torch_internals, operations, parts, angles       torch alone
+    torch_internals, memory, operations, parts, angles   torch alone
     discovery, feedbackhook.rng, learning, feedback, projection, layer   a layer and its V, a site and its B
     state                                            what listeners subscribe to; knows `layer` alone
     errors, audit, weights, steps, redraws, learners, signals, edge, guard   each one concern, above the state

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from feedbackhook.core.torch_internals import Node, levels, saved_tensors, sequence_number, storage_of
+from feedbackhook.core.memory import Memory
+from feedbackhook.core.torch_internals import Node, levels, saved_tensors, sequence_number
 
 MARK = "feedbackhook"
 """The key in a node's metadata that marks a layer's output."""
@@ -138,8 +139,7 @@ def audit(
         since: sequence number of the first node to examine; earlier nodes are skipped.
     """
     known = {id(tensor): tensor for tensor in own}
-    by_storage = {storage_of(tensor): weights.get(key) for key, tensor in known.items()}
-    by_storage.pop(None, None)
+    memory = Memory((tensor, weights.get(key)) for key, tensor in known.items())
     flows: dict[Node, _Flow] = {}
     found: dict[Finding, None] = {}
     rerouted: set[Node] = set()
@@ -152,11 +152,11 @@ def audit(
         if name.startswith("CompiledFunction"):  # data and weights meet inside it
             met = iter([w for flow in inputs for w in flow.weights if w.patched and not w.compiled])
             flows[node] = _ACTIVATION
-        elif node in rerouted or _is_layer(node, name, inputs, by_storage):
+        elif node in rerouted or _is_layer(node, name, inputs, memory):
             flows[node] = _ACTIVATION
             continue
         else:
-            met = _met(name, inputs, saved_tensors(node), by_storage)
+            met = _met(name, inputs, saved_tensors(node), memory)
             flows[node] = _passed_on(name, inputs)
         for weight in met:
             found[Finding(weight.name, weight.patched, weight.shape, node.name())] = None
@@ -198,11 +198,11 @@ def _is_pure(node: Node) -> bool:
     return not nodes
 
 
-def _is_layer(node: Node, name: str, inputs: list[_Flow], by_storage: Mapping[int | None, Any]) -> bool:
+def _is_layer(node: Node, name: str, inputs: list[_Flow], memory: Memory[Weight | None]) -> bool:
     """Whether a node's output is an activation although only weights enter it in the graph, next to data."""
-    if name in _LOOK_UPS or _EDGES.search(name):
-        return True
     activation = any(flow.activation for flow in inputs)  # a bias outside the model counts as one
+    if _EDGES.search(name) or (name in _LOOK_UPS and not activation):  # look-ups may be weighted by one
+        return True
     if (not activation or name in _PRODUCTS or name in _SHAPING) and MARK in node.metadata:
         return True
     if activation:
@@ -210,11 +210,11 @@ def _is_layer(node: Node, name: str, inputs: list[_Flow], by_storage: Mapping[in
     if name not in _PRODUCTS and not isinstance(node, BackwardCFunction):
         return False
     without_graph = any(earlier is None for earlier, _ in node.next_functions)
-    return without_graph and not all(storage_of(saved) in by_storage for saved in saved_tensors(node))
+    return without_graph and not all(memory.sharing(saved) for saved in saved_tensors(node))
 
 
 def _met(
-    name: str, inputs: list[_Flow], saved: Iterable[Tensor], by_storage: Mapping[int | None, Weight | None]
+    name: str, inputs: list[_Flow], saved: Iterable[Tensor], memory: Memory[Weight | None]
 ) -> Iterator[Weight]:
     """Yield the weights that meet an activation in a node."""
     if name in _LINEAR or not any(flow.activation for flow in inputs):
@@ -227,9 +227,9 @@ def _met(
         if flow.activation and name in _SQUARES:
             yield from flow.weights
     for tensor in saved:
-        weight = by_storage.get(storage_of(tensor))
-        if weight is not None and (weight.patched or not elementwise):
-            yield weight
+        for weight in memory.sharing(tensor):
+            if weight is not None and (weight.patched or not elementwise):
+                yield weight
 
 
 def _passed_on(name: str, inputs: list[_Flow]) -> _Flow:

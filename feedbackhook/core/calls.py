@@ -16,7 +16,7 @@ from feedbackhook.core.errors import exact_use
 from feedbackhook.core.layer import Layer
 from feedbackhook.core.learning import reads_calls
 from feedbackhook.core.mode import Mode
-from feedbackhook.core.operations import COPYING, LAYER_FUNCTIONS, OPERATIONS, Call
+from feedbackhook.core.operations import COPYING, OPERATIONS, Call
 from feedbackhook.core.projection import Attention, Place, Projection
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import (
@@ -63,9 +63,11 @@ class Calls:
         call = read(*args, **kwargs)
         use = self._use_of(call.weight, mode, eager)
         if use is not None:
+            if eager and self._weights.find(call.input, mode.copies) is not None:
+                return func(*args, **kwargs)  # of weights alone: a penalty, or weights that are merged
             return self._reroute(mode, use, call, func, args, kwargs, eager)
-        if eager and func not in LAYER_FUNCTIONS:
-            self._refuse_product(mode, func, (*args, *kwargs.values()))
+        if eager:
+            self._refuse_product(mode, func, (call.input, call.weight))
         input_requires_grad = requires_grad(call.input)
         if eager and input_requires_grad:
             self._coverage.warn_of_unknown_weight(func.__name__, call.weight)
@@ -121,9 +123,9 @@ class Calls:
 
     def _alias(self, tensor: Tensor, mode: Mode) -> Use | None:
         """Return the weight that a tensor shares memory with, if there is one."""
-        if mode.storages is None:
-            mode.storages = self._weights.storages()
-        return alias(tensor, mode.storages)
+        if mode.memory is None:
+            mode.memory = self._weights.memory()
+        return alias(tensor, mode.memory)
 
     def _reroute(
         self,
@@ -198,10 +200,14 @@ class Calls:
         """Raise if a function that is not rerouted multiplies a patched weight by a tensor that requires a
         gradient."""
         tensors = [arg for arg in _flatten(args) if isinstance(arg, Tensor)]
+        if not self._state.enabled or not any(tensor.requires_grad for tensor in tensors):
+            return
         uses = [self._weights.find(tensor, mode.copies) for tensor in tensors]
-        use = next((use for use in uses if use is not None), None)
-        others = (tensor for tensor, own in zip(tensors, uses, strict=True) if own is None)
-        if self._state.enabled and use is not None and any(other.requires_grad for other in others):
+        others = [tensor for tensor, own in zip(tensors, uses, strict=True) if own is None]
+        if not any(other.requires_grad for other in others):
+            return
+        uses += [self._alias(other, mode) for other in others if not other.requires_grad]
+        if (use := next((use for use in uses if use is not None), None)) is not None:
             raise exact_use(use.layer.info.name, str(getattr(func, "__name__", func)))
 
 

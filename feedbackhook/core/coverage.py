@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from feedbackhook.core.audit import Finding, Weight, audit, graph_of, tensors_in
-from feedbackhook.core.discovery import is_layer, layers_in
+from feedbackhook.core.discovery import OWN, is_layer, layers_in
 from feedbackhook.core.errors import ExactGradientError, exact_use, warn
 from feedbackhook.core.marks import mark_of
 from feedbackhook.core.mode import Mode, Running
@@ -44,11 +44,13 @@ class Coverage:
 
     def audit(self, nodes: Iterable[Any], since: int = 0) -> list[Finding]:
         """Return what a graph does with weights of this model, see `feedbackhook.core.audit`."""
+        patched_modules = {target.place.module for layer in self._state.layers for target in layer.targets}
         held = {
             id(parameter)
             for module in self._root.modules()
             if is_layer(module)
-            for parameter in module.parameters(recurse=False)
+            for name, parameter in module.named_parameters(recurse=False)
+            if module not in patched_modules or name in OWN
         }
         parameters = dict(self._root.named_parameters())
         weights = {
@@ -58,7 +60,8 @@ class Coverage:
         }
         patched = list(self._weights.parameters())
         weights |= {
-            id(p): Weight(layer.info.name, True, tuple(p.shape), layer.compiled) for p, layer in patched
+            id(p): Weight(layer.info.name, True, tuple(p.shape), layer.compiled)
+            for p, layer in (*patched, *self._weights.buffers())
         }
         own = (*parameters.values(), *self._root.buffers(), *(p for p, _ in patched))
         return audit(nodes, weights, own, since)
@@ -133,15 +136,16 @@ class Coverage:
         return {*self._root.modules(), *patched, *(child for _, _, child in self._tree)}
 
     def check_opaque(self, ended: Running, output: object) -> None:
-        """Raise if a layer ran without a rerouted call and its weight is not a plain dense tensor, which a
-        kernel may use out of sight."""
+        """Raise if a layer ran without a rerouted call and its weight leaves no trace in the graph: it is not
+        a plain dense tensor, which a kernel may use out of sight, or comes from no trainable parameter."""
         layer = self._state.own.get(ended.mark.path)
-        if layer is None or layer.calls > ended.calls or not self._state.enabled or not layer.is_opaque():
+        if layer is None or layer.calls > ended.calls or not self._state.enabled:
             return
-        if graph_of(output):
+        stored = f"as {layer.weight_type()}" if layer.is_opaque() else "in no parameter"
+        if (layer.is_opaque() or layer.is_constant()) and graph_of(output):
             raise ExactGradientError(
-                f"{layer.info.name!r} ran without a call that could be rerouted: it stores its weight as "
-                f"{layer.weight_type()} and computes with it where the patch cannot see it. Pass "
+                f"{layer.info.name!r} ran without a call that could be rerouted: it stores its weight "
+                f"{stored} and computes with it where the patch cannot see it. Pass "
                 f"exclude={[layer.info.name]} to feedbackhook.patch to leave it exact"
             )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from feedbackhook.core.torch_internals import own_parameter
+from feedbackhook.core.torch_internals import own_buffer, own_parameter
 
 KINDS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -26,6 +26,12 @@ KINDS: tuple[type[nn.Module], ...] = (
 """The layer kinds that can be patched. Subclasses count as the kind that they extend. `Conv1D` of
 transformers, the linear layer of GPT-2 with a transposed weight, can be patched too. In attention, this
 covers the query, key and value projections; the output projection is an `nn.Linear` inside it."""
+
+OWN = frozenset(
+    ["weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"]
+)
+"""The parameters with two dimensions or more that PyTorch's layers of these kinds have. Others are a
+subclass's own."""
 
 _CONVOLUTIONS = tuple(kind for kind in KINDS if kind.__name__.startswith("Conv"))
 
@@ -70,6 +76,11 @@ class Place(NamedTuple):
     def parameter(self) -> Tensor | None:
         """Return the weight if it is a parameter of the module, or None if it is derived from others."""
         return own_parameter(self.module, self.attribute)
+
+    def buffer(self) -> Tensor | None:
+        """Return the weight if it is a buffer of floating-point numbers, else None."""
+        buffer = own_buffer(self.module, self.attribute)
+        return buffer if buffer is not None and buffer.is_floating_point() else None
 
 
 class Target(NamedTuple):

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from feedbackhook.core.layer import Layer
 from feedbackhook.core.marks import Mark
+from feedbackhook.core.memory import Memory
 from feedbackhook.core.operations import WATCHED
 from feedbackhook.core.projection import Attention
 from feedbackhook.core.signals import Forward
@@ -56,7 +57,7 @@ class Mode(TorchFunctionMode):
         seen: the functions that the innermost module has called in forwards that passed the audit.
         new: the functions called for the first time, each with the set that it belongs to.
         copies: copies of patched weights made in this forward.
-        storages: the memory of the patched weights, once it has been asked for.
+        memory: that of the patched weights, once it has been asked for.
         since: sequence number of the first autograd node that this forward may make.
         forward: what direct rules know of this forward; None if there are none.
         attention: where the batch is inside the call of `F.multi_head_attention_forward` that is running.
@@ -70,7 +71,7 @@ class Mode(TorchFunctionMode):
         self.seen: set[Any] = set()
         self.new: list[tuple[set[Any], Any]] = []
         self.copies: Copies = {}
-        self.storages: dict[int, tuple[Tensor, Layer]] | None = None
+        self.memory: Memory[tuple[Tensor, Layer]] | None = None
         self.since = 0 if traced else next_sequence_number()
         self.forward: Forward | None = None
         self.attention: Attention | None = None

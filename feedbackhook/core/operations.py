@@ -263,10 +263,5 @@ COPYING: frozenset[Callable[..., Any]] = frozenset(
 """Functions that select and order the entries of a tensor and may return a new one. What they do to W, they
 do to V as well."""
 
-LAYER_FUNCTIONS = frozenset(
-    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-)
-"""The functions in `OPERATIONS` that take a weight argument; the others multiply any two matrices."""
-
 WATCHED = dict.fromkeys((*OPERATIONS, *MATRIX_PRODUCTS, *COPYING, F.multi_head_attention_forward))
 """All functions whose calls are looked at."""

@@ -195,6 +195,24 @@ def own_parameter(module: nn.Module, name: str) -> Tensor | None:
     return module._parameters.get(name)
 
 
+def own_buffer(module: nn.Module, name: str) -> Tensor | None:
+    """Return a buffer that the module itself registers, or None if it has none of this name."""
+    return module._buffers.get(name)
+
+
+def contents_of(tensor: Tensor) -> int:
+    """Return a number that changes if `torch.utils.swap_tensors` gives a tensor the contents of another, as
+    `load_state_dict` and `to` do in some cases."""
+    number: int = tensor._cdata
+    return number
+
+
+def attach_hooks_again(tensor: Tensor) -> None:
+    """Make the hooks on a tensor's gradient run again after its contents were swapped, which takes them to
+    the other tensor."""
+    tensor._backward_hooks = tensor._backward_hooks
+
+
 def own_child(module: nn.Module, name: str) -> nn.Module | None:
     """Return a module that the module itself registers, or None if it has none of this name."""
     return module._modules.get(name)

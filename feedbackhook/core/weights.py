@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from feedbackhook.core.layer import Layer
+from feedbackhook.core.memory import Memory
 from feedbackhook.core.parts import Copied, Part, View, ViewOfCopy
-from feedbackhook.core.torch_internals import base_of, storage_of, version_of
+from feedbackhook.core.torch_internals import attach_hooks_again, base_of, contents_of, version_of
 
 
 class Use(NamedTuple):
@@ -39,7 +40,7 @@ class Weights:
         self._guard = guard
         self._by_id: dict[int, tuple[Tensor, Layer]] = {}
         self._of: dict[Layer, list[Tensor]] = {}
-        self._guards: dict[Tensor, RemovableHandle] = {}
+        self._guards: dict[Tensor, tuple[RemovableHandle, int]] = {}  # and the contents that are guarded
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles find their own parameters."""
@@ -72,12 +73,16 @@ class Weights:
         if plain is None:
             known, today = self._of.get(layer, []), list(layer.parameters())
             same = len(known) == len(today) and all(a is b for a, b in zip(known, today, strict=True))
-            return same and all(p in self._guards or not p.requires_grad for p in today)
+            return same and all(self._is_guarded(p) or not p.requires_grad for p in today)
         if self.layer_of(plain) is not layer:
             return False
         if len(layer.targets) > 1 and any(target.place.parameter() is not plain for target in layer.targets):
             return False
-        return plain in self._guards or not plain.requires_grad
+        return self._is_guarded(plain) or not plain.requires_grad
+
+    def _is_guarded(self, parameter: Tensor) -> bool:
+        _, contents = self._guards.get(parameter, (None, None))
+        return contents == contents_of(parameter)
 
     def _split(self, layer: Layer) -> None:
         """Split a layer whose tied weight was untied. Each new layer keeps the random parts, so that V stays,
@@ -121,8 +126,16 @@ class Weights:
         if (plain := layer.targets[0].place.parameter()) is not None:
             self._by_id[id(plain)] = (plain, layer)
         for weight in today:
-            if weight.requires_grad and weight not in self._guards:
-                self._guards[weight] = weight.register_hook(self._guard(layer))
+            if weight.requires_grad and not self._is_guarded(weight):
+                self._protect(weight, layer)
+
+    def _protect(self, weight: Tensor, layer: Layer) -> None:
+        if weight in self._guards:
+            guard, _ = self._guards[weight]
+            attach_hooks_again(weight)
+        else:
+            guard = weight.register_hook(self._guard(layer))
+        self._guards[weight] = guard, contents_of(weight)
 
     def _forget(self, layer: Layer, but: list[Tensor]) -> None:
         for weight in self._of.pop(layer, []):
@@ -130,12 +143,13 @@ class Weights:
                 continue
             if self.layer_of(weight) is layer:
                 del self._by_id[id(weight)]
-            if (guard := self._guards.pop(weight, None)) is not None:
+            if weight in self._guards:
+                guard, _ = self._guards.pop(weight)
                 guard.remove()
 
     def clear(self) -> None:
         """Remove the guards and forget all parameters."""
-        for guard in self._guards.values():
+        for guard, _ in self._guards.values():
             guard.remove()
         self._by_id, self._of, self._guards = {}, {}, {}
 
@@ -158,12 +172,16 @@ class Weights:
                 return use._replace(part=ViewOfCopy(use.part, View.between(tensor, base)))
         return _copied(tensor, copies) if copies else None
 
-    def storages(self) -> dict[int, tuple[Tensor, Layer]]:
-        """Return the current plain weights by the memory that they occupy."""
-        found = ((storage_of(plain), plain, layer) for plain, layer in self._by_id.values())
-        return {
-            key: (plain, layer) for key, plain, layer in found if key is not None and plain.is_contiguous()
-        }
+    def memory(self) -> Memory[tuple[Tensor, Layer]]:
+        """Return the current plain weights, by the memory that they occupy."""
+        plain = [*self._by_id.values(), *self.buffers()]
+        return Memory((tensor, (tensor, layer)) for tensor, layer in plain if tensor.is_contiguous())
+
+    def buffers(self) -> Iterator[tuple[Tensor, Layer]]:
+        """Yield the weights that are buffers, each with its layer."""
+        for layer in self._layers:
+            if (buffer := layer.targets[0].place.buffer()) is not None:
+                yield buffer, layer
 
     def parameters(self) -> Iterator[tuple[Tensor, Layer]]:
         """Yield all known parameters, each with its layer."""
@@ -172,13 +190,14 @@ class Weights:
                 yield parameter, layer
 
 
-def alias(tensor: Tensor, storages: dict[int, tuple[Tensor, Layer]]) -> Use | None:
+def alias(tensor: Tensor, memory: Memory[tuple[Tensor, Layer]]) -> Use | None:
     """Return which part of a weight a tensor is that only shares its memory: `.data`, `.detach()`, a view."""
-    if isinstance(tensor, nn.Parameter) or (storage := storage_of(tensor)) not in storages:
+    if isinstance(tensor, nn.Parameter):
         return None
-    plain, layer = storages[storage]
-    offset = tensor.storage_offset() - plain.storage_offset()
-    return Use(layer, plain, View.between(tensor, plain)) if 0 <= offset < plain.numel() else None
+    for plain, layer in memory.sharing(tensor):
+        if tensor.storage_offset() >= plain.storage_offset() and tensor.dtype == plain.dtype:
+            return Use(layer, plain, View.between(tensor, plain))
+    return None
 
 
 def _copied(tensor: Tensor, copies: Copies) -> Use | None:

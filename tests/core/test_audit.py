@@ -132,6 +132,11 @@ REFUSED: dict[str, SecondUse] = {
     "attention": lambda h, w: F.scaled_dot_product_attention(h[None], w[None], w[None])[0],
     "product and sum": lambda h, w: (h.unsqueeze(1) * w).sum(-1),
     "lerp": lambda h, w: torch.lerp(h, h * 2, w[:3]),
+    "linear with the weight as input": lambda h, w: F.linear(w, h).t(),
+    "convolution with the weight as input": lambda h, w: F.conv1d(w[..., None], h[..., None])[..., 0].t(),
+    "weighted look-up": lambda h, w: F.embedding_bag(
+        ORDER.expand(3, 4), w, per_sample_weights=h.softmax(1), mode="sum"
+    ),
     "a function of one's own": Product.apply,
 }
 
