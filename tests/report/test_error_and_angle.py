@@ -52,7 +52,7 @@ def with_angles(folder: Path, *angles: tuple[float, float, float]) -> pd.DataFra
     """The points of a finished run of three layers, by their angles at each step."""
     (run, *_) = left(tiny(folder, conditions=["uSF"]))
     leave_run(run.config, [(90.0, 90.0), (20.0, 20.0)], 1)
-    with Recorder(run.folder.path) as recorder:
+    with Recorder(run.folder.path, append=True) as recorder:
         for step, of_layers in enumerate(angles):
             for depth, angle in enumerate(of_layers):
                 recorder.add(step, 0, "gradient_angle", angle, f"layer{depth}", depth)
