@@ -35,7 +35,8 @@ from feedbackhook.core.torch_internals import Node, levels, saved_tensors, seque
 MARK = "feedbackhook"
 """The key in a node's metadata that marks a layer's output."""
 
-_EDGES = re.compile(r"FeedbackEdge|TransformableEdge|ApplyTemplate")  # dynamo turns an edge into the last
+_EDGES = re.compile(r"FeedbackEdge|TransformableEdge|NotDifferentiable|ApplyTemplate")
+"""Nodes that send V's or B's product; dynamo turns an edge into the last."""
 _LOOK_UPS = {"Embedding", "EmbeddingBag", "EmbeddingSparse", "EmbeddingDense"}
 _LINEAR = {
     "Add", "Sub", "Rsub", "Cat", "Stack", "Where", "SWhere", "Copy", "CopySlices", "IndexPut", "IndexPutImpl",

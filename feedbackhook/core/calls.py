@@ -173,8 +173,7 @@ class Calls:
         output = call.run(func, args, kwargs, call.input.detach())
         if eager:
             self._tell(layer, call.input, output)
-        weight = use.weight.detach()
-        return join(output, call.input, weight, use.part, self._state, layer, call, delivery, *learned)
+        return join(output, call.input, use, self._state, call, delivery, *learned)
 
     def _tell(self, layer: Layer, input: Tensor, output: Tensor) -> None:
         for listener in list(self._state.call_listeners.values()):

@@ -11,10 +11,10 @@ from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.layer import Layer, Patched
 from feedbackhook.core.learning import LearningRule, Local, Products, full_precision, reads_calls
 from feedbackhook.core.operations import Call
-from feedbackhook.core.parts import Part
 from feedbackhook.core.signals import Delivery
 from feedbackhook.core.state import PatchState
 from feedbackhook.core.torch_internals import transformed
+from feedbackhook.core.weights import Use
 
 
 class FeedbackEdge(torch.autograd.Function):
@@ -26,21 +26,20 @@ class FeedbackEdge(torch.autograd.Function):
         ctx: Any,
         output: Tensor,
         input: Tensor,
-        weight: Tensor,
-        part: Part | None,
+        use: Use,
         state: PatchState,
-        layer: Layer,
         call: Call,
         delivery: Delivery | None,
         *learned: Tensor,
     ) -> Tensor:
-        ctx.part, ctx.state, ctx.layer, ctx.product = part, state, layer, call.product
+        layer, weight, ctx.part = use
+        ctx.state, ctx.layer, ctx.product = state, layer, call.product
         ctx.delivery, ctx.input_at = delivery, 1
         ctx.products = Products(call.product, call.apply, call.outer) if learned else None
         # The graph keeps the V of its forward. A traced backward can keep nothing, so it uses the current V.
         if isinstance(layer.feedback, Feedback):
             compiling = torch.compiler.is_compiling()
-            ctx.feedback = layer.feedback if compiling else layer.feedback.bound(weight)
+            ctx.feedback = layer.feedback if compiling else layer.feedback.bound(weight.detach())
         ctx.dtype = input.dtype
         # Save the input only if PyTorch's own node saves the very same tensor, so that it takes no memory.
         keep = call.wants_input and call.weight.requires_grad and input.dtype == output.dtype
@@ -48,6 +47,7 @@ class FeedbackEdge(torch.autograd.Function):
         if learned:
             keep = keep or reads_calls(layer.feedback.rule)
             ctx.samples, ctx.updates = call.samples(), call.weight.requires_grad
+        # Not detached, though no gradient goes there: second derivatives would, see `_not_differentiable`.
         ctx.save_for_backward(weight, input if keep else None, *learned)
         # Not `view_as`: an in-place activation on a view made inside a custom function raises.
         return output.detach()
@@ -58,14 +58,14 @@ class FeedbackEdge(torch.autograd.Function):
             return _send_back(ctx, grad_output)
         with torch.no_grad():  # the graph of this backward is wanted, but V's product is not a derivative
             _, *others = _send_back(ctx, grad_output)
-        return grad_output, *(
-            None if other is None else _NotDifferentiable.apply(other, grad_output) for other in others
-        )
+        weight, _, *learned = ctx.saved_tensors
+        return grad_output, *(_not_differentiable(other, grad_output, weight, *learned) for other in others)
 
 
 def _send_back(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Return the error signal for the layer's own node, and V's product with it for the input."""
     weight, input, *learned = ctx.saved_tensors
+    weight = weight.detach()
     layer: Layer = ctx.layer
     state: PatchState = ctx.state
     exact = state.exact
@@ -87,7 +87,7 @@ def _send_back(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if layer.probes:
             layer.probe(grad_input, grad_output)
     gradients = _learn(ctx, grad_output, weight, input, learned) if learned else ()
-    return grad_output, grad_input, None, None, None, None, None, None, *gradients
+    return grad_output, grad_input, None, None, None, None, *gradients
 
 
 def _learn(
@@ -123,14 +123,20 @@ def _product(ctx: Any, grad_output: Tensor, whole: Tensor, input: Tensor | None)
     return grad_input
 
 
+def _not_differentiable(made: Tensor | None, *sources: Tensor) -> Tensor | None:
+    """Return what a backward has made, so that differentiating it raises an error where backprop's gradient
+    would have a derivative: with respect to the arriving error signal and the weight, for instance."""
+    return None if made is None else _NotDifferentiable.apply(made, *sources)
+
+
 class _NotDifferentiable(torch.autograd.Function):
-    """The identity on an error signal that V or B has produced. It has no derivative."""
+    """The identity on what V or B has produced. It has no derivative."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_input: Tensor, grad_output: Tensor) -> Tensor:
-        return grad_input.detach()
+    def forward(made: Tensor, *sources: Tensor) -> Tensor:
+        return made.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -202,11 +208,11 @@ class SiteEdge(torch.autograd.Function):
         state.arrivals.note(site)
         if site.probes:
             site.probe(grad_input, grad_output)
-        gradients: list[Tensor | None] = []
-        if ctx.saved_tensors:
-            input, learned = ctx.saved_tensors
-            with torch.no_grad():
-                gradients.append(ctx.delivery.gradient(input).to(learned.dtype))
-        if torch.is_grad_enabled() and not state.exact:
-            grad_input = _NotDifferentiable.apply(grad_input, grad_output)
-        return grad_input, None, None, *gradients
+        input, *learned = ctx.saved_tensors or (None,)
+        with torch.no_grad():
+            gradients = [ctx.delivery.gradient(input).to(b.dtype) for b in learned]
+        if not torch.is_grad_enabled():
+            return grad_input, None, None, *gradients
+        if not state.exact:
+            grad_input = _NotDifferentiable.apply(grad_input, grad_output, *learned)
+        return grad_input, None, None, *(_not_differentiable(g, grad_output, *learned) for g in gradients)
