@@ -230,6 +230,12 @@ class Feedback:
         self._parts = None
         self._streams.ready.clear()
 
+    def describe(self, layer: LayerInfo) -> None:
+        """Draw the random parts again for a layer of another shape. They follow from the same name."""
+        self.layer = dataclasses.replace(layer, name=self.layer.name)
+        self._parts = self._drawn_for = None
+        self._streams = Streams()
+
     def like(self, rule: Rule, seed: int, draws: int, drawn_as: str | None = None) -> Feedback:
         """Return a feedback of the same layer that keeps and draws its random parts in the same way.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from feedbackhook.core.discovery import LayerInfo, Target, full_shape, weight_of
+from feedbackhook.core.discovery import LayerInfo, Target, describe_layer, full_shape, weight_of
 from feedbackhook.core.feedback import Feedback
 from feedbackhook.core.learning import learns
 from feedbackhook.core.projection import Projection
@@ -160,6 +160,7 @@ class Layer(Patched):
         Raises:
             RuntimeError: the module stores integers, and no forward has turned them into a weight yet.
         """
+        self.describe()
         place = self.targets[0].place
         weight = weight_of(place.module, place.attribute) if self.derived is None else self.derived
         if not weight.is_floating_point():
@@ -169,6 +170,20 @@ class Layer(Patched):
             )
         gather = getattr(weight, "full_tensor", None)  # a DTensor of torch.distributed has it
         return weight if gather is None else gather()
+
+    def has_other_shape(self) -> bool:
+        """Whether the weight was replaced by one of another shape, as in structured pruning. (A sharded one
+        may be flat outside its forward, which does not count.)"""
+        plain, known = self.targets[0].place.parameter(), self.info.shape
+        return plain is not None and plain.shape != known and plain.dim() == len(known) and plain.numel() > 0
+
+    def describe(self) -> None:
+        """Find out anew what a rule may know about the layer, if its weight has another shape now."""
+        if not self.has_other_shape():
+            return
+        self.targets = [Target(place, describe_layer(info.name, place)) for place, info in self.targets]
+        self.feedback.describe(self.info)
+        self.derived = None
 
     def check(self) -> None:
         """Check that V can be made from such a weight.

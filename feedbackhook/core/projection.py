@@ -300,6 +300,10 @@ class Projection:
         """Advance to the next draw, which happens when B is next needed."""
         self.draws += 1
 
+    def describe(self, layer: LayerInfo) -> None:
+        """Follow a layer of another shape. B follows from the same name."""
+        self.layer = dataclasses.replace(layer, name=self.layer.name)
+
     def follow(self, rule: DirectRule) -> None:
         """Change the rule. The draw count stays."""
         self.rule = rule

@@ -74,7 +74,7 @@ class Weights:
             known, today = self._of.get(layer, []), list(layer.parameters())
             same = len(known) == len(today) and all(a is b for a, b in zip(known, today, strict=True))
             return same and all(self._is_guarded(p) or not p.requires_grad for p in today)
-        if self.layer_of(plain) is not layer:
+        if self.layer_of(plain) is not layer or layer.has_other_shape():
             return False
         if len(layer.targets) > 1 and any(target.place.parameter() is not plain for target in layer.targets):
             return False
@@ -120,6 +120,7 @@ class Weights:
 
     def _learn(self, layer: Layer) -> None:
         layer.check()
+        layer.describe()
         today = list(layer.parameters())
         self._forget(layer, today)
         self._of[layer] = today

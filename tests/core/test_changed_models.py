@@ -134,6 +134,81 @@ def test_weights_of_different_rules_cannot_be_tied_after_patching():
         model(draw(3, 4))
 
 
+# --- resized ---------------------------------------------------------------------------------------------
+
+
+def resized_by_new_parameters(model: nn.Sequential) -> None:
+    model[0].weight, model[0].bias = (
+        nn.Parameter(p.detach()[:2].clone()) for p in (model[0].weight, model[0].bias)
+    )
+    model[2].weight = nn.Parameter(model[2].weight.detach()[:, :2].clone())
+
+
+def resized_by_data(model: nn.Sequential) -> None:
+    model.zero_grad()
+    model[0].weight.data, model[0].bias.data = (
+        model[0].weight.data[:2].clone(),
+        model[0].bias.data[:2].clone(),
+    )
+    model[2].weight.data = model[2].weight.data[:, :2].clone()
+
+
+RESIZED = {"new parameters": resized_by_new_parameters, "data": resized_by_data}
+
+
+@pytest.mark.parametrize("looked", [False, True], ids=["after a forward", "before one"])
+@pytest.mark.parametrize("mode", ["random", "FA", "NuSF", "brSF"])
+@pytest.mark.parametrize("resize", RESIZED.values(), ids=RESIZED)
+def test_v_follows_a_weight_of_another_shape(resize, mode, looked):
+    """As in structured pruning: V is that of a model that is patched in this shape."""
+    model, x = (
+        redrawn(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))),
+        draw(3, 4),
+    )
+    patch = feedbackhook.patch(model, mode)
+    gradients(model, x)
+    resize(model)
+    if looked:
+        assert patch.feedback("2").shape == (4, 2)
+    got = gradients(model, x)
+    assert [row.shape for row in patch.layers] == [(2, 4), (4, 2), (3, 4)]
+    assert [row.info.fan_in for row in patch.layers] == [4, 2, 4]
+    plain = without_patch(model)
+    anew = feedbackhook.patch(copy.deepcopy(plain), mode)
+    feedback = {name: anew.feedback(name) for name in ("0", "2", "4")}
+    assert torch.equal(patch.feedback("2"), feedback["2"])
+    assert_same_gradients(got, by_saved_tensors(plain, feedback, x))
+    assert_unlike(got, by_backprop(plain, x), ["input", "0.weight", "2.weight"])
+
+
+@pytest.mark.parametrize("resize", RESIZED.values(), ids=RESIZED)
+def test_b_follows_a_weight_of_another_shape(resize):
+    model, x = (
+        redrawn(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))),
+        draw(3, 4),
+    )
+    patch = feedbackhook.patch(model, "DFA")
+    gradients(model, x)
+    resize(model)
+    got = gradients(model, x)
+    plain = without_patch(model)
+    anew = copy.deepcopy(plain)
+    other = feedbackhook.patch(anew, "DFA")
+    assert_same_gradients(got, gradients(anew, x))
+    assert patch.projection("2").shape == (2, 3)
+    assert torch.equal(patch.projection("2"), other.projection("2"))
+
+
+def test_learned_feedback_of_another_shape_is_an_error():
+    """What it has learned cannot be taken along."""
+    model, x = redrawn(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))), draw(3, 4)
+    feedbackhook.patch(model, "KP")
+    gradients(model, x)
+    resized_by_new_parameters(model)
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) for '2', whose weight has shape \(4, 2\)"):
+        gradients(model, x)
+
+
 # --- layers that come later ------------------------------------------------------------------------------
 
 
