@@ -22,6 +22,7 @@ in a non-reentrant checkpoint or `save_on_cpu`.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -265,11 +266,11 @@ def graph_of(output: Any) -> list[Node]:
 
 
 def nodes_behind(roots: Iterable[Node]) -> Iterator[Node]:
-    """Yield these nodes and all that lead to them, each once."""
-    nodes = list(roots)
+    """Yield these nodes and all that lead to them, each once, the nearest first."""
+    nodes = deque(roots)
     seen = set(nodes)
     while nodes:
-        node = nodes.pop()
+        node = nodes.popleft()
         yield node
         for earlier, _ in node.next_functions:
             if earlier is not None and earlier not in seen:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from feedbackhook.core.audit import mark_as_layer
+from feedbackhook.core.audit import mark_as_layer, nodes_behind
 from feedbackhook.core.coverage import Coverage
 from feedbackhook.core.edge import join
 from feedbackhook.core.errors import exact_use
@@ -110,14 +111,13 @@ class Calls:
 
         A parameter belongs to its layer wherever it is used, and so do its views (attention uses a third of
         its projection at a time), its copies and its aliases. A weight derived from parameters (standardized,
-        normalized, parametrized) belongs to the module whose forward is running.
+        normalized, parametrized) belongs to the module whose forward is running, unless the graph tells that
+        it comes from others.
         """
         if (use := self._weights.find(weight, mode.copies)) is not None:
             return use
         layer = self._state.own.get(mode.running[-1].mark.path)
-        if layer is not None and layer.may_derive(weight):
-            if eager:
-                layer.use(weight)
+        if layer is not None and layer.may_derive(weight) and not (eager and _is_of_others(weight, layer)):
             return Use(layer, weight)
         return self._alias(weight, mode) if eager else None
 
@@ -149,6 +149,7 @@ class Calls:
         else:
             _refuse_kind(layer, call)
             layer.prepare(use.weight)
+            layer.use(use.weight)
             if saves_through_hooks():
                 self._follow_checkpoint(mode)
             if layer.depth is None:
@@ -208,6 +209,15 @@ class Calls:
         uses += [self._alias(other, mode) for other in others if not other.requires_grad]
         if (use := next((use for use in uses if use is not None), None)) is not None:
             raise exact_use(use.layer.info.name, str(getattr(func, "__name__", func)))
+
+
+def _is_of_others(weight: Tensor, layer: Layer) -> bool:
+    """Whether the graph tells that a weight was computed without the layer's own one."""
+    plain = layer.targets[0].place.parameter()
+    if plain is None or not plain.requires_grad or weight.grad_fn is None or transformed():
+        return False
+    own = get_gradient_edge(plain).node
+    return all(node is not own for node in nodes_behind([weight.grad_fn]))
 
 
 def _place_of(call: Call, mode: Mode) -> Place:

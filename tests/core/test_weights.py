@@ -7,7 +7,16 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from support.oracle import assert_matches_oracle, by_backprop, by_backward_hooks, gradients, probe
+from support.oracle import (
+    assert_matches_oracle,
+    assert_same_gradients,
+    assert_unlike,
+    by_backprop,
+    by_backward_hooks,
+    by_saved_tensors,
+    gradients,
+    probe,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
@@ -185,6 +194,67 @@ def test_a_derived_weight_outside_every_forward_is_an_error():
     feedbackhook.patch(model)
     with pytest.raises(feedbackhook.ExactGradientError, match="the weight of '1'"):
         F.linear(model[0](torch.randn(2, 4)), model[1].weight).sum().backward()
+
+
+class SometimesStandardized(nn.Linear):
+    standardizes = True
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(1, keepdim=True) if self.standardizes else self.weight
+        return F.linear(x, weight, self.bias)
+
+
+def test_feedback_and_weight_are_those_of_the_last_forward():
+    model = nn.Sequential(nn.Linear(4, 5), SometimesStandardized(5, 3)).double()
+    layer, x = model[1], torch.randn(3, 4, dtype=torch.float64)
+    patch = feedbackhook.patch(model, "uSF")
+    seen = []
+    patch.on_error_signal("1", lambda grad_input, grad_output: seen.append((grad_input, grad_output)))
+    for layer.standardizes in (True, False, True):
+        model(x).square().sum().backward()
+        plain = layer.weight.detach()
+        used = plain - plain.mean(1, keepdim=True) if layer.standardizes else plain
+        assert torch.equal(patch.weight("1"), used)
+        assert torch.equal(patch.feedback("1"), used.sign())
+        grad_input, grad_output = seen.pop()
+        torch.testing.assert_close(grad_input, grad_output @ used.sign())
+
+
+class LocalReparameterization(nn.Linear):
+    """A Bayesian layer: W is the mean, and the variances are another matrix of its shape."""
+
+    def __init__(self, columns, rows):
+        super().__init__(columns, rows)
+        self.log_variance = nn.Parameter(torch.randn(rows, columns))
+
+    def forward(self, x):
+        noise = torch.linspace(-1, 1, self.out_features, dtype=x.dtype)
+        return F.linear(x, self.weight) + F.linear(x.square(), self.log_variance.exp()).sqrt() * noise
+
+
+class Gated(nn.Linear):
+    """A child of the same shape, whose weight is derived too."""
+
+    def __init__(self, columns, rows):
+        super().__init__(columns, rows)
+        self.gate = parametrizations.weight_norm(nn.Linear(columns, rows))
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + self.gate(x)
+
+
+@pytest.mark.filterwarnings("ignore:these weights belong to no layer")
+@pytest.mark.parametrize("kind", [LocalReparameterization, Gated])
+def test_another_derived_matrix_of_the_same_shape_is_not_the_layers_weight(kind):
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), kind(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, feedback = torch.randn(3, 4, dtype=torch.float64), {"2": torch.randn(5, 6, dtype=torch.float64)}
+    model = copy.deepcopy(plain)
+    patch = feedbackhook.patch(model, "tensor", include=["2"], feedback=feedback)
+    got = gradients(model, x)
+    assert_same_gradients(got, by_saved_tensors(plain, feedback, x))
+    assert_unlike(got, by_backprop(plain, x), ["input", "0.weight"])
+    assert [(row.calls, row.rerouted) for row in patch.layers] == [(1, 1)]
+    assert torch.equal(patch.weight("2"), model[2].weight)
 
 
 # --- low-rank adapters --------------------------------------------------------------------------------------
