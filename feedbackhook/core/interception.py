@@ -33,7 +33,7 @@ from feedbackhook.core.redraws import DrawAhead, Redraw
 from feedbackhook.core.signals import Forward
 from feedbackhook.core.sites import reroute_inputs
 from feedbackhook.core.state import PatchState
-from feedbackhook.core.steps import Clock
+from feedbackhook.core.steps import Clock, UpdatesByHand
 from feedbackhook.core.weights import Weights
 
 
@@ -82,12 +82,13 @@ class Interceptor:
         self.state.listen_to_steps(Redraw(self.state))  # before all others
         self.learners = Learners(self.state)
         self.state.listen_to_steps(self.learners)
+        self._by_hand = UpdatesByHand(self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             key: value
             for key, value in self.__dict__.items()
-            if key not in ("_traced_mode", "_clock", "_draw_ahead", "learners")
+            if key not in ("_traced_mode", "_clock", "_draw_ahead", "_by_hand", "learners")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,6 +164,7 @@ class Interceptor:
             self.coverage.check_tree()
             inside = self.state.inside.get(mark.path, [])
             self._update(inside)
+            self._by_hand.before_forward()
             self._draw_ahead.before_forward(inside)
             self.learners.begin_forward()
             mode = Mode(self._calls)

@@ -29,7 +29,7 @@ class Angle:
 
     Args:
         degrees: the angle a between V and W, flattened, from 0 to 180 degrees.
-        redraw: whether R is drawn once ("never") or again after each update of W ("update"). Even if R is
+        redraw: whether R is drawn once ("never") or again after each optimizer step ("update"). Even if R is
             fixed, D follows W, and the angle stays exact.
     """
 
@@ -87,7 +87,7 @@ class Noise:
     Args:
         level: standard deviation of the noise as a multiple of rms(W). The angle between V and W is about
             arctan(level).
-        redraw: whether E is drawn once ("never") or again after each update of W ("update").
+        redraw: whether E is drawn once ("never") or again after each optimizer step on W ("update").
         scale: "norm" gives V the norm of W; None is 1.
     """
 

@@ -20,7 +20,7 @@ class Random:
 
     Args:
         std: standard deviation. None is 1/sqrt(3 fan_in), that of PyTorch's initial weights.
-        redraw: whether V is drawn once ("never") or again after each update of W ("update").
+        redraw: whether V is drawn once ("never") or again after each optimizer step on W ("update").
     """
 
     std: float | None = None

@@ -24,7 +24,7 @@ class Sparse:
     Args:
         share: probability, 0 to 1, that K keeps an entry. The angle between V and W is about
             arccos(sqrt(share)).
-        redraw: whether K is drawn once ("never") or again after each update of W ("update").
+        redraw: whether K is drawn once ("never") or again after each optimizer step on W ("update").
         scale: "norm" gives V the norm of the current W (if K keeps nothing of W, V = 0); None is 1.
     """
 

@@ -25,7 +25,7 @@ class Sign:
         concordance: probability, 0 to 1, that an entry of S is +1, met within 2**-17 (8e-6). The paper's p is
             1 - concordance.
         magnitude: how M is chosen: "random" from U[0, 1] in steps of 2**-16, "uniform" 1, "weight" abs(W).
-        redraw: whether M and S are drawn once ("never") or again after each update of W ("update").
+        redraw: whether M and S are drawn once ("never") or again after each optimizer step on W ("update").
         scale: "norm" gives V the Frobenius norm that W has when V is used (Moskovitz et al. 2018, for
             magnitude "uniform"; an all-zero W has V = 0), "fan_in" divides by the number of weights that
             feed one output unit, None is 1, and a number is used as it is.

@@ -30,7 +30,7 @@ class LowRank:
     Args:
         rank: number of columns of Q. V has at most this rank.
         std: standard deviation of V's entries. None is that of the layer's own initialization.
-        redraw: whether Q and P are drawn once ("never") or again after each update of W ("update").
+        redraw: whether Q and P are drawn once ("never") or again after each optimizer step on W ("update").
     """
 
     rank: int = 8
@@ -71,7 +71,7 @@ class Toeplitz(Random):
 
     Args:
         std: standard deviation of V's entries. None is that of the layer's own initialization.
-        redraw: whether t is drawn once ("never") or again after each update of W ("update").
+        redraw: whether t is drawn once ("never") or again after each optimizer step on W ("update").
     """
 
     def draw(self, weight: Tensor, rng: CounterRNG) -> dict[str, Tensor]:
