@@ -222,7 +222,8 @@ def _is_of_others(weight: Tensor, layer: Layer) -> bool:
 
 def _place_of(call: Call, mode: Mode) -> Place:
     """Return where the input of a call has its batch and its features."""
-    dims = call.weight.dim()  # a linear layer's input has at least that many, if there is a batch
+    # A linear layer's input has at least two, if there is a batch, also for a single row of its weight.
+    dims = max(2, call.weight.dim())
     shape = tuple(call.input.shape)
     return Place(shape, len(shape) >= dims, dims > 2, mode.attention)
 

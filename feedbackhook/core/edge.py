@@ -39,7 +39,7 @@ class FeedbackEdge(torch.autograd.Function):
         # The graph keeps the V of its forward. A traced backward can keep nothing, so it uses the current V.
         if isinstance(layer.feedback, Feedback):
             compiling = torch.compiler.is_compiling()
-            ctx.feedback = layer.feedback if compiling else layer.feedback.bound(weight.detach())
+            ctx.feedback = layer.feedback if compiling else layer.feedback.bound(weight)
         ctx.dtype = input.dtype
         # Save the input only if PyTorch's own node saves the very same tensor, so that it takes no memory.
         keep = call.wants_input and call.weight.requires_grad and input.dtype == output.dtype

@@ -71,6 +71,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
 def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor:
     # delta V over the last dimension, as one matrix product: `matmul` would compute one per sample if delta
     # cannot be viewed as a matrix.
+    if feedback.dim() == 1:  # a row of a weight gives a single output, without a dimension
+        return delta.unsqueeze(-1) * feedback
     if delta.is_nested:
         return F.linear(delta, feedback.t())
     rows = torch.mm(delta.reshape(-1, delta.shape[-1]), feedback)
@@ -78,6 +80,8 @@ def _linear_product(delta: Tensor, feedback: Tensor, x: Tensor | None) -> Tensor
 
 
 def _linear_outer(x: Tensor, delta: Tensor, like: Tensor) -> Tensor:
+    if like.dim() == 1:
+        return torch.mv(x.reshape(-1, x.shape[-1]).t(), delta.reshape(-1))
     return torch.mm(delta.reshape(-1, delta.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
 
 

@@ -323,6 +323,72 @@ def test_one_weight_in_several_calls(make, shape):
     assert_matches_oracle(gradients(model, x), plain, feedback, x, unlike=["input"])
 
 
+class OneRow(nn.Module):
+    """Uses a single row of a weight, which gives an output without features; in one sample, a number."""
+
+    def __init__(self, copied=False):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.row, self.copied = 1, copied
+
+    def forward(self, x):
+        row = self.head.weight[self.row]
+        return F.linear(torch.tanh(self.first(x)), row.clone() if self.copied else row)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4), (4,)], ids=str)
+@pytest.mark.parametrize("copied", [False, True], ids=["view", "copy"])
+def test_a_single_row_of_a_weight(copied, shape):
+    plain, x = OneRow(copied).double(), torch.randn(shape, dtype=torch.float64)
+    feedback = random_feedback(plain)
+    model, patch = patched(plain, feedback)
+    got = gradients(model, x)
+    assert_unlike(got, by_backprop(plain, x), ["input", "first.weight"])
+    # The oracle knows views alone.
+    assert_same_gradients(got, by_saved_tensors(as_view(plain), feedback, x))
+    assert [row.rerouted for row in patch.layers] == [1, 1]
+
+
+def as_view(plain):
+    twin = copy.deepcopy(plain)
+    twin.copied = False
+    return twin
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4), (4,)], ids=str)
+@pytest.mark.parametrize("mode", ["KP", "information", "activation-alignment", "LDFA"])
+def test_feedback_learns_from_a_single_row(mode, shape):
+    """What it learns from a matrix of one row."""
+    model, x = OneRow().double(), torch.randn(shape, dtype=torch.float64)
+    patch = feedbackhook.patch(model, mode)
+    probe(model(x)).backward()
+    learned = {name: p.grad for name, p in patch.named_parameters()}
+    patch.remove()
+    patch = feedbackhook.patch(model, mode)
+    model.zero_grad()
+    model.row = slice(1, 2)
+    probe(model(x).squeeze(-1)).backward()
+    for name, p in patch.named_parameters():
+        if name.startswith("head"):
+            torch.testing.assert_close(learned[name], p.grad)
+    if mode == "KP":
+        torch.testing.assert_close(learned["head.V"], model.head.weight.grad)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4,)], ids=str)
+def test_direct_feedback_to_a_single_row(shape):
+    """Row k of the error that is sent is B times what arrives for sample k."""
+    model, x = OneRow().double(), torch.randn(shape, dtype=torch.float64)
+    patch = feedbackhook.patch(model, "DFA")
+    sent = []
+    patch.on_error_signal("head", lambda grad_input, grad_output: sent.append((grad_input, grad_output)))
+    probe(model(x)).backward()
+    ((grad_input, grad_output),) = sent
+    b = patch.projection("head")
+    assert b.shape == (6, 1)
+    torch.testing.assert_close(grad_input, grad_output.unsqueeze(-1) * b[:, 0])
+
+
 def test_tied_weights_with_different_rules_are_refused():
     with pytest.raises(ValueError, match="'encoder' and 'decoder' share a weight; give them the same rule"):
         feedbackhook.patch(Autoencoder(), {"encoder": "uSF", "decoder": "frSF"})
