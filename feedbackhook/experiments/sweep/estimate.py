@@ -89,7 +89,8 @@ def _counts(run: PlannedRun) -> tuple[int, int, int]:
 def _measure(run: PlannedRun) -> _Measured:
     """Train a few steps, uncompiled, and compiled too if that is asked for."""
     config, images = run.resolved, _noise(run)
-    protocol = replace(config.protocol, epochs=1, batch_sizes={}, compile=False)
+    config = replace(config, feedback=replace(config.feedback, schedule={}))  # nothing changes in one epoch
+    protocol = replace(config.protocol, epochs=1, milestones=[], batch_sizes={}, compile=False)
     begin, step, weights, table = _train(replace(config, protocol=protocol), images)
     if not config.protocol.compile:
         return _Measured(step, step, 0.0, weights, table)

@@ -37,6 +37,15 @@ def test_an_estimate_does_not_depend_on_whether_a_run_would_diverge(tmp_path: Pa
     assert estimate(plan(config))["digits-uSF-rate1-seed0"].seconds > 0
 
 
+def test_an_estimate_of_what_changes_after_an_epoch(tmp_path: Path) -> None:
+    """It trains a single epoch, in which nothing changes."""
+    protocol = SweepProtocolConfig(epochs=4, milestones=[3], lr_factors=[1.0])
+    later = {"feedback": {"mode": "sign", "schedule": {2: {"concordance": 0.75}}}}
+    config = tiny(tmp_path, conditions={"later": later}, protocol=protocol)
+    (run,) = plan(config)
+    assert estimate([run])[run.name].seconds > 0
+
+
 def test_the_time_left_goes_by_what_this_sweep_has_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
