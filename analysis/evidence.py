@@ -313,6 +313,11 @@ class Evidence:
         far = cells[(cells["best"] - self.best("phoneme", "SGD")).abs() >= 1]
         return far["condition"].tolist() == ["brSF+BN+BM concordance=0.5"]
 
+    def seeds(self, sweep: str) -> int:
+        """The number of seeds in each cell of a sweep."""
+        (number,) = self.cells.loc[self.cells["sweep"] == sweep, "seeds"].unique()
+        return int(number)
+
     def half_widths(self, sweep: str) -> pd.Series:
         """Half of the widths of the 95% intervals over seeds, in points, by condition."""
         cells = self.cells[self.cells["sweep"] == sweep].set_index("condition")
