@@ -18,7 +18,7 @@ LAYERS = [
     ["torch_internals", "memory", "operations", "parts", "angles"],
     ["discovery", "rng", "learning", "feedback", "projection", "layer"],
     ["state"],
-    ["errors", "audit", "weights", "steps", "redraws", "learners", "signals", "edge", "guard"],
+    ["errors", "audit", "weights", "steps", "by_hand", "redraws", "learners", "signals", "edge", "guard"],
     ["marks", "mode", "sites", "coverage", "calls", "interception"],
     ["rules", "selection"],
     ["measurement", "monitor"],

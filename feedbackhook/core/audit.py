@@ -155,7 +155,7 @@ def audit(
             met = iter([w for flow in inputs for w in flow.weights if w.patched and not w.compiled])
             flows[node] = _ACTIVATION
         elif node in rerouted or _is_layer(node, name, inputs, memory):
-            flows[node] = _ACTIVATION
+            flows[node] = _of_weights_alone(node, flows) or _ACTIVATION
             continue
         else:
             met = _met(name, inputs, saved_tensors(node), memory)
@@ -213,6 +213,22 @@ def _is_layer(node: Node, name: str, inputs: list[_Flow], memory: Memory[Weight 
         return False
     without_graph = any(earlier is None for earlier, _ in node.next_functions)
     return without_graph and not all(memory.sharing(saved) for saved in saved_tensors(node))
+
+
+def _of_weights_alone(node: Node, flows: Mapping[Node, _Flow]) -> _Flow | None:
+    """Return what a layer passes on that was applied to what comes from patched weights alone, as where two
+    are merged; None if it was applied to an activation.
+
+    The result is no activation, but may also be one made of a weight as of data, so that only a product with
+    another activation counts.
+    """
+    if not _EDGES.search(node.name()):
+        return None
+    source = flows.get(node.next_functions[1][0])
+    if source is None or source.activation:
+        return None
+    weights = frozenset(weight for weight in source.weights | source.summaries if weight.patched)
+    return _Flow(False, frozenset(), weights) if weights else None
 
 
 def _met(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from feedbackhook.core.audit import mark_as_layer, nodes_behind
 from feedbackhook.core.coverage import Coverage
@@ -64,8 +63,8 @@ class Calls:
         call = read(*args, **kwargs)
         use = self._use_of(call.weight, mode, eager)
         if use is not None:
-            if eager and self._weights.find(call.input, mode.copies) is not None:
-                return func(*args, **kwargs)  # of weights alone: a penalty, or weights that are merged
+            if self._is_of_weights(use.layer, call.input, mode):
+                return func(*args, **kwargs)
             return self._reroute(mode, use, call, func, args, kwargs, eager)
         if eager:
             self._refuse_product(mode, func, (call.input, call.weight))
@@ -120,6 +119,15 @@ class Calls:
         if layer is not None and layer.may_derive(weight) and not (eager and _is_of_others(weight, layer)):
             return Use(layer, weight)
         return self._alias(weight, mode) if eager else None
+
+    def _is_of_weights(self, layer: Layer, input: Tensor, mode: Mode) -> bool:
+        """Whether a call of a layer's weight is on another weight, as in a penalty or where two are merged.
+
+        If the layer itself is running, another layer's weight is data that it is applied to.
+        """
+        source = self._weights.find(input, mode.copies)
+        running = self._state.own.get(mode.running[-1].mark.path)
+        return source is not None and (source.layer is layer or running is not layer)
 
     def _alias(self, tensor: Tensor, mode: Mode) -> Use | None:
         """Return the weight that a tensor shares memory with, if there is one."""
@@ -212,12 +220,20 @@ class Calls:
 
 
 def _is_of_others(weight: Tensor, layer: Layer) -> bool:
-    """Whether the graph tells that a weight was computed without the layer's own one."""
+    """Whether the graph tells that a weight was computed from another matrix, without the layer's own one.
+
+    If there is no matrix in the graph, the layer's own may have been detached and scaled.
+    """
     plain = layer.targets[0].place.parameter()
     if plain is None or not plain.requires_grad or weight.grad_fn is None or transformed():
         return False
-    own = get_gradient_edge(plain).node
-    return all(node is not own for node in nodes_behind([weight.grad_fn]))
+    matrix = False
+    for node in nodes_behind([weight.grad_fn]):
+        leaf = getattr(node, "variable", None)
+        if leaf is plain or (plain.grad_fn is not None and node is plain.grad_fn):
+            return False
+        matrix = matrix or (leaf is not None and sum(size > 1 for size in leaf.shape) > 1)
+    return matrix
 
 
 def _place_of(call: Call, mode: Mode) -> Place:

@@ -137,12 +137,13 @@ class Coverage:
 
     def check_opaque(self, ended: Running, output: object) -> None:
         """Raise if a layer ran without a rerouted call and its weight leaves no trace in the graph: it is not
-        a plain dense tensor, which a kernel may use out of sight, or comes from no trainable parameter."""
+        a plain dense tensor, which a kernel may use out of sight, or comes from no parameter."""
         layer = self._state.own.get(ended.mark.path)
         if layer is None or layer.calls > ended.calls or not self._state.enabled:
             return
-        stored = f"as {layer.weight_type()}" if layer.is_opaque() else "in no parameter"
-        if (layer.is_opaque() or layer.is_constant()) and graph_of(output):
+        opaque = layer.is_opaque()
+        if (opaque or layer.is_constant()) and graph_of(output):
+            stored = f"as {layer.weight_type()}" if opaque else "in no parameter"
             raise ExactGradientError(
                 f"{layer.info.name!r} ran without a call that could be rerouted: it stores its weight "
                 f"{stored} and computes with it where the patch cannot see it. Pass "

@@ -14,8 +14,8 @@ class ExactGradientError(RuntimeError):
 def exact_use(name: str, operation: str) -> ExactGradientError:
     """Return the error for a call in the forward that uses a patched weight and cannot be rerouted."""
     return ExactGradientError(
-        f"the weight of {name!r} is used in {operation}, which cannot be rerouted: its error signal would go "
-        f"through W. Use F.linear, or pass exclude={[name]} to feedbackhook.patch"
+        f"the weight of {name!r} is used in {operation} in a way that cannot be rerouted: its error signal "
+        f"would go through W. Pass it as the weight of F.linear, or exclude={[name]} to feedbackhook.patch"
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from feedbackhook.core import torch_internals
+from feedbackhook.core.by_hand import UpdatesByHand
 from feedbackhook.core.calls import NO_COMPILE, Calls
 from feedbackhook.core.coverage import Coverage
 from feedbackhook.core.guard import BackwardAudits, SiteGuards
@@ -33,7 +34,7 @@ from feedbackhook.core.redraws import DrawAhead, Redraw
 from feedbackhook.core.signals import Forward
 from feedbackhook.core.sites import reroute_inputs
 from feedbackhook.core.state import PatchState
-from feedbackhook.core.steps import Clock, UpdatesByHand
+from feedbackhook.core.steps import Clock
 from feedbackhook.core.weights import Weights
 
 

@@ -309,9 +309,8 @@ class Layer(Patched):
         return weight is not None and (not weight.is_floating_point() or type(weight) not in _PLAIN)
 
     def is_constant(self) -> bool:
-        """Whether the weight is no parameter, and comes from none that is trainable."""
-        plain = self.targets[0].place.parameter()
-        return plain is None and not any(parameter.requires_grad for parameter in self.parameters())
+        """Whether the weight is no parameter, and comes from none."""
+        return self.targets[0].place.parameter() is None and not any(True for _ in self.parameters())
 
     def weight_type(self) -> str:
         """Describe how the module stores its weight."""

@@ -20,17 +20,21 @@ class Memory(Generic[_Value]):
     """
 
     def __init__(self, held: Iterable[tuple[Tensor, _Value]]) -> None:
-        self._held: dict[int, list[tuple[int, int, _Value]]] = {}
+        self._held: dict[int, list[tuple[Tensor, _Value]]] = {}
         for tensor, value in held:
             if (storage := storage_of(tensor)) is not None:
-                self._held.setdefault(storage, []).append((*_extent(tensor), value))
+                self._held.setdefault(storage, []).append((tensor, value))
 
     def sharing(self, tensor: Tensor) -> list[_Value]:
         """Return what stands for the tensors that share memory with this one."""
         if (storage := storage_of(tensor)) is None or (held := self._held.get(storage)) is None:
             return []
-        begin, end = _extent(tensor)
-        return [value for at, to, value in held if at < end and begin < to]
+        return [value for other, value in held if _overlap(tensor, other)]
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (begin, end), (at, to) = _extent(one), _extent(other)
+    return at < end and begin < to
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

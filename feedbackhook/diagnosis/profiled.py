@@ -237,7 +237,7 @@ def _explained(undefined: Mapping[str, str], most: int = 3) -> Iterator[str]:
     for reason, names in list(layers.items())[:most]:
         yield f"no gradient angle at {', '.join(names)}: {reason}"
     if more := [name for names in list(layers.values())[most:] for name in names]:
-        yield f"nor, for reasons of this kind, at {', '.join(more)}"
+        yield f"nor, for other reasons, at {', '.join(more)}"
 
 
 def _about_zero_scales(names: tuple[str, ...]) -> str:

@@ -69,9 +69,13 @@ def draw(made: pd.DataFrame) -> Figure:
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     counts = rank_correlations(made)
-    made = made.dropna(subset="angle")
-    if made.empty:
+    recorded, made = len(made), made.dropna(subset="angle")
+    if not recorded:
         raise NothingToDraw("no finished run has a gradient angle: set record.gradient_angle_every")
+    if made.empty:
+        raise NothingToDraw(
+            "no finished run has a gradient angle in half of the recorded steps of each layer"
+        )
     counts = counts[counts["with_angle"] > 0].set_index("dataset")
     count = len(counts)
     columns = 2 if count in (2, 4) else min(count, 3)

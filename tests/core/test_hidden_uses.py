@@ -10,7 +10,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.oracle import assert_same_gradients, assert_unlike, by_backprop, by_saved_tensors, gradients
+from support.oracle import (
+    assert_same_gradients,
+    assert_unlike,
+    by_backprop,
+    by_backward_hooks,
+    by_saved_tensors,
+    gradients,
+)
 from support.problems import draw, patched_copy, redrawn
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -136,8 +143,11 @@ class Merged(nn.Module):
         lambda a, b: b(a.weight.t()).t(),
         lambda a, b: b.weight @ a.weight,
         lambda a, b: torch.addmm(b.weight.new_zeros(4, 4), b.weight, a.weight),
+        lambda a, b: F.linear(2 * b.weight, a.weight.t()),
+        lambda a, b: F.linear(F.normalize(b.weight), a.weight.t()),
+        lambda a, b: b(2 * a.weight.t()).t(),
     ],
-    ids=["linear", "module", "matmul", "addmm"],
+    ids=["linear", "module", "matmul", "addmm", "scaled", "normalized", "module of the scaled"],
 )
 def test_merged_weights_are_refused_where_they_meet_an_activation(merge):
     model = redrawn(nn.Sequential(nn.Linear(4, 4), Merged(merge)))
@@ -145,6 +155,35 @@ def test_merged_weights_are_refused_where_they_meet_an_activation(merge):
     for _ in range(2):
         with pytest.raises(feedbackhook.ExactGradientError, match=r"weight of '1\.[ab]'"):
             model(draw(3, 4))
+
+
+class Applied(nn.Module):
+    """Applies a layer to the weight of another, as to data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a = nn.Linear(4, 3), nn.Linear(4, 4)
+        self.b = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(self.table.weight))) + x.sum()
+
+
+def test_a_layer_that_is_applied_to_the_weight_of_another_is_rerouted():
+    """The oracle of saved tensors would take the saved input for a weight."""
+    plain, x = redrawn(Applied()), draw(3, 4)
+    model, feedback = patched_copy(plain)
+    got = gradients(model, x)
+    assert_same_gradients(got, by_backward_hooks(plain, feedback, x))
+    assert_unlike(got, by_backprop(plain, x), ["table.weight", "a.weight"])
+
+
+def test_a_penalty_in_compiled_code_has_its_own_gradient():
+    plain, x = redrawn(Penalized(lambda b, c: F.linear(b, b))), draw(3, 4)
+    model, _ = patched_copy(plain)
+    plain(x)[1].backward()
+    torch.compile(model, backend="aot_eager")(x)[1].backward()
+    torch.testing.assert_close(model.b.weight.grad, plain.b.weight.grad)
 
 
 # --- further matrices of a layer ---------------------------------------------------------------------------
@@ -273,6 +312,44 @@ def test_a_weight_that_is_a_buffer_is_rerouted_in_a_layers_function(middle):
     model, feedback = patched_copy(plain)
     got = gradients(model, x)
     assert_same_gradients(got, by_saved_tensors(plain, feedback, x))
+    assert_unlike(got, by_backprop(plain, x), ["input", "0.weight"])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_a_layer_with_a_derived_weight_may_skip_its_computation(frozen):
+    class Skipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    layer = nn.utils.parametrizations.weight_norm(Skipped(4, 4)).requires_grad_(not frozen)
+    model = redrawn(net(layer))
+    feedbackhook.patch(model)
+    model(draw(3, 4)).sum().backward()
+
+
+# --- its own weight, out of the graph ----------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    """Learns a scale of its weight, which stays as it is."""
+
+    def __init__(self, size: int, shape: tuple[int, ...], binary: bool) -> None:
+        super().__init__(size, size)
+        self.scale, self.binary = nn.Parameter(torch.ones(shape)), binary
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.sign() if self.binary else self.weight
+        return F.linear(x, weight.detach() * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["weight", "signs"])
+@pytest.mark.parametrize("shape", [(1,), (4,), (4, 1)], ids=["number", "vector", "column"])
+def test_a_detached_weight_with_a_learned_scale_is_rerouted(shape, binary):
+    plain, x = redrawn(net(Scaled(4, shape, binary))), draw(3, 4)
+    model, _ = patched_copy(plain)
+    got = gradients(model, x)
+    (row,) = [row for row in feedbackhook.get_patch(model).layers if row.name == "2"]
+    assert (row.calls, row.rerouted) == (1, 1)
     assert_unlike(got, by_backprop(plain, x), ["input", "0.weight"])
 
 

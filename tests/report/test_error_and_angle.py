@@ -71,7 +71,7 @@ def test_a_run_whose_gradients_vanish_has_no_angle_and_stays_in_the_table(tmp_pa
     assert made["angle"].isna().tolist() == [True]
     found = rank_correlations(made)
     assert found[["runs", "with_angle"]].to_numpy().tolist() == [[1, 0]]
-    with pytest.raises(NothingToDraw):
+    with pytest.raises(NothingToDraw, match="in half of the recorded steps of each layer"):
         draw(made)
 
 
