@@ -63,7 +63,7 @@ class Calls:
         call = read(*args, **kwargs)
         use = self._use_of(call.weight, mode, eager)
         if use is not None:
-            if self._is_of_weights(use.layer, call.input, mode):
+            if eager and self._is_of_weights(use.layer, call.input, mode):
                 return func(*args, **kwargs)
             return self._reroute(mode, use, call, func, args, kwargs, eager)
         if eager:

@@ -178,14 +178,6 @@ def test_a_layer_that_is_applied_to_the_weight_of_another_is_rerouted():
     assert_unlike(got, by_backprop(plain, x), ["table.weight", "a.weight"])
 
 
-def test_a_penalty_in_compiled_code_has_its_own_gradient():
-    plain, x = redrawn(Penalized(lambda b, c: F.linear(b, b))), draw(3, 4)
-    model, _ = patched_copy(plain)
-    plain(x)[1].backward()
-    torch.compile(model, backend="aot_eager")(x)[1].backward()
-    torch.testing.assert_close(model.b.weight.grad, plain.b.weight.grad)
-
-
 # --- further matrices of a layer ---------------------------------------------------------------------------
 
 

@@ -156,7 +156,7 @@ def test_every_layer_without_an_angle_is_named():
     rows = [ProfileRow("random", None, name, 0, "gradient_angle", math.nan, math.nan, 0) for name in reasons]
     said = str(Profile(rows, reasons, 1, 1))
     assert "no gradient angle at l2: the exact gradient's norm is below 2\n" in said
-    assert "nor, for reasons of this kind, at l3, l4\n" in said
+    assert "nor, for other reasons, at l3, l4\n" in said
 
 
 def test_a_planted_floor_is_named_and_its_angle_is_not_a_number():
