@@ -318,6 +318,11 @@ class Evidence:
         (number,) = self.cells.loc[self.cells["sweep"] == sweep, "seeds"].unique()
         return int(number)
 
+    def apart(self, sweep: str, one: str, other: str) -> bool:
+        """Whether the 95% interval over seeds of one condition's error is above that of another."""
+        cells = self.cells[self.cells["sweep"] == sweep].set_index("condition")
+        return bool(cells.loc[one, "low"] > cells.loc[other, "high"])
+
     def half_widths(self, sweep: str) -> pd.Series:
         """Half of the widths of the 95% intervals over seeds, in points, by condition."""
         cells = self.cells[self.cells["sweep"] == sweep].set_index("condition")
@@ -487,6 +492,8 @@ def page(evidence: Evidence) -> str:
         sources=SOURCES,
         conditions=CORE,
         slow=SLOW,
+        FULL=FULL,
+        HALF=HALF,
         unexplained_above=ABOVE,
         unexplained_below=BELOW,
         more={

@@ -212,7 +212,7 @@ def test_a_sweep_of_the_evidence_has_its_conditions_at_five_rates(name, conditio
     assert len({run.dataset for run in runs}) == 1
     assert {run.condition for run in runs} == conditions
     assert conditions <= ALL
-    seeds = 2 if name == "phoneme" else 1
+    seeds = 4 if name == "phoneme" else 1
     assert len({run.seed for run in runs}) == seeds
     assert len({run.lr_factor for run in runs}) == 5
     assert len(runs) == 5 * seeds * len({(run.condition, run.procedure.name) for run in runs})
