@@ -36,8 +36,9 @@ from feedbackhook.core.torch_internals import Node, levels, saved_tensors, seque
 MARK = "feedbackhook"
 """The key in a node's metadata that marks a layer's output."""
 
-_EDGES = re.compile(r"FeedbackEdge|TransformableEdge|NotDifferentiable|ApplyTemplate")
-"""Nodes that send V's or B's product; dynamo turns an edge into the last."""
+_LAYER_EDGES = re.compile(r"FeedbackEdge|TransformableEdge")
+_EDGES = re.compile(rf"{_LAYER_EDGES.pattern}|NotDifferentiable|ApplyTemplate")
+"""Nodes that send V's or B's product; dynamo turns an edge, like anybody's own function, into the last."""
 _LOOK_UPS = {"Embedding", "EmbeddingBag", "EmbeddingSparse", "EmbeddingDense"}
 _LINEAR = {
     "Add", "Sub", "Rsub", "Cat", "Stack", "Where", "SWhere", "Copy", "CopySlices", "IndexPut", "IndexPutImpl",
@@ -222,7 +223,7 @@ def _of_weights_alone(node: Node, flows: Mapping[Node, _Flow]) -> _Flow | None:
     The result is no activation, but may also be one made of a weight as of data, so that only a product with
     another activation counts.
     """
-    if not _EDGES.search(node.name()):
+    if not _LAYER_EDGES.search(node.name()):
         return None
     source = flows.get(node.next_functions[1][0])
     if source is None or source.activation:

@@ -178,6 +178,32 @@ def test_a_layer_that_is_applied_to_the_weight_of_another_is_rerouted():
     assert_unlike(got, by_backprop(plain, x), ["table.weight", "a.weight"])
 
 
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_a_function_of_ones_own_in_compiled_code_is_no_layer():
+    """With this backend its node has the name that an edge has there, but a single input."""
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Doubling.apply(x)
+
+    plain, x = redrawn(net(Own())), draw(3, 4)
+    model, feedback = patched_copy(plain)
+    model[2] = torch.compile(model[2], backend="eager")
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # of the compiler
+    got = gradients(model, x)
+    assert_same_gradients(got, by_saved_tensors(plain, feedback, x))
+    assert_unlike(got, by_backprop(plain, x), ["input", "0.weight"])
+
+
 # --- further matrices of a layer ---------------------------------------------------------------------------
 
 
