@@ -242,11 +242,20 @@ class Evidence:
         numbers of `runs` and of `runs_with_both`, and of runs `without` an angle."""
         found = []
         for sweep, planned in self.points.groupby("sweep", sort=False):
-            part = planned.dropna(subset="angle")
-            both = part[part["condition"].str.contains(r"BN\+BM")]
-            of_all, of_both = (p["angle"].corr(p["error"], method="spearman") for p in (part, both))
-            counts = {"runs": len(part), "runs_with_both": len(both), "without": len(planned) - len(part)}
-            found.append({"sweep": sweep, "all": of_all, "with_both": of_both, **counts})
+            both = planned[planned["condition"].str.contains(r"BN\+BM")]
+            (of_all,), (of_both,) = (
+                error_and_angle.rank_correlations(part).to_dict("records") for part in (planned, both)
+            )
+            found.append(
+                {
+                    "sweep": sweep,
+                    "all": of_all["correlation"],
+                    "with_both": of_both["correlation"],
+                    "runs": of_all["with_angle"],
+                    "runs_with_both": of_both["with_angle"],
+                    "without": of_all["runs"] - of_all["with_angle"],
+                }
+            )
         return sorted(found, key=lambda row: self.sweeps.index(str(row["sweep"])))
 
     # What the page's sentences say
@@ -492,6 +501,7 @@ def page(evidence: Evidence) -> str:
         sources=SOURCES,
         conditions=CORE,
         slow=SLOW,
+        published_means=error_rates().mean(axis=1),
         FULL=FULL,
         HALF=HALF,
         unexplained_above=ABOVE,
